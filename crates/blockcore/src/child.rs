@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! [`Child`]: an edge of the graph, from a parent's driver to the node it uses.
+
+use std::ops::Deref;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::error::Result;
+use crate::node::Node;
+
+/// What a parent uses a child for. `QEMU: BdrvChildRole`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ChildRole {
+    /// A format's file: metadata and data.
+    File,
+    /// A format's external data file: data only.
+    Data,
+    /// What shows through where the parent holds nothing.
+    Backing,
+    /// What a filter passes its requests to.
+    Filtered,
+}
+
+/// An edge of the graph. Requests on the child go through the node's request path: a `Child` derefs to its [`Node`].
+#[derive(Debug)]
+pub struct Child {
+    name: &'static str,
+    role: ChildRole,
+    node: Arc<Node>,
+    closed: AtomicBool,
+}
+
+impl Child {
+    /// Makes `node` a child called `name` (`file`, `backing` ...).
+    pub fn new(name: &'static str, role: ChildRole, node: Arc<Node>) -> Child {
+        node.add_user();
+        Child {
+            name,
+            role,
+            node,
+            closed: AtomicBool::new(false),
+        }
+    }
+
+    /// The child's name, as in dotted options.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// What the parent uses it for.
+    pub fn role(&self) -> ChildRole {
+        self.role
+    }
+
+    /// The node at the other end.
+    pub fn node(&self) -> &Arc<Node> {
+        &self.node
+    }
+
+    /// Gives the child up; the node closes when this was its last parent.
+    ///
+    /// # Errors
+    /// What closing the node met.
+    pub async fn close(&self) -> Result<()> {
+        if self.closed.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        self.node.release().await
+    }
+}
+
+impl Deref for Child {
+    type Target = Node;
+
+    fn deref(&self) -> &Node {
+        &self.node
+    }
+}

@@ -1,0 +1,337 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! [`Node`]: one driver in the graph, with what the block layer keeps about it. `QEMU: BlockDriverState`.
+//!
+//! The request path over it is in `request` (reads, writes), `zeroes` (zero writes, discards) and `walk` (block status). This file has
+//! the state: name, limits, length, mode, what is in flight, and closing.
+//!
+//! Lock order: none of the locks here is held across an await, and none is taken while another is held.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, RwLock};
+
+use crate::child::Child;
+use crate::driver::{BlockDriver, ReopenRequest, TruncateRequest};
+use crate::error::{BlockError, ErrorKind, Op, Result};
+use crate::limits::{BlockLimits, MAX_LENGTH_BYTES};
+use crate::options::Options;
+use crate::tracked::TrackedRequests;
+
+/// The size of a sector in bytes. Lengths of nodes are multiples of it, as in QEMU.
+pub const SECTOR_BYTES: u64 = 512;
+
+/// How a node was opened; what its children inherit, and `reopen` may change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeFlags {
+    /// Nothing may be written.
+    pub read_only: bool,
+    /// The host's page cache is bypassed (`cache.direct`).
+    pub direct: bool,
+    /// `flush` doesn't reach the disk (`cache.no-flush`): after a crash of the host anything may be lost.
+    pub no_flush: bool,
+    /// Discards are passed on (`discard=unmap`).
+    pub unmap: bool,
+    /// No locks are taken, and none are respected.
+    pub force_share: bool,
+}
+
+impl Default for NodeFlags {
+    fn default() -> NodeFlags {
+        NodeFlags {
+            read_only: false,
+            direct: false,
+            no_flush: false,
+            unmap: true,
+            force_share: false,
+        }
+    }
+}
+
+/// One driver in the graph.
+pub struct Node {
+    name: String,
+    filename: String,
+    options: Options,
+    driver: Box<dyn BlockDriver>,
+    limits: RwLock<BlockLimits>,
+    /// A copy out of `limits`, for the request path.
+    pub(crate) request_alignment: AtomicU32,
+    /// In bytes, a multiple of a sector.
+    length: AtomicU64,
+    read_only: AtomicBool,
+    direct: AtomicBool,
+    no_flush: AtomicBool,
+    unmap: AtomicBool,
+    pub(crate) tracked: TrackedRequests,
+    /// Counts changes that are done, given up or failed. Two flushes without a step in between are one.
+    write_generation: AtomicU64,
+    flushed_generation: AtomicU64,
+    /// How many parents (children of other nodes, backends) hold the node open.
+    users: AtomicUsize,
+}
+
+static NEXT_NODE_NUMBER: AtomicU64 = AtomicU64::new(100);
+
+/// What a node is made from.
+#[derive(Debug, Default)]
+pub struct NodeConfig {
+    /// The name; `None`: one is made up (`#block123`).
+    pub name: Option<String>,
+    /// The file name it was opened by, for messages; may be empty.
+    pub filename: String,
+    /// The driver's own options as given, without the parts that went to children.
+    pub options: Options,
+    /// Mode.
+    pub flags: NodeFlags,
+}
+
+impl Node {
+    /// Puts a driver into a node, and asks it for its limits and length.
+    ///
+    /// # Errors
+    /// The driver's, or `InvalidImage` for a length that is out of bounds.
+    pub async fn new(driver: Box<dyn BlockDriver>, config: NodeConfig) -> Result<Arc<Node>> {
+        let number = NEXT_NODE_NUMBER.fetch_add(1, Ordering::Relaxed);
+        let f = config.flags;
+        let node = Node {
+            name: config.name.unwrap_or_else(|| format!("#block{number}")),
+            filename: config.filename,
+            options: config.options,
+            driver,
+            limits: RwLock::default(),
+            request_alignment: AtomicU32::new(1),
+            length: AtomicU64::new(0),
+            read_only: AtomicBool::new(f.read_only),
+            direct: AtomicBool::new(f.direct),
+            no_flush: AtomicBool::new(f.no_flush),
+            unmap: AtomicBool::new(f.unmap),
+            tracked: TrackedRequests::default(),
+            write_generation: AtomicU64::new(0),
+            flushed_generation: AtomicU64::new(0),
+            users: AtomicUsize::new(0),
+        };
+        node.refresh_limits();
+        node.refresh_length().await?;
+        Ok(Arc::new(node))
+    }
+
+    /// The node's name: given, or `#block` and a number.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The file name the node was opened by; empty where there is none.
+    pub fn filename(&self) -> &str {
+        &self.filename
+    }
+
+    /// The driver's own options as given at open.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// The driver, for questions that are no requests (`info`, `children` ...). Requests go through the node.
+    pub fn driver(&self) -> &dyn BlockDriver {
+        &*self.driver
+    }
+
+    /// The driver's name.
+    pub fn format_name(&self) -> &'static str {
+        self.driver.format_name()
+    }
+
+    /// The length in bytes, a multiple of [`SECTOR_BYTES`].
+    pub fn length(&self) -> u64 {
+        self.length.load(Ordering::Acquire)
+    }
+
+    /// Whether nothing may be written.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only.load(Ordering::Acquire)
+    }
+
+    /// Mode.
+    pub fn flags(&self) -> NodeFlags {
+        NodeFlags {
+            read_only: self.is_read_only(),
+            direct: self.direct.load(Ordering::Acquire),
+            no_flush: self.no_flush.load(Ordering::Acquire),
+            unmap: self.unmap.load(Ordering::Acquire),
+            force_share: false,
+        }
+    }
+
+    /// Sizes and alignments that the driver wants.
+    pub fn limits(&self) -> BlockLimits {
+        *self
+            .limits
+            .read()
+            .expect("no code panics while it holds this lock")
+    }
+
+    /// The backing child, also through filters.
+    pub fn backing(&self) -> Option<&Child> {
+        self.driver.backing()
+    }
+
+    fn refresh_limits(&self) {
+        let limits = self.driver.limits();
+        limits.assert_valid();
+        self.request_alignment
+            .store(limits.request_alignment, Ordering::Release);
+        *self
+            .limits
+            .write()
+            .expect("no code panics while it holds this lock") = limits;
+    }
+
+    /// Asks the driver for the length again: somebody else may have changed the file.
+    ///
+    /// # Errors
+    /// The driver's, or `InvalidImage` for a length that is out of bounds.
+    pub async fn refresh_length(&self) -> Result<u64> {
+        let bytes = self
+            .driver
+            .length()
+            .await
+            .map_err(|e| e.during(Op::Length).on_node(&self.name))?;
+        if bytes > MAX_LENGTH_BYTES {
+            return Err(BlockError::from_errno(libc::EFBIG)
+                .context(format!("Image of {bytes} bytes is too long")));
+        }
+        let bytes = bytes.next_multiple_of(SECTOR_BYTES);
+        self.length.store(bytes, Ordering::Release);
+        Ok(bytes)
+    }
+
+    /// A write reached past the end.
+    pub(crate) fn grow_length(&self, end: u64) {
+        self.length
+            .fetch_max(end.next_multiple_of(SECTOR_BYTES), Ordering::AcqRel);
+    }
+
+    pub(crate) fn mark_written(&self) {
+        self.write_generation.fetch_add(1, Ordering::AcqRel);
+    }
+
+    pub(crate) fn check_writable(&self, op: Op) -> Result<()> {
+        if self.is_read_only() {
+            let err = BlockError::new(ErrorKind::ReadOnly, "Block node is read-only")
+                .errno_is(libc::EPERM);
+            return Err(err.during(op).on_node(&self.name));
+        }
+        Ok(())
+    }
+
+    /// Makes every completed write durable, with all that makes it reachable.
+    ///
+    /// # Errors
+    /// The driver's; nothing is known then about what is durable.
+    pub async fn flush(&self) -> Result<()> {
+        if !self.driver.is_protocol() {
+            // A format knows itself what it has to write, and its child below knows whether anything was.
+            return self
+                .driver
+                .flush()
+                .await
+                .map_err(|e| e.during(Op::Flush).on_node(&self.name));
+        }
+        if self.no_flush.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let generation = self.write_generation.load(Ordering::Acquire);
+        if self.flushed_generation.load(Ordering::Acquire) == generation {
+            return Ok(());
+        }
+        self.driver
+            .flush()
+            .await
+            .map_err(|e| e.during(Op::Flush).on_node(&self.name))?;
+        self.flushed_generation
+            .fetch_max(generation, Ordering::AcqRel);
+        Ok(())
+    }
+
+    /// Changes the length. What is new reads as zero, or as the backing node where that is longer.
+    ///
+    /// # Errors
+    /// `ReadOnly`, the driver's, or `InvalidArgument` for a length out of bounds.
+    pub async fn truncate(&self, request: TruncateRequest) -> Result<()> {
+        self.check_writable(Op::Truncate)?;
+        if request.bytes > MAX_LENGTH_BYTES {
+            return Err(
+                BlockError::from_errno(libc::EFBIG).message("Requested length is too large")
+            );
+        }
+        let old = self.length();
+        let from = old.min(request.bytes);
+        // Serialising: nothing may write to what appears or goes while it does.
+        let tracked = self.tracked.begin(from, u64::MAX, true).await;
+        let result = self
+            .driver
+            .truncate(request)
+            .await
+            .map_err(|e| e.during(Op::Truncate).on_node(&self.name));
+        self.mark_written();
+        drop(tracked);
+        let refreshed = self.refresh_length().await;
+        result.and(refreshed.map(|_| ()))
+    }
+
+    /// Changes mode and options of this node. The caller has seen to it that nothing is in flight.
+    pub(crate) async fn reopen(&self, flags: NodeFlags, options: Options) -> Result<()> {
+        let mut request = ReopenRequest {
+            read_only: flags.read_only,
+            direct: flags.direct,
+            options,
+        };
+        let prepared = self.driver.reopen_prepare(&mut request).await?;
+        if let Some(key) = request.options.keys().next() {
+            return Err(BlockError::invalid(format!(
+                "Cannot change the option '{key}'"
+            )));
+        }
+        prepared.commit();
+        self.read_only.store(flags.read_only, Ordering::Release);
+        self.direct.store(flags.direct, Ordering::Release);
+        self.no_flush.store(flags.no_flush, Ordering::Release);
+        self.unmap.store(flags.unmap, Ordering::Release);
+        self.refresh_limits();
+        Ok(())
+    }
+
+    pub(crate) fn add_user(&self) {
+        self.users.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// One parent less. The last one closes the driver, and then the children.
+    ///
+    /// # Errors
+    /// The first error of the driver or of a child; everything is closed all the same.
+    pub(crate) async fn release(self: &Arc<Node>) -> Result<()> {
+        if self.users.fetch_sub(1, Ordering::AcqRel) != 1 {
+            return Ok(());
+        }
+        let mut result = self
+            .driver
+            .close()
+            .await
+            .map_err(|e| e.during(Op::Close).on_node(&self.name));
+        for child in self.driver.children() {
+            result = result.and(Box::pin(child.close()).await);
+        }
+        result
+    }
+}
+
+impl fmt::Debug for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "Node({} {} {:?})",
+            self.name,
+            self.driver.format_name(),
+            self.filename
+        )
+    }
+}

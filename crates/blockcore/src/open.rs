@@ -1,0 +1,808 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Opening: the [`Registry`] of drivers, [`OpenOptions`], and how a name becomes a chain of nodes. `QEMU: bdrv_open_inherit`.
+//!
+//! A name or a set of options becomes a *format* node over a *protocol* node; the format's header may name a backing file, and that becomes a
+//! chain of its own. Names that come out of an image are somebody else's words: they are followed only as the [`OpenPolicy`] says, and the
+//! format is guessed only where the caller allows it.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use crate::backend::Backend;
+use crate::buffer::IoBufMut;
+use crate::child::{Child, ChildRole};
+use crate::driver::{BackingName, DriverFactory, ReadFlags};
+use crate::error::{BlockError, ErrorKind, Op, Result};
+use crate::name::{protocol_of, resolve_beside};
+use crate::node::{Node, NodeConfig, NodeFlags};
+use crate::options::{OptionValue, Options};
+use crate::perm::Permissions;
+
+/// How many bytes of an image the drivers see to recognise it.
+pub const PROBE_BYTES: usize = 2048;
+
+/// The longest backing chain that is opened.
+pub const MAX_CHAIN_DEPTH: usize = 200;
+
+/// What may be opened that the caller has not named: backing files and data files that images name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum OpenPolicy {
+    /// Nothing. An image that names one is refused, unless the caller names a replacement or says `backing=null`.
+    #[default]
+    Deny,
+    /// Plain files that lie in or below this directory once all symbolic links are followed.
+    Beneath(PathBuf),
+    /// Anything that these drivers alone can open.
+    Drivers(Vec<String>),
+    /// Everything, as QEMU's tools do.
+    Everything,
+}
+
+/// Where warnings go that are no errors: lines for people, without a program's prefix.
+#[derive(Clone)]
+pub struct Diagnostics(Arc<dyn Fn(&str) + Send + Sync>);
+
+impl Diagnostics {
+    /// Sends every line to `sink`.
+    pub fn new(sink: impl Fn(&str) + Send + Sync + 'static) -> Diagnostics {
+        Diagnostics(Arc::new(sink))
+    }
+
+    /// Says a line.
+    pub fn warn(&self, line: &str) {
+        (self.0)(line);
+    }
+}
+
+impl Default for Diagnostics {
+    fn default() -> Diagnostics {
+        Diagnostics::new(|line| tracing::warn!("{line}"))
+    }
+}
+
+impl fmt::Debug for Diagnostics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Diagnostics")
+    }
+}
+
+/// The drivers that a program works with. A value, not a global: two registries can differ.
+#[derive(Clone, Default)]
+pub struct Registry {
+    drivers: Vec<Arc<dyn DriverFactory>>,
+}
+
+impl fmt::Debug for Registry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list()
+            .entries(self.drivers.iter().map(|d| d.format_name()))
+            .finish()
+    }
+}
+
+impl Registry {
+    /// No drivers.
+    pub fn new() -> Registry {
+        Registry::default()
+    }
+
+    /// Adds a driver.
+    pub fn register(&mut self, driver: impl DriverFactory) {
+        self.drivers.push(Arc::new(driver));
+    }
+
+    /// The drivers, in the order they were added.
+    pub fn drivers(&self) -> impl Iterator<Item = &Arc<dyn DriverFactory>> {
+        self.drivers.iter()
+    }
+
+    /// The driver of a name.
+    ///
+    /// # Errors
+    /// `NotFound`: `Unknown driver 'x'`.
+    pub fn driver(&self, name: &str) -> Result<&Arc<dyn DriverFactory>> {
+        let unknown = || {
+            BlockError::new(ErrorKind::NotFound, format!("Unknown driver '{name}'"))
+                .errno_is(libc::EINVAL)
+        };
+        self.drivers
+            .iter()
+            .find(|d| d.format_name() == name)
+            .ok_or_else(unknown)
+    }
+
+    /// The protocol driver that a file name belongs to.
+    ///
+    /// # Errors
+    /// `NotFound`: `Unknown protocol 'x'`.
+    pub fn protocol_for(&self, filename: &str) -> Result<&Arc<dyn DriverFactory>> {
+        let best = self
+            .drivers
+            .iter()
+            .filter(|d| d.probe_path(filename) > 0)
+            .max_by_key(|d| d.probe_path(filename));
+        match protocol_of(filename) {
+            // A device whose path has a colon in it stays a device.
+            Some(_) if best.is_some_and(|d| d.probe_path(filename) == 100) => {}
+            Some(prefix) => {
+                let unknown =
+                    || BlockError::new(ErrorKind::NotFound, format!("Unknown protocol '{prefix}'"));
+                return self
+                    .drivers
+                    .iter()
+                    .find(|d| d.protocol_name() == Some(prefix))
+                    .ok_or_else(unknown);
+            }
+            None => {}
+        }
+        best.ok_or_else(|| {
+            BlockError::new(
+                ErrorKind::NotFound,
+                format!("No driver for file name '{filename}'"),
+            )
+        })
+    }
+
+    /// The format driver that recognises an image by its first bytes.
+    pub fn probe(&self, head: &[u8]) -> Option<&Arc<dyn DriverFactory>> {
+        let best = self.drivers.iter().max_by_key(|d| d.probe(head))?;
+        (best.probe(head) > 0).then_some(best)
+    }
+
+    /// What a new image is made with.
+    ///
+    /// # Errors
+    /// The driver's; `Unknown driver`.
+    pub async fn create(
+        &self,
+        format: &str,
+        filename: &str,
+        options: Options,
+        diagnostics: Diagnostics,
+    ) -> Result<()> {
+        let driver = self.driver(format)?.clone();
+        driver
+            .create(
+                &CreateContext {
+                    registry: self,
+                    diagnostics,
+                },
+                filename,
+                options,
+            )
+            .await
+    }
+}
+
+/// How to open a disk. The defaults are those of a careful library: nothing that images name is opened, formats are not guessed, write-back.
+///
+/// ```no_run
+/// # async fn f(registry: &blockcore::Registry) -> blockcore::Result<()> {
+/// use blockcore::{OpenOptions, OpenPolicy};
+/// let disk = OpenOptions::new()
+///     .format("qcow2")
+///     .policy(OpenPolicy::Beneath("/srv/images".into()))
+///     .open(registry, "/srv/images/vm.qcow2")
+///     .await?;
+/// let sector = disk.read(0, 512).await?;
+/// disk.close().await?;
+/// # Ok(()) }
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    format: Option<String>,
+    flags: NodeFlags,
+    write_through: bool,
+    options: Options,
+    policy: OpenPolicy,
+    probe: bool,
+    diagnostics: Diagnostics,
+}
+
+impl OpenOptions {
+    /// The defaults.
+    pub fn new() -> OpenOptions {
+        OpenOptions::default()
+    }
+
+    /// The driver of the top node.
+    pub fn format(mut self, name: impl Into<String>) -> Self {
+        self.format = Some(name.into());
+        self
+    }
+
+    /// Lets formats be guessed from what is in the files. A guest that can write to a raw image can make it look like any other.
+    pub fn probe(mut self, allowed: bool) -> Self {
+        self.probe = allowed;
+        self
+    }
+
+    /// Opens read-only.
+    pub fn read_only(mut self, on: bool) -> Self {
+        self.flags.read_only = on;
+        self
+    }
+
+    /// Bypasses the host's page cache.
+    pub fn direct(mut self, on: bool) -> Self {
+        self.flags.direct = on;
+        self
+    }
+
+    /// Lets `flush` do nothing on the host.
+    pub fn no_flush(mut self, on: bool) -> Self {
+        self.flags.no_flush = on;
+        self
+    }
+
+    /// Makes every write durable before it is done.
+    pub fn write_through(mut self, on: bool) -> Self {
+        self.write_through = on;
+        self
+    }
+
+    /// Passes discards on to the host.
+    pub fn unmap(mut self, on: bool) -> Self {
+        self.flags.unmap = on;
+        self
+    }
+
+    /// Takes no locks and respects none; read-only images only.
+    pub fn force_share(mut self, on: bool) -> Self {
+        self.flags.force_share = on;
+        self
+    }
+
+    /// Sets the mode as a whole.
+    pub fn flags(mut self, flags: NodeFlags) -> Self {
+        self.flags = flags;
+        self
+    }
+
+    /// One more driver option, with a dotted key for a child's (`file.aio`).
+    pub fn option(mut self, key: &str, value: impl Into<OptionValue>) -> Self {
+        self.options.set(key, value);
+        self
+    }
+
+    /// More driver options.
+    pub fn options(mut self, options: Options) -> Self {
+        self.options.merge(options);
+        self
+    }
+
+    /// What may be opened that images name.
+    pub fn policy(mut self, policy: OpenPolicy) -> Self {
+        self.policy = policy;
+        self
+    }
+
+    /// Where warnings go.
+    pub fn diagnostics(mut self, diagnostics: Diagnostics) -> Self {
+        self.diagnostics = diagnostics;
+        self
+    }
+
+    /// Opens the disk of a file name, which may be a path, `protocol:name` or `json:{...}`.
+    ///
+    /// # Errors
+    /// `NotFound`, `Locked`, `InvalidImage`, `Unsupported` ... with the text that QEMU's tools have for it.
+    pub async fn open(self, registry: &Registry, filename: &str) -> Result<Backend> {
+        self.open_as(registry, Some(filename.to_owned())).await
+    }
+
+    /// Opens the disk that the options alone describe (`driver`, `file.filename` ...).
+    ///
+    /// # Errors
+    /// As [`open`](OpenOptions::open).
+    pub async fn open_options(self, registry: &Registry) -> Result<Backend> {
+        self.open_as(registry, None).await
+    }
+
+    async fn open_as(mut self, registry: &Registry, filename: Option<String>) -> Result<Backend> {
+        if let Some(format) = self.format {
+            self.options.set("driver", format);
+        }
+        let shared = Shared {
+            registry,
+            probe: self.probe,
+            policy: self.policy,
+            diagnostics: self.diagnostics,
+        };
+        let request = NodeRequest {
+            filename,
+            options: self.options,
+            flags: self.flags,
+            kind: NodeKind::Format,
+            permissions: Permissions::storage(!self.flags.read_only),
+            ancestors: Vec::new(),
+            by_image: false,
+        };
+        let node = open_node(&shared, request)
+            .await
+            .map_err(|e| e.during(Op::Open))?;
+        Ok(Backend::new(node, self.write_through))
+    }
+}
+
+/// What all nodes of one opening have in common.
+struct Shared<'a> {
+    registry: &'a Registry,
+    probe: bool,
+    policy: OpenPolicy,
+    diagnostics: Diagnostics,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum NodeKind {
+    /// A format over a protocol.
+    Format,
+    /// A protocol alone: a format's file.
+    Protocol,
+}
+
+struct NodeRequest {
+    filename: Option<String>,
+    options: Options,
+    flags: NodeFlags,
+    kind: NodeKind,
+    permissions: Permissions,
+    /// The file names of the overlays above, for finding loops.
+    ancestors: Vec<String>,
+    /// An image named it, so the policy has to allow it.
+    by_image: bool,
+}
+
+/// What a driver's `open` gets to know, and how it opens its children.
+pub struct OpenContext<'a> {
+    shared: &'a Shared<'a>,
+    flags: NodeFlags,
+    filename: String,
+    probed: bool,
+    permissions: Permissions,
+    ancestors: Vec<String>,
+    /// The child `file`, opened before the driver was chosen.
+    file: Mutex<Option<Child>>,
+}
+
+impl OpenContext<'_> {
+    /// Mode of the node that is being opened.
+    pub fn flags(&self) -> NodeFlags {
+        self.flags
+    }
+
+    /// The name the node was opened by; empty where there is none.
+    pub fn filename(&self) -> &str {
+        &self.filename
+    }
+
+    /// Whether the format was guessed.
+    pub fn probed(&self) -> bool {
+        self.probed
+    }
+
+    /// What the parent will do with the node.
+    pub fn permissions(&self) -> Permissions {
+        self.permissions
+    }
+
+    /// Where warnings go, also later.
+    pub fn diagnostics(&self) -> &Diagnostics {
+        &self.shared.diagnostics
+    }
+
+    /// The child `file` that the options or the name describe.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if they describe none.
+    pub fn take_file(&self) -> Result<Child> {
+        let taken = self
+            .file
+            .lock()
+            .expect("no code panics while it holds this lock")
+            .take();
+        taken.ok_or_else(|| BlockError::invalid("A block device must be specified for \"file\""))
+    }
+
+    /// Opens a further protocol child from the options below `name.`, or of the name `default`, which came out of the image.
+    ///
+    /// # Errors
+    /// As for opening; `PermissionDenied` where the policy forbids `default`.
+    pub async fn open_child(
+        &self,
+        name: &'static str,
+        role: ChildRole,
+        options: &mut Options,
+        default: Option<&str>,
+    ) -> Result<Option<Child>> {
+        let own = options.take_subtree(name);
+        let by_image = own.is_empty();
+        let filename = if by_image {
+            default.map(|d| resolve_beside(&self.filename, d))
+        } else {
+            None
+        };
+        if own.is_empty() && filename.is_none() {
+            return Ok(None);
+        }
+        let request = NodeRequest {
+            filename,
+            options: own,
+            flags: self.flags,
+            kind: NodeKind::Protocol,
+            permissions: Permissions::storage(!self.flags.read_only),
+            ancestors: self.ancestors.clone(),
+            by_image,
+        };
+        let node = Box::pin(open_node(self.shared, request)).await?;
+        Ok(Some(Child::new(name, role, node)))
+    }
+
+    /// Opens the backing chain: the one that the options describe (`backing.*`, or `backing=null` for none), else the one that the image names.
+    /// It is opened read-only.
+    ///
+    /// # Errors
+    /// Those of opening it, behind `Could not open backing file: `; `PermissionDenied` where the policy forbids the image's name.
+    pub async fn open_backing(
+        &self,
+        options: &mut Options,
+        header: Option<&BackingName>,
+    ) -> Result<Option<Child>> {
+        let mut own = options.take_subtree("backing");
+        match options.take("backing") {
+            None => {}
+            Some(OptionValue::Null) => return Ok(None),
+            Some(OptionValue::Str(s)) if s.is_empty() => return Ok(None),
+            Some(other) => {
+                return Err(BlockError::unsupported(format!(
+                    "Cannot find device='{other}' nor node-name='{other}'"
+                )));
+            }
+        }
+        let named = own.contains("filename")
+            || own.contains("file.filename")
+            || own.contains("file.driver");
+        let (filename, by_image) = match header {
+            Some(h) if !named && !h.filename.is_empty() => {
+                if let Some(format) = &h.format {
+                    own.set_default("driver", format.as_str());
+                }
+                (Some(resolve_beside(&self.filename, &h.filename)), true)
+            }
+            _ if own.is_empty() => return Ok(None),
+            _ => (None, false),
+        };
+        let wrap = |e: BlockError| e.context("Could not open backing file");
+        let mut ancestors = self.ancestors.clone();
+        ancestors.push(self.filename.clone());
+        if ancestors.len() > MAX_CHAIN_DEPTH {
+            let text = format!("The backing chain is longer than {MAX_CHAIN_DEPTH} images");
+            return Err(wrap(BlockError::new(ErrorKind::InvalidImage, text)));
+        }
+        if let Some(name) = &filename
+            && ancestors.contains(name)
+        {
+            let text = format!("The backing chain loops: '{name}' is an overlay of itself");
+            return Err(wrap(BlockError::new(ErrorKind::InvalidImage, text)));
+        }
+        let request = NodeRequest {
+            filename,
+            options: own,
+            flags: NodeFlags {
+                read_only: true,
+                ..self.flags
+            },
+            kind: NodeKind::Format,
+            permissions: Permissions::storage(false),
+            ancestors,
+            by_image,
+        };
+        let node = Box::pin(open_node(self.shared, request))
+            .await
+            .map_err(wrap)?;
+        Ok(Some(Child::new("backing", ChildRole::Backing, node)))
+    }
+}
+
+async fn open_node(shared: &Shared<'_>, mut request: NodeRequest) -> Result<Arc<Node>> {
+    if request.by_image {
+        apply_policy(&shared.policy, &mut request).await?;
+    }
+    if let Some(json) = request.filename.take_if(|f| f.starts_with("json:")) {
+        let mut merged = Options::from_json(&json)?;
+        merged.merge(std::mem::take(&mut request.options));
+        request.options = merged;
+    }
+    let options = &mut request.options;
+    let flags = take_node_flags(options, request.flags)?;
+    let node_name = options.take_str("node-name");
+    let driver_name = options.take_str("driver");
+    let driver = driver_name
+        .as_deref()
+        .map(|n| shared.registry.driver(n).cloned())
+        .transpose()?;
+    let mut ctx = OpenContext {
+        shared,
+        flags,
+        filename: String::new(),
+        probed: false,
+        permissions: request.permissions,
+        ancestors: request.ancestors,
+        file: Mutex::new(None),
+    };
+    let is_protocol = |d: &Arc<dyn DriverFactory>| d.protocol_name().is_some();
+    let driver = if request.kind == NodeKind::Protocol || driver.as_ref().is_some_and(is_protocol) {
+        protocol_driver(shared, driver, request.filename, options, &mut ctx)?
+    } else {
+        let file = open_format_file(shared, request.filename, options, &ctx).await?;
+        ctx.filename = file
+            .as_ref()
+            .map(|f| f.filename().to_owned())
+            .unwrap_or_default();
+        let driver = match (driver, &file) {
+            (Some(driver), _) => driver,
+            (None, None) => return Err(BlockError::invalid("Must specify either driver or file")),
+            (None, Some(file)) => {
+                ctx.probed = true;
+                match probe_format(shared, file).await {
+                    Ok(driver) => driver,
+                    Err(e) => {
+                        file.close().await?;
+                        return Err(e);
+                    }
+                }
+            }
+        };
+        ctx.file = Mutex::new(file);
+        driver
+    };
+    if request.by_image
+        && let OpenPolicy::Drivers(allowed) = &shared.policy
+        && !allowed.iter().any(|a| a == driver.format_name())
+    {
+        let text = format!(
+            "An image names a '{}' image, which the open policy does not allow",
+            driver.format_name()
+        );
+        return Err(BlockError::new(ErrorKind::PermissionDenied, text));
+    }
+    let given = options.clone();
+    let opened = driver.open(&ctx, options).await;
+    let leftover = options.keys().next().map(str::to_owned);
+    match (opened, leftover) {
+        (Ok(open), None) => {
+            let config = NodeConfig {
+                name: node_name,
+                filename: ctx.filename,
+                options: given,
+                flags,
+            };
+            Node::new(open, config).await
+        }
+        (Ok(open), Some(key)) => {
+            let what = if is_protocol(&driver) {
+                "protocol"
+            } else {
+                "format"
+            };
+            let does_not = if is_protocol(&driver) {
+                "doesn't"
+            } else {
+                "does not"
+            };
+            let name = driver.format_name();
+            let node = Node::new(open, NodeConfig::default()).await?;
+            node.add_user();
+            node.release().await?;
+            Err(BlockError::invalid(format!(
+                "Block {what} '{name}' {does_not} support the option '{key}'"
+            )))
+        }
+        (Err(e), _) => {
+            let file = ctx
+                .file
+                .lock()
+                .expect("no code panics while it holds this lock")
+                .take();
+            if let Some(file) = file {
+                file.close().await?;
+            }
+            Err(e)
+        }
+    }
+}
+
+/// The driver of a protocol node, with the file name in the option `filename`.
+fn protocol_driver(
+    shared: &Shared<'_>,
+    driver: Option<Arc<dyn DriverFactory>>,
+    filename: Option<String>,
+    options: &mut Options,
+    ctx: &mut OpenContext<'_>,
+) -> Result<Arc<dyn DriverFactory>> {
+    if let Some(filename) = filename {
+        let driver = match driver {
+            Some(driver) => driver,
+            None => shared.registry.protocol_for(&filename)?.clone(),
+        };
+        if options.contains("filename") {
+            return Err(BlockError::invalid(
+                "Can't specify 'file' and 'filename' options at the same time",
+            ));
+        }
+        let prefix = driver
+            .protocol_name()
+            .map(|p| format!("{p}:"))
+            .unwrap_or_default();
+        let plain = filename
+            .strip_prefix(&prefix)
+            .unwrap_or(&filename)
+            .to_owned();
+        options.set("filename", plain.as_str());
+        ctx.filename = plain;
+        return Ok(driver);
+    }
+    ctx.filename = options.get_str("filename").unwrap_or_default();
+    match (driver, options.get_str("filename")) {
+        (Some(driver), _) => Ok(driver),
+        (None, Some(name)) => shared.registry.protocol_for(&name).cloned(),
+        (None, None) => Err(BlockError::invalid("Must specify either driver or file")),
+    }
+}
+
+/// Opens the child `file` of a format node, if the name or the options describe one.
+async fn open_format_file(
+    shared: &Shared<'_>,
+    filename: Option<String>,
+    options: &mut Options,
+    ctx: &OpenContext<'_>,
+) -> Result<Option<Child>> {
+    let own = options.take_subtree("file");
+    if let Some(reference) = options.take_str("file") {
+        let text = format!("Cannot find device='{reference}' nor node-name='{reference}'");
+        return Err(BlockError::new(ErrorKind::NotFound, text));
+    }
+    let filename = filename.or_else(|| options.take_str("filename"));
+    if own.is_empty() && filename.is_none() {
+        return Ok(None);
+    }
+    if own.contains("filename") && filename.is_some() {
+        return Err(BlockError::invalid(
+            "Can't specify 'file' and 'filename' options at the same time",
+        ));
+    }
+    let request = NodeRequest {
+        filename,
+        options: own,
+        flags: ctx.flags,
+        kind: NodeKind::Protocol,
+        permissions: ctx.permissions,
+        ancestors: ctx.ancestors.clone(),
+        by_image: false,
+    };
+    let node = Box::pin(open_node(shared, request)).await?;
+    Ok(Some(Child::new("file", ChildRole::File, node)))
+}
+
+async fn probe_format(shared: &Shared<'_>, file: &Child) -> Result<Arc<dyn DriverFactory>> {
+    if !shared.probe {
+        let text = format!(
+            "The format of '{}' is not given, and guessing is not allowed",
+            file.filename()
+        );
+        return Err(BlockError::invalid(text));
+    }
+    let want = (file.length().min(PROBE_BYTES as u64)) as usize;
+    let head = file
+        .preadv(0, IoBufMut::zeroed(want), ReadFlags::empty())
+        .await;
+    let head = head.map_err(|e| e.context("Could not read image for determining its format"))?;
+    let driver = shared.registry.probe(&head.to_vec()).cloned();
+    driver.ok_or_else(|| {
+        BlockError::invalid("Could not determine image format: No compatible driver found")
+    })
+}
+
+/// Takes the options that every node has.
+fn take_node_flags(options: &mut Options, mut flags: NodeFlags) -> Result<NodeFlags> {
+    flags.read_only = options.take_bool("read-only")?.unwrap_or(flags.read_only);
+    flags.direct = options.take_bool("cache.direct")?.unwrap_or(flags.direct);
+    flags.no_flush = options
+        .take_bool("cache.no-flush")?
+        .unwrap_or(flags.no_flush);
+    flags.force_share = options
+        .take_bool("force-share")?
+        .unwrap_or(flags.force_share);
+    if let Some(discard) = options.take_str("discard") {
+        flags.unmap = match discard.as_str() {
+            "unmap" | "on" => true,
+            "ignore" | "off" => false,
+            _ => return Err(BlockError::invalid("Invalid discard option")),
+        };
+    }
+    if flags.force_share && !flags.read_only {
+        return Err(BlockError::invalid(
+            "force-share=on can only be used with read-only images",
+        ));
+    }
+    Ok(flags)
+}
+
+/// Refuses a name that an image gave where the policy says so, and pins what `Beneath` looked at.
+async fn apply_policy(policy: &OpenPolicy, request: &mut NodeRequest) -> Result<()> {
+    let name = request.filename.clone().unwrap_or_default();
+    let denied = |why: &str| {
+        let text = format!("The image names '{name}', which the open policy does not allow: {why}");
+        Err(BlockError::new(ErrorKind::PermissionDenied, text))
+    };
+    match policy {
+        OpenPolicy::Everything | OpenPolicy::Drivers(_) => Ok(()),
+        OpenPolicy::Deny => denied("nothing that an image names is opened"),
+        OpenPolicy::Beneath(dir) => {
+            if protocol_of(&name).is_some() {
+                return denied("only plain files are");
+            }
+            let (dir, path) = (dir.clone(), PathBuf::from(&name));
+            let looked = tokio::task::spawn_blocking(move || {
+                Ok((dir.canonicalize()?, path.canonicalize()?))
+            });
+            let resolved: std::io::Result<(PathBuf, PathBuf)> = looked
+                .await
+                .map_err(|_| BlockError::from_errno(libc::ECANCELED))?;
+            let (dir, path) = resolved
+                .map_err(|e| BlockError::from_io(e).context(format!("Could not open '{name}'")))?;
+            if !path.starts_with(&dir) {
+                return denied(&format!("it does not lie in '{}'", dir.display()));
+            }
+            match path.to_str() {
+                Some(path) => request.filename = Some(path.to_owned()),
+                None => return denied("its path is no valid text"),
+            }
+            Ok(())
+        }
+    }
+}
+
+/// What a driver's `create` gets to know, and how it makes and opens the file it writes to.
+pub struct CreateContext<'a> {
+    registry: &'a Registry,
+    diagnostics: Diagnostics,
+}
+
+impl CreateContext<'_> {
+    /// Makes the protocol-level file, `bytes` long, and opens it for writing.
+    ///
+    /// # Errors
+    /// The protocol driver's.
+    pub async fn create_file(&self, filename: &str, options: Options) -> Result<Backend> {
+        let protocol = self.registry.protocol_for(filename)?.clone();
+        protocol.create(self, filename, options).await?;
+        let shared = Shared {
+            registry: self.registry,
+            probe: false,
+            policy: OpenPolicy::Deny,
+            diagnostics: self.diagnostics.clone(),
+        };
+        let request = NodeRequest {
+            filename: Some(filename.to_owned()),
+            options: Options::new(),
+            flags: NodeFlags::default(),
+            kind: NodeKind::Protocol,
+            permissions: Permissions::storage(true),
+            ancestors: Vec::new(),
+            by_image: false,
+        };
+        Ok(Backend::new(open_node(&shared, request).await?, false))
+    }
+
+    /// The drivers at hand.
+    pub fn registry(&self) -> &Registry {
+        self.registry
+    }
+
+    /// Where warnings go.
+    pub fn diagnostics(&self) -> &Diagnostics {
+        &self.diagnostics
+    }
+}

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a parent does with a node, and what it lets others do. `QEMU: BLK_PERM_*`.
+//!
+//! The `file` driver turns these into the byte-range locks that other processes see; see `raw::lock`.
+
+use bitflags::bitflags;
+
+bitflags! {
+    /// One thing a parent may do with a node. The bit numbers are the lock byte numbers that QEMU uses.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+    pub struct Perm: u8 {
+        /// Reads, and relies on what it read staying true.
+        const CONSISTENT_READ = 1 << 0;
+        /// Changes the data.
+        const WRITE = 1 << 1;
+        /// Writes data that is there already (copy-on-read).
+        const WRITE_UNCHANGED = 1 << 2;
+        /// Changes the length.
+        const RESIZE = 1 << 3;
+    }
+}
+
+/// What a parent does, and what it puts up with from others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Permissions {
+    /// What the parent does.
+    pub used: Perm,
+    /// What others may do at the same time.
+    pub shared: Perm,
+}
+
+impl Permissions {
+    /// A parent that only looks, and that minds nobody else: `force-share`, or an inspection of metadata.
+    pub const NONE: Permissions = Permissions {
+        used: Perm::empty(),
+        shared: Perm::all(),
+    };
+
+    /// A parent that reads and lets others do all but what `unshared` names.
+    pub const fn reader() -> Permissions {
+        Permissions {
+            used: Perm::CONSISTENT_READ,
+            shared: Perm::CONSISTENT_READ.union(Perm::WRITE_UNCHANGED),
+        }
+    }
+
+    /// A format driver over its file: nobody else may write, and who writes also resizes.
+    /// `QEMU: bdrv_default_perms_for_storage`.
+    pub const fn storage(writable: bool) -> Permissions {
+        let mut used = Perm::CONSISTENT_READ;
+        if writable {
+            used = used.union(Perm::WRITE).union(Perm::RESIZE);
+        }
+        Permissions {
+            used,
+            shared: Perm::CONSISTENT_READ.union(Perm::WRITE_UNCHANGED),
+        }
+    }
+}
