@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `crash`: a disk in memory that keeps a log of every change and every flush, and rebuilds what a power cut could leave.
+//!
+//! # Fault model
+//!
+//! * What was written before a completed flush began is there.
+//! * Of what was written since, any subset is there, in any order, each write torn at sector boundaries: every sector holds what one of the writes
+//!   to it put there, or what was there before.
+//! * A change of length behaves like a write: it may be there or not. What was never written reads as zero.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use async_trait::async_trait;
+
+use super::memory::MemoryDriver;
+use super::rng::Rng;
+use crate::buffer::{IoBuf, IoBufMut};
+use crate::driver::{BlockDriver, ReadFlags, TruncateRequest, WriteFlags};
+use crate::error::Result;
+use crate::node::{Node, NodeConfig, NodeFlags, SECTOR_BYTES};
+
+/// One entry of the log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LogEntry {
+    /// These bytes were written, zeroed or discarded at this offset.
+    Write {
+        /// Byte offset.
+        offset: u64,
+        /// What the bytes became.
+        data: Vec<u8>,
+    },
+    /// The length became this many bytes.
+    Length(u64),
+    /// All before it is durable.
+    Flush,
+}
+
+/// A disk in memory with a log. Clones share both.
+#[derive(Clone, Debug)]
+pub struct CrashDriver {
+    disk: MemoryDriver,
+    base: Arc<Vec<u8>>,
+    log: Arc<Mutex<Vec<LogEntry>>>,
+}
+
+impl CrashDriver {
+    /// A disk with these bytes on it, all of them durable.
+    pub fn new(bytes: Vec<u8>) -> CrashDriver {
+        let mut disk = MemoryDriver::new(bytes.clone());
+        disk.nowait = true;
+        CrashDriver {
+            disk,
+            base: Arc::new(bytes),
+            log: Arc::default(),
+        }
+    }
+
+    /// The bytes as they are now.
+    pub fn snapshot(&self) -> Vec<u8> {
+        self.disk.snapshot()
+    }
+
+    /// A copy of the log.
+    pub fn log(&self) -> Vec<LogEntry> {
+        self.lock().clone()
+    }
+
+    /// The number of entries in the log: the places where the power can be cut are `0..=log_len()`.
+    pub fn log_len(&self) -> usize {
+        self.lock().len()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<LogEntry>> {
+        self.log
+            .lock()
+            .expect("no code panics while it holds this lock")
+    }
+
+    /// A node over this disk.
+    ///
+    /// # Errors
+    /// None that a test has to expect.
+    pub async fn into_node(self, flags: NodeFlags) -> Result<Arc<Node>> {
+        Node::new(
+            Box::new(self),
+            NodeConfig {
+                filename: "crash".to_owned(),
+                flags,
+                ..NodeConfig::default()
+            },
+        )
+        .await
+    }
+
+    /// What a power cut after the first `cut` log entries could leave, chosen by `rng`. `keep_percent` of the sectors that were not flushed survive.
+    pub fn image_after(&self, cut: usize, keep_percent: u64, rng: &mut Rng) -> Vec<u8> {
+        let log = self.lock();
+        let log = &log[..cut];
+        let flushed = log
+            .iter()
+            .rposition(|e| *e == LogEntry::Flush)
+            .map_or(0, |at| at + 1);
+        let mut image = (*self.base).clone();
+        for entry in &log[..flushed] {
+            apply(&mut image, entry, |_| true);
+        }
+        // Any order: sectors are applied in the order of the log or against it, write by write.
+        let mut rest: Vec<&LogEntry> = log[flushed..].iter().collect();
+        for i in (1..rest.len()).rev() {
+            if rng.chance(30) {
+                rest.swap(i, rng.below(i as u64 + 1) as usize);
+            }
+        }
+        for entry in rest {
+            apply(&mut image, entry, |_| rng.chance(keep_percent));
+        }
+        image
+    }
+}
+
+fn apply(image: &mut Vec<u8>, entry: &LogEntry, mut survives: impl FnMut(u64) -> bool) {
+    match entry {
+        LogEntry::Flush => {}
+        LogEntry::Length(bytes) => {
+            if survives(*bytes) {
+                image.resize(*bytes as usize, 0);
+            }
+        }
+        LogEntry::Write { offset, data } => {
+            let mut at = *offset;
+            let end = offset + data.len() as u64;
+            while at < end {
+                let next = ((at / SECTOR_BYTES + 1) * SECTOR_BYTES).min(end);
+                if survives(at) {
+                    if (image.len() as u64) < next {
+                        image.resize(next as usize, 0);
+                    }
+                    let part = &data[(at - offset) as usize..(next - offset) as usize];
+                    image[at as usize..next as usize].copy_from_slice(part);
+                }
+                at = next;
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl BlockDriver for CrashDriver {
+    fn format_name(&self) -> &'static str {
+        "crash"
+    }
+
+    fn is_protocol(&self) -> bool {
+        true
+    }
+
+    async fn length(&self) -> Result<u64> {
+        self.disk.length().await
+    }
+
+    fn read_nowait(&self, offset: u64, buf: &mut [u8]) -> bool {
+        self.disk.read_nowait(offset, buf)
+    }
+
+    async fn preadv(&self, offset: u64, buf: IoBufMut, flags: ReadFlags) -> Result<IoBufMut> {
+        // A place where other tasks get their turn, as with a real disk.
+        tokio::task::yield_now().await;
+        self.disk.preadv(offset, buf, flags).await
+    }
+
+    async fn pwritev(&self, offset: u64, buf: IoBuf, flags: WriteFlags) -> Result<()> {
+        tokio::task::yield_now().await;
+        self.lock().push(LogEntry::Write {
+            offset,
+            data: buf.to_vec(),
+        });
+        self.disk.pwritev(offset, buf, flags).await
+    }
+
+    fn supported_zero_flags(&self) -> WriteFlags {
+        WriteFlags::MAY_UNMAP | WriteFlags::NO_FALLBACK
+    }
+
+    async fn pwrite_zeroes(&self, offset: u64, bytes: u64, _flags: WriteFlags) -> Result<()> {
+        self.pwritev(offset, IoBuf::zeroes(bytes as usize), WriteFlags::empty())
+            .await
+    }
+
+    async fn pdiscard(&self, offset: u64, bytes: u64) -> Result<()> {
+        // A hole within the length; it never makes the disk longer.
+        let end = (offset + bytes).min(self.disk.length().await?);
+        if offset < end {
+            self.pwritev(
+                offset,
+                IoBuf::zeroes((end - offset) as usize),
+                WriteFlags::empty(),
+            )
+            .await?;
+        }
+        Ok(())
+    }
+
+    async fn flush(&self) -> Result<()> {
+        let begun = self.log_len();
+        tokio::task::yield_now().await;
+        // Only what was there when the flush began is durable: the mark goes there, not to the end.
+        self.lock().insert(begun, LogEntry::Flush);
+        Ok(())
+    }
+
+    async fn truncate(&self, request: TruncateRequest) -> Result<()> {
+        self.lock().push(LogEntry::Length(request.bytes));
+        self.disk.truncate(request).await
+    }
+
+    fn as_any(&self) -> &dyn std::any::Any {
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_was_flushed_survives_and_the_rest_may_not() {
+        let disk = CrashDriver::new(vec![0; 2048]);
+        let node = disk.clone().into_node(NodeFlags::default()).await.unwrap();
+        node.pwritev(0, vec![1; 512].into(), WriteFlags::empty())
+            .await
+            .unwrap();
+        node.flush().await.unwrap();
+        node.pwritev(0, vec![2; 1024].into(), WriteFlags::empty())
+            .await
+            .unwrap();
+        let mut seen = [false; 4];
+        for seed in 0..50 {
+            let image = disk.image_after(disk.log_len(), 50, &mut Rng::new(seed));
+            assert!(image[0] == 1 || image[0] == 2);
+            assert!(image[512] == 0 || image[512] == 2);
+            seen[usize::from(image[0] == 2) + 2 * usize::from(image[512] == 2)] = true;
+        }
+        assert_eq!(seen, [true; 4], "every mixture turns up");
+    }
+}
