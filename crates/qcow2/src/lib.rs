@@ -1,2 +1,35 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! qcow2
+//! The qcow2 image format: versions 2 and 3.
+//!
+//! Reading order: `format` (what is on disk), `header`, `open`, `image` (one open image, its locks, lookup), `l2_table` and `l2_cache`, `read`, `write`,
+//! `alloc` and `refcount`, `commit` (the order on disk), `epoch`, `remap` (zero writes, discards), `truncate`, `map`, `check`, `create`.
+//!
+//! The driver knows its file and its backing node only as [`blockcore::Child`].
+
+mod alloc;
+mod check;
+mod commit;
+mod compressed;
+mod create;
+mod driver;
+mod epoch;
+pub mod extension;
+pub mod format;
+pub mod header;
+mod image;
+mod info;
+mod l2_cache;
+mod l2_table;
+mod map;
+mod open;
+mod read;
+mod refcount;
+mod remap;
+mod truncate;
+mod write;
+
+pub use driver::Qcow2;
+pub use open::Qcow2Factory;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Allocation of host clusters, and what becomes of freed ones: [`Meta`], everything behind the metadata lock.
+//!
+//! A cluster goes through these stations:
+//!
+//! 1. *allocated*: its refcount is 1 in memory; nothing points at it. If the request fails or is given up now, the refcount goes back to 0
+//!    at once (at worst the disk says 1 after a crash: a leak).
+//! 2. *linked*: a table entry points at it, in memory. `commit` makes the refcount durable first (INV QCOW2-ORD-1), then the entry.
+//! 3. *freed*: no entry in memory points at it any more, but an entry on disk may.
+//! 4. *in limbo*: the commit that took the entry away is durable (INV QCOW2-ORD-3); requests that looked it up before may still be under way.
+//! 5. *free*: those are over, and its hole is punched if the guest asked for that; the refcount goes down, and it can be allocated (INV QCOW2-ORD-4).
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use blockcore::{BlockError, ErrorKind, IoBufMut, ReadFlags, Result, WriteFlags};
+
+use crate::commit::{Growth, MovedTable};
+use crate::format::{L1E_OFFSET_MASK, L2E_OFFSET_MASK, OFLAG_COPIED};
+use crate::image::{Image, Owner};
+use crate::l2_cache::PinnedSlice;
+use crate::l2_table::Mapping;
+use crate::refcount::Refcounts;
+
+/// So many changed slices are written back without being asked for.
+const DIRTY_SLICES_MAX: usize = 1024;
+/// So many freed runs are made available without being asked for.
+const FREED_RUNS_MAX: usize = 4096;
+/// So many freed clusters are, too: 64 MiB of the usual size.
+const FREED_CLUSTERS_MAX: u64 = 1024;
+
+/// Consecutive host clusters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    /// The index of the first.
+    pub cluster: u64,
+    pub count: u64,
+    /// They lie past everything ever used in the file, and read as zero until written.
+    pub fresh: bool,
+}
+
+/// Host clusters that lost one reference each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Freed {
+    pub cluster: u64,
+    pub count: u64,
+    /// The guest said that it doesn't need the data: the host may have the storage back.
+    pub punch: bool,
+}
+
+/// Everything behind the metadata lock.
+#[derive(Debug)]
+pub(crate) struct Meta {
+    pub refcounts: Refcounts,
+    /// Slices with changes that are not on disk.
+    pub dirty_slices: BTreeMap<u64, PinnedSlice>,
+    /// L1 entries with changes that are not on disk.
+    pub dirty_l1: BTreeSet<usize>,
+    /// Station 3.
+    pub freed: Vec<Freed>,
+    /// Station 4, with the epoch that has to pass.
+    pub limbo: VecDeque<(u64, Freed)>,
+    /// No cluster below this index is free.
+    pub next_free: u64,
+    /// No cluster from this index on was ever used.
+    pub fresh_from: u64,
+    /// Where the L1 table lies, in bytes.
+    pub l1_offset: u64,
+    /// The refcount table is on its way to a new place.
+    pub moving_table: Option<MovedTable>,
+    /// The disk is on its way to a greater length.
+    pub growth: Option<Growth>,
+}
+
+impl Meta {
+    /// Notes that clusters lost a reference.
+    pub fn free_later(&mut self, cluster: u64, count: u64, punch: bool) {
+        if let Some(last) = self.freed.last_mut()
+            && last.punch == punch
+            && last.cluster + last.count == cluster
+        {
+            last.count += count;
+            return;
+        }
+        self.freed.push(Freed { cluster, count, punch });
+    }
+
+    /// Whether enough has piled up that it should be written back unasked.
+    pub fn wants_commit(&self) -> bool {
+        self.dirty_slices.len() >= DIRTY_SLICES_MAX
+            || self.freed.len() >= FREED_RUNS_MAX
+            || self.freed.iter().map(|f| f.count).sum::<u64>() >= FREED_CLUSTERS_MAX
+    }
+}
+
+impl Image {
+    /// Takes `want` consecutive free clusters. Their refcount is 1 afterwards, in memory.
+    ///
+    /// # Errors
+    /// Those of reading refcount blocks; `NoSpace` at the limits of the format; `Corrupt` where a free cluster holds metadata.
+    pub async fn alloc_run(&self, meta: &mut Meta, want: u64) -> Result<Run> {
+        self.check_sound()?;
+        loop {
+            let cluster = self.find_free(meta, want).await?;
+            if (cluster + want) << self.cluster_bits > L2E_OFFSET_MASK {
+                return Err(BlockError::new(ErrorKind::NoSpace, "The image file can't grow further").errno_is(27));
+            }
+            if let Some(missing) = self.missing_block(meta, cluster, want) {
+                self.add_refcount_block(meta, missing).await?;
+                // The new block has taken a cluster, maybe one of these.
+                continue;
+            }
+            let (host, bytes) = (cluster << self.cluster_bits, want << self.cluster_bits);
+            if cluster == 0 || self.owner_in(host, bytes).is_some() {
+                let text = format!("Preventing invalid allocation at offset {host:#x}: the cluster holds metadata");
+                return Err(self.signal_corruption(&text, host));
+            }
+            for c in cluster..cluster + want {
+                meta.refcounts.set(&self.file, c, 1).await?;
+            }
+            meta.next_free = cluster + want;
+            return Ok(self.use_run(meta, cluster, want));
+        }
+    }
+
+    fn use_run(&self, meta: &mut Meta, cluster: u64, count: u64) -> Run {
+        let fresh = cluster >= meta.fresh_from && cluster << self.cluster_bits >= self.zero_from;
+        meta.fresh_from = meta.fresh_from.max(cluster + count);
+        Run { cluster, count, fresh }
+    }
+
+    /// The first of `want` consecutive clusters with refcount 0, from the cursor on.
+    async fn find_free(&self, meta: &mut Meta, want: u64) -> Result<u64> {
+        let mut first = meta.next_free;
+        let mut cluster = first;
+        while cluster < first + want {
+            if !meta.refcounts.has_block(cluster) {
+                // A whole block's worth of free clusters.
+                let entries = meta.refcounts.block_entries();
+                cluster = (cluster / entries + 1) * entries;
+            } else if meta.refcounts.get(&self.file, cluster).await? == 0 {
+                cluster += 1;
+            } else {
+                cluster += 1;
+                first = cluster;
+            }
+        }
+        Ok(first)
+    }
+
+    fn missing_block(&self, meta: &Meta, cluster: u64, count: u64) -> Option<u64> {
+        let entries = meta.refcounts.block_entries();
+        let mut blocks = cluster / entries..=(cluster + count - 1) / entries;
+        blocks.find(|b| !meta.refcounts.has_block(b * entries))
+    }
+
+    /// Makes the refcount block `number`, in the first cluster that it counts itself.
+    async fn add_refcount_block(&self, meta: &mut Meta, number: u64) -> Result<()> {
+        let cluster = (number * meta.refcounts.block_entries()).max(1);
+        let host = cluster << self.cluster_bits;
+        if self.owner_in(host, self.cluster_size()).is_some() || cluster == 1 {
+            let text = format!("Preventing invalid allocation of refcount block at offset {host:#x}");
+            return Err(self.signal_corruption(&text, host));
+        }
+        meta.refcounts.add_block(number, host)?;
+        meta.refcounts.set(&self.file, cluster, 1).await?;
+        self.own(host, self.cluster_size(), Owner::RefcountBlock);
+        let _used = self.use_run(meta, cluster, 1);
+        Ok(())
+    }
+
+    /// Gives back clusters that nothing ever pointed at. They can be handed out again at once.
+    ///
+    /// # Errors
+    /// Those of reading refcount blocks; then the clusters leak.
+    pub async fn unalloc_run(&self, meta: &mut Meta, run: Run) -> Result<()> {
+        for cluster in run.cluster..run.cluster + run.count {
+            meta.refcounts.set(&self.file, cluster, 0).await?;
+        }
+        meta.next_free = meta.next_free.min(run.cluster);
+        Ok(())
+    }
+
+    /// Takes one reference from each cluster of a freed run. The caller has seen to INV QCOW2-ORD-3 and QCOW2-ORD-4.
+    ///
+    /// # Errors
+    /// Those of reading refcount blocks; `Corrupt` where there was no reference.
+    pub async fn release_run(&self, meta: &mut Meta, freed: Freed) -> Result<()> {
+        for cluster in freed.cluster..freed.cluster + freed.count {
+            match meta.refcounts.get(&self.file, cluster).await? {
+                0 => {
+                    let host = cluster << self.cluster_bits;
+                    let text = format!("Cluster at offset {host:#x} was freed, but had no references");
+                    return Err(self.signal_corruption(&text, host));
+                }
+                1 => {
+                    meta.refcounts.set(&self.file, cluster, 0).await?;
+                    self.disown(cluster);
+                    meta.next_free = meta.next_free.min(cluster);
+                }
+                n => meta.refcounts.set(&self.file, cluster, n - 1).await?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Sees to it that there is an L2 table for an L1 entry that this image alone uses (INV QCOW2-META-2): makes one, or copies a shared one.
+    ///
+    /// A new table's bytes are on disk before the L1 entry changes even in memory, so that no order of later writes can expose what lay there
+    /// before; both become durable in the next commit.
+    ///
+    /// # Errors
+    /// Those of allocating and of metadata I/O.
+    pub async fn ensure_l2_table(&self, meta: &mut Meta, l1_index: usize) -> Result<()> {
+        let entry = self.l1.get(l1_index);
+        let old = entry & L1E_OFFSET_MASK;
+        if old != 0 && entry & OFLAG_COPIED != 0 {
+            return Ok(());
+        }
+        if old & (self.cluster_size() - 1) != 0 {
+            let text = format!("L2 table offset {old:#x} unaligned (L1 index: {l1_index:#x})");
+            return Err(self.signal_corruption(&text, old));
+        }
+        let run = self.alloc_run(meta, 1).await?;
+        let host = run.cluster << self.cluster_bits;
+        let filled = async {
+            if old != 0 {
+                let buf = IoBufMut::zeroed(self.cluster_size() as usize);
+                let bytes = self.file.preadv(old, buf, ReadFlags::empty()).await?;
+                self.file.pwritev(host, bytes.freeze(), WriteFlags::empty()).await
+            } else if !run.fresh {
+                self.file.pwrite_zeroes(host, self.cluster_size(), WriteFlags::empty()).await
+            } else {
+                Ok(())
+            }
+        };
+        if let Err(e) = filled.await {
+            self.unalloc_run(meta, run).await?;
+            return Err(e);
+        }
+        self.own(host, self.cluster_size(), Owner::L2);
+        self.l1.set(l1_index, host | OFLAG_COPIED);
+        meta.dirty_l1.insert(l1_index);
+        if old != 0 {
+            meta.free_later(old >> self.cluster_bits, 1, false);
+        }
+        Ok(())
+    }
+
+    /// Changes the L2 entry of a guest cluster whose table is there and unshared, and returns the old mapping.
+    ///
+    /// # Errors
+    /// Those of reading the table; `Corrupt` for an old entry that makes no sense.
+    pub async fn set_entry(&self, meta: &mut Meta, guest_cluster: u64, entry: u64) -> Result<Mapping> {
+        let (number, index) = self.l2.locate(guest_cluster);
+        let Some(slice) = self.slice(number).await? else {
+            unreachable!("the caller has made the L2 table");
+        };
+        let old = self.decode(guest_cluster, slice.get(index))?;
+        slice.set(index, entry);
+        meta.dirty_slices.entry(number).or_insert(slice);
+        Ok(old)
+    }
+
+    /// Notes that the host clusters of a mapping lost the reference of an L2 entry.
+    pub fn free_mapping(&self, meta: &mut Meta, old: &Mapping, punch: bool) {
+        if let Some((host, bytes)) = old.referenced(self.cluster_size()) {
+            let first = host >> self.cluster_bits;
+            let end = (host + bytes).div_ceil(self.cluster_size());
+            meta.free_later(first, end - first, punch);
+        }
+    }
+}

@@ -1,0 +1,335 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Writing metadata back, in the one order that survives a power cut. This is what `flush` is.
+//!
+//! A commit takes a copy of all changes in memory, under the metadata lock, and then writes it without the lock:
+//!
+//! | step | what | why then |
+//! |---|---|---|
+//! | 1 | changed refcount blocks; a moved refcount table | nothing refers to new ones yet |
+//! | 2 | *fdatasync*, then new refcount table entries or the header that names the moved table | they must not point at garbage |
+//! | 3 | *fdatasync* | INV QCOW2-ORD-1: refcounts; INV QCOW2-ORD-2: guest data and COW that finished before the copy was taken |
+//! | 4 | changed L2 slices, changed L1 entries | everything they point at is durable |
+//! | 5 | *fdatasync* | INV QCOW2-ORD-5 |
+//! | 5a | the header's size and L1 fields, if the disk has grown, and *fdatasync* | the L1 table they name is durable |
+//! | 6 | freed clusters go to limbo; those whose users are gone lose their hole and their refcount | INV QCOW2-ORD-3, QCOW2-ORD-4 |
+//!
+//! Step 2 happens once in gigabytes. What changes while a commit runs is in the next one: an L2 entry that is set after the copy was taken is
+//! not in the copy, though its slice is.
+//!
+//! Commits run one at a time, in a task of their own: who waits for one may go away. Several waiters share one (group commit): a commit that *began*
+//! after a flush was called does for that flush.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use blockcore::{BlockError, IoBuf, Preallocation, Result, TruncateRequest, WriteFlags};
+
+use crate::alloc::{Freed, Meta};
+use crate::image::{Image, Owner};
+use crate::l2_cache::PinnedSlice;
+use crate::refcount::BlockWrite;
+
+/// L1 entries are written in pieces of this many bytes.
+const L1_WRITE_BYTES: usize = 512;
+
+/// Which commits have begun and ended.
+#[derive(Debug, Default)]
+pub(crate) struct CommitState {
+    lock: tokio::sync::Mutex<()>,
+    begun: AtomicU64,
+    /// The number of the last commit that ended well.
+    done: AtomicU64,
+}
+
+/// A copy of everything that is to be written.
+#[derive(Default)]
+struct Plan {
+    blocks: Vec<BlockWrite>,
+    /// Pieces of the refcount table, by host offset, or the whole table at its new place.
+    table: Vec<(u64, Vec<u8>)>,
+    table_entries: Vec<usize>,
+    /// The refcount table has moved here: the header has to say so.
+    moved_table: Option<MovedTable>,
+    slices: Vec<(u64, PinnedSlice, u64, Vec<u8>)>,
+    l1: BTreeMap<usize, Vec<u8>>,
+    l1_entries: Vec<usize>,
+    l1_offset: u64,
+    /// The header's size and L1 fields, if they change, and what the L1 table leaves behind.
+    size_and_l1: Option<(Vec<u8>, Vec<Freed>)>,
+    freed: Vec<Freed>,
+}
+
+/// A refcount table on its way to a new place. Until the header that names it is durable, both places are in use.
+#[derive(Clone, Debug)]
+pub(crate) struct MovedTable {
+    offset: u64,
+    clusters: u32,
+    /// The places it had before.
+    old: Vec<Freed>,
+}
+
+impl Image {
+    /// Makes all completed writes durable, with the metadata that makes them reachable. INV QCOW2-ORD-5.
+    ///
+    /// # Errors
+    /// The file's. What was not written stays to be written.
+    pub async fn commit(self: &Arc<Self>) -> Result<()> {
+        let needed = self.commits.begun.load(Ordering::Acquire) + 1;
+        let image = self.clone();
+        let guard = self.tasks.enter_owned();
+        let task = tokio::spawn(async move {
+            let _guard = guard;
+            let _one = image.commits.lock.lock().await;
+            if image.commits.done.load(Ordering::Acquire) >= needed {
+                return Ok(());
+            }
+            let number = image.commits.begun.fetch_add(1, Ordering::AcqRel) + 1;
+            image.commit_now().await?;
+            image.commits.done.store(number, Ordering::Release);
+            Ok(())
+        });
+        task.await.unwrap_or_else(|_| Err(BlockError::from_errno(125)))
+    }
+
+    async fn commit_now(&self) -> Result<()> {
+        self.mark_corrupt_on_disk().await?;
+        self.check_sound()?;
+        let mut plan = self.take_plan().await?;
+        let result = self.write_plan(&plan).await;
+        let mut meta = self.meta.lock().await;
+        meta.refcounts.written(&plan.blocks, result.is_ok());
+        let Err(e) = result else {
+            let stamp = self.epochs.stamp();
+            if let Some(moved) = plan.moved_table.take() {
+                plan.freed.extend(moved.old);
+                meta.moving_table = None;
+            }
+            if let Some((_, old)) = plan.size_and_l1.take() {
+                plan.freed.extend(old);
+                let size = meta.growth.take().map(|g| g.size);
+                let mut header = self.header.lock().expect("no code panics while it holds this lock");
+                header.size = size.unwrap_or(header.size);
+                header.l1_size = self.l1.len() as u32;
+                header.l1_table_offset = meta.l1_offset;
+            }
+            meta.limbo.extend(plan.freed.drain(..).map(|f| (stamp, f)));
+            drop(meta);
+            return self.empty_limbo().await;
+        };
+        // Nothing is lost: what may not have reached the disk goes into the next commit.
+        meta.refcounts.dirty_entries.extend(plan.table_entries);
+        for (number, slice, _, _) in plan.slices {
+            meta.dirty_slices.entry(number).or_insert(slice);
+        }
+        meta.dirty_l1.extend(plan.l1_entries);
+        meta.freed.append(&mut plan.freed);
+        Err(e)
+    }
+
+    /// Copies all changes, and takes them for written.
+    async fn take_plan(&self) -> Result<Plan> {
+        let mut meta = self.meta.lock().await;
+        let meta = &mut *meta;
+        let mut plan = Plan { l1_offset: meta.l1_offset, ..Plan::default() };
+        if meta.refcounts.needs_move() {
+            self.move_refcount_table(meta).await?;
+        }
+        // Stays set until it has worked: the header may name the new place or the old one.
+        plan.moved_table = meta.moving_table.clone();
+        // A cluster that was written only in part at the very end: the file reaches to its end, as other readers expect.
+        let end = meta.fresh_from << self.cluster_bits;
+        if end > self.file.length() && !self.file.is_read_only() {
+            let request = TruncateRequest { bytes: end, exact: false, preallocation: Preallocation::Off, zero_new_area: false };
+            self.file.truncate(request).await?;
+        }
+        plan.blocks = meta.refcounts.take_dirty();
+        plan.table_entries = std::mem::take(&mut meta.refcounts.dirty_entries).into_iter().collect();
+        let table = meta.refcounts.table();
+        if let Some(moved) = &plan.moved_table {
+            plan.table.push((moved.offset, table.iter().flat_map(|e| e.to_be_bytes()).collect()));
+        } else {
+            for &i in &plan.table_entries {
+                plan.table.push((meta.refcounts.table_offset + i as u64 * 8, table[i].to_be_bytes().to_vec()));
+            }
+        }
+        for (number, slice) in std::mem::take(&mut meta.dirty_slices) {
+            let Some(host) = self.slice_offset(number)? else { unreachable!("a changed slice has a table") };
+            let bytes = slice.to_bytes();
+            plan.slices.push((number, slice, host, bytes));
+        }
+        plan.l1_entries = std::mem::take(&mut meta.dirty_l1).into_iter().collect();
+        let per_piece = L1_WRITE_BYTES / 8;
+        for &i in &plan.l1_entries {
+            let piece = i / per_piece;
+            let entries = piece * per_piece..((piece + 1) * per_piece).min(self.l1.len());
+            plan.l1.entry(piece).or_insert_with(|| entries.flat_map(|i| self.l1.get(i).to_be_bytes()).collect());
+        }
+        if let Some(growth) = &meta.growth {
+            plan.size_and_l1 = Some((growth.header_bytes(self.l1.len(), meta.l1_offset), growth.old_l1.clone()));
+        }
+        plan.freed = std::mem::take(&mut meta.freed);
+        Ok(plan)
+    }
+
+    /// Finds a new place for a refcount table that has outgrown its own.
+    async fn move_refcount_table(&self, meta: &mut Meta) -> Result<()> {
+        let mut old = meta.moving_table.take().map(|m| m.old).unwrap_or_default();
+        old.push(Freed {
+            cluster: meta.refcounts.table_offset >> self.cluster_bits,
+            count: meta.refcounts.table_clusters.into(),
+            punch: false,
+        });
+        // Counting the new table's own clusters may need further blocks, and so a longer table.
+        let run = loop {
+            let clusters = (meta.refcounts.table().len() as u64 * 8).div_ceil(self.cluster_size());
+            let run = self.alloc_run(meta, clusters).await?;
+            if meta.refcounts.table().len() as u64 * 8 <= clusters << self.cluster_bits {
+                break run;
+            }
+            self.unalloc_run(meta, run).await?;
+        };
+        let offset = run.cluster << self.cluster_bits;
+        self.own(offset, run.count << self.cluster_bits, Owner::RefcountTable);
+        meta.refcounts.table_offset = offset;
+        meta.refcounts.table_clusters = run.count as u32;
+        meta.moving_table = Some(MovedTable { offset, clusters: run.count as u32, old });
+        Ok(())
+    }
+
+    async fn write_plan(&self, plan: &Plan) -> Result<()> {
+        for w in &plan.blocks {
+            let at = w.host + w.range.start as u64;
+            self.write_metadata(Owner::RefcountBlock, at, w.bytes.clone()).await?;
+        }
+        if let Some(moved) = &plan.moved_table {
+            for (host, bytes) in &plan.table {
+                self.write_metadata(Owner::RefcountTable, *host, bytes.clone()).await?;
+            }
+            self.file.flush().await?;
+            let bytes = {
+                let mut header = self.header.lock().expect("no code panics while it holds this lock");
+                header.refcount_table_offset = moved.offset;
+                header.refcount_table_clusters = moved.clusters;
+                let mut bytes = moved.offset.to_be_bytes().to_vec();
+                bytes.extend(moved.clusters.to_be_bytes());
+                bytes
+            };
+            self.write_metadata(Owner::Header, REFCOUNT_TABLE_OFFSET_FIELD, bytes).await?;
+        } else if !plan.table.is_empty() {
+            // INV QCOW2-ORD-1: a table entry that names a new block is durable only after the block.
+            self.file.flush().await?;
+            for (host, bytes) in &plan.table {
+                self.write_metadata(Owner::RefcountTable, *host, bytes.clone()).await?;
+            }
+        }
+        // INV QCOW2-ORD-1, QCOW2-ORD-2: what the entries below point at is durable before they are.
+        self.file.flush().await?;
+        if plan.slices.is_empty() && plan.l1.is_empty() && plan.size_and_l1.is_none() {
+            return Ok(());
+        }
+        for (_, _, host, bytes) in &plan.slices {
+            self.write_metadata(Owner::L2, *host, bytes.clone()).await?;
+        }
+        for (piece, bytes) in &plan.l1 {
+            let at = plan.l1_offset + (piece * L1_WRITE_BYTES) as u64;
+            self.write_metadata(Owner::L1, at, bytes.clone()).await?;
+        }
+        // INV QCOW2-ORD-5
+        self.file.flush().await?;
+        if let Some((bytes, _)) = &plan.size_and_l1 {
+            self.write_metadata(Owner::Header, SIZE_FIELD, bytes.clone()).await?;
+            self.file.flush().await?;
+        }
+        Ok(())
+    }
+
+    /// Frees for good what nobody can still be looking at.
+    async fn empty_limbo(&self) -> Result<()> {
+        let ready: Vec<Freed> = {
+            let mut meta = self.meta.lock().await;
+            let mut ready = Vec::new();
+            // INV QCOW2-ORD-4: not before all who may have looked the cluster up are done.
+            while let Some(&(stamp, freed)) = meta.limbo.front() {
+                if !self.epochs.has_passed(stamp) {
+                    break;
+                }
+                meta.limbo.pop_front();
+                ready.push(freed);
+            }
+            ready
+        };
+        if ready.is_empty() {
+            return Ok(());
+        }
+        for f in ready.iter().filter(|f| f.punch) {
+            // INV QCOW2-ORD-4: the hole is punched while nobody can be given the cluster. A host that can't is no reason to fail a flush.
+            let (host, bytes) = (f.cluster << self.cluster_bits, f.count << self.cluster_bits);
+            if self.is_unshared(f).await? && let Err(e) = self.file.pdiscard(host, bytes).await {
+                tracing::debug!("no hole at {host:#x}: {e}");
+            }
+        }
+        let mut meta = self.meta.lock().await;
+        for f in ready {
+            self.release_run(&mut meta, f).await?;
+        }
+        // Written, not synced: if the process ends here, the image has no leaks; if the power goes, it may.
+        let blocks = meta.refcounts.take_dirty();
+        let mut result = Ok(());
+        for w in &blocks {
+            if result.is_ok() {
+                let at = w.host + w.range.start as u64;
+                result = self.write_metadata(Owner::RefcountBlock, at, w.bytes.clone()).await;
+            }
+        }
+        meta.refcounts.written(&blocks, result.is_ok());
+        result
+    }
+
+    /// Whether the last reference of every cluster of a run is the one that goes.
+    async fn is_unshared(&self, freed: &Freed) -> Result<bool> {
+        let mut meta = self.meta.lock().await;
+        for cluster in freed.cluster..freed.cluster + freed.count {
+            if meta.refcounts.get(&self.file, cluster).await? != 1 {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Rewrites fields of the header in place and makes them durable.
+    ///
+    /// # Errors
+    /// The file's.
+    pub async fn write_header_bytes(&self, at: u64, bytes: Vec<u8>) -> Result<()> {
+        self.file.pwritev(at, IoBuf::from(bytes), WriteFlags::empty()).await?;
+        self.file.flush().await
+    }
+}
+
+/// A disk on its way to a greater length.
+#[derive(Clone, Debug)]
+pub(crate) struct Growth {
+    /// The new length in bytes.
+    pub size: u64,
+    /// The places the L1 table had before.
+    pub old_l1: Vec<Freed>,
+}
+
+impl Growth {
+    /// The header from the field `size` to the L1 table's offset.
+    fn header_bytes(&self, l1_entries: usize, l1_offset: u64) -> Vec<u8> {
+        let mut bytes = self.size.to_be_bytes().to_vec();
+        let crypt_method = 0u32;
+        bytes.extend(crypt_method.to_be_bytes());
+        bytes.extend((l1_entries as u32).to_be_bytes());
+        bytes.extend(l1_offset.to_be_bytes());
+        bytes
+    }
+}
+
+/// Byte offset of the disk's length in the header; encryption method, L1 size and L1 offset follow.
+const SIZE_FIELD: u64 = 24;
+
+/// Byte offset of the refcount table's offset in the header; its length in clusters follows.
+const REFCOUNT_TABLE_OFFSET_FIELD: u64 = 48;

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! [`Qcow2`]: the format as a [`BlockDriver`]. Each method hands on to the file that does it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use async_trait::async_trait;
+use blockcore::{
+    BackingName, BlockDriver, BlockLimits, BlockStatus, CheckFix, CheckResult, Child, DriverInfo, IoBuf, IoBufMut,
+    PreparedReopen, ReadFlags, ReopenRequest, Result, SpecificInfo, StatusMode, TruncateRequest, WriteFlags,
+};
+
+use crate::image::Image;
+use crate::{check, info};
+
+/// An open qcow2 image.
+pub struct Qcow2 {
+    pub(crate) image: Arc<Image>,
+}
+
+#[async_trait]
+impl BlockDriver for Qcow2 {
+    fn format_name(&self) -> &'static str {
+        "qcow2"
+    }
+
+    fn supports_backing(&self) -> bool {
+        true
+    }
+
+    fn children(&self) -> Vec<&Child> {
+        std::iter::once(&self.image.file).chain(&self.image.backing).collect()
+    }
+
+    fn backing(&self) -> Option<&Child> {
+        self.image.backing.as_ref()
+    }
+
+    fn limits(&self) -> BlockLimits {
+        let cluster = self.image.cluster_size() as u32;
+        BlockLimits { pwrite_zeroes_alignment: cluster, pdiscard_alignment: cluster, ..BlockLimits::default() }
+    }
+
+    async fn length(&self) -> Result<u64> {
+        Ok(self.image.size())
+    }
+
+    fn read_nowait(&self, offset: u64, buf: &mut [u8]) -> bool {
+        self.image.read_nowait(offset, buf)
+    }
+
+    async fn preadv(&self, offset: u64, buf: IoBufMut, _flags: ReadFlags) -> Result<IoBufMut> {
+        self.image.read(offset, buf).await
+    }
+
+    async fn pwritev(&self, offset: u64, buf: IoBuf, _flags: WriteFlags) -> Result<()> {
+        self.image.write(offset, buf).await
+    }
+
+    fn supported_zero_flags(&self) -> WriteFlags {
+        // Version 2 can't promise anything: it has no zero clusters.
+        if self.image.version < 3 { WriteFlags::empty() } else { WriteFlags::MAY_UNMAP | WriteFlags::NO_FALLBACK }
+    }
+
+    async fn pwrite_zeroes(&self, offset: u64, bytes: u64, flags: WriteFlags) -> Result<()> {
+        self.image.write_zeroes(offset, bytes, flags).await
+    }
+
+    async fn pdiscard(&self, offset: u64, bytes: u64) -> Result<()> {
+        self.image.discard(offset, bytes).await
+    }
+
+    async fn block_status(&self, offset: u64, bytes: u64, mode: StatusMode) -> Result<BlockStatus> {
+        self.image.status(offset, bytes, mode).await
+    }
+
+    async fn flush(&self) -> Result<()> {
+        if !self.image.writable.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.image.commit().await
+    }
+
+    async fn truncate(&self, request: TruncateRequest) -> Result<()> {
+        self.image.truncate(request).await
+    }
+
+    async fn allocated_size(&self) -> Result<Option<u64>> {
+        self.image.file.driver().allocated_size().await
+    }
+
+    async fn info(&self) -> Result<DriverInfo> {
+        let cluster_size = self.image.cluster_size();
+        // The VM state area begins with the first L1 entry that the disk doesn't need.
+        let table_bytes = cluster_size << self.image.l2_bits();
+        Ok(DriverInfo {
+            cluster_size,
+            subcluster_size: cluster_size,
+            vm_state_offset: self.image.size().next_multiple_of(table_bytes),
+            is_dirty: false,
+            unallocated_reads_zero: true,
+        })
+    }
+
+    async fn specific_info(&self) -> Result<Option<SpecificInfo>> {
+        let header = self.image.header.lock().expect("no code panics while it holds this lock").clone();
+        Ok(Some(info::specific_info(&header)))
+    }
+
+    fn backing_name(&self) -> Option<BackingName> {
+        self.image.header.lock().expect("no code panics while it holds this lock").backing.clone()
+    }
+
+    async fn check(&self, fix: CheckFix) -> Result<CheckResult> {
+        if self.image.writable.load(Ordering::Acquire) {
+            self.image.commit().await?;
+        }
+        let header = self.image.header.lock().expect("no code panics while it holds this lock").clone();
+        check::check(&header, &self.image.file, fix).await
+    }
+
+    async fn reopen_prepare(&self, request: &mut ReopenRequest) -> Result<Box<dyn PreparedReopen>> {
+        struct Prepared(Arc<Image>, bool);
+        impl PreparedReopen for Prepared {
+            fn commit(self: Box<Self>) {
+                self.0.writable.store(self.1, Ordering::Release);
+            }
+        }
+        let writable = !request.read_only;
+        if writable && !self.image.writable.load(Ordering::Acquire) {
+            self.image.prepare_writing().await?;
+        }
+        if !writable && self.image.writable.load(Ordering::Acquire) {
+            self.image.tasks.wait_idle().await;
+            self.image.commit().await?;
+        }
+        Ok(Box::new(Prepared(self.image.clone(), writable)))
+    }
+
+    async fn close(&self) -> Result<()> {
+        self.image.tasks.wait_idle().await;
+        if !self.image.writable.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.image.commit().await
+    }
+
+    fn as_any(&self) -> &dyn std::any::Any {
+        self
+    }
+}

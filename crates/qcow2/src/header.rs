@@ -1,0 +1,392 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The image header: [`RawHeader`] is what is on disk, [`Header`] is what has been checked.
+//!
+//! Nothing here is believed before it was looked at: sizes and offsets are bounded before anything is read or allocated by them. Features that
+//! this release can't handle are refused by name.
+
+use blockcore::{BackingName, BlockError, Child, ErrorKind, IoBufMut, ReadFlags, Result};
+use zerocopy::big_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::extension::{self, Extension};
+use crate::format::{
+    Geometry, MAGIC, MAX_BACKING_NAME_BYTES, MAX_CLUSTER_BITS, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOTS,
+    MIN_CLUSTER_BITS, V2_HEADER_BYTES, V3_HEADER_BYTES,
+};
+
+bitflags::bitflags! {
+    /// Feature bits that a program must know to open the image at all.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Incompatible: u64 {
+        /// Refcounts may be wrong.
+        const DIRTY = 1 << 0;
+        /// Metadata is wrong; the image must not be written.
+        const CORRUPT = 1 << 1;
+        /// Guest data lies in another file.
+        const DATA_FILE = 1 << 2;
+        /// The compression type is not zlib.
+        const COMPRESSION = 1 << 3;
+        /// L2 entries have two words.
+        const EXTENDED_L2 = 1 << 4;
+    }
+}
+
+bitflags::bitflags! {
+    /// Feature bits that a program may ignore.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Compatible: u64 {
+        /// Refcounts may be written late.
+        const LAZY_REFCOUNTS = 1 << 0;
+    }
+}
+
+/// The autoclear bit that says that the persistent bitmaps are consistent.
+pub const AUTOCLEAR_BITMAPS: u64 = 1 << 0;
+
+/// How compressed clusters are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CompressionType {
+    /// Raw deflate.
+    Zlib,
+    /// Zstandard.
+    Zstd,
+}
+
+impl CompressionType {
+    /// Its name in options and in `info`.
+    pub fn name(self) -> &'static str {
+        match self {
+            CompressionType::Zlib => "zlib",
+            CompressionType::Zstd => "zstd",
+        }
+    }
+}
+
+/// The header as it lies on disk, with the version 3 fields.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawHeader {
+    magic: U32,
+    version: U32,
+    backing_file_offset: U64,
+    backing_file_size: U32,
+    cluster_bits: U32,
+    size: U64,
+    crypt_method: U32,
+    l1_size: U32,
+    l1_table_offset: U64,
+    refcount_table_offset: U64,
+    refcount_table_clusters: U32,
+    nb_snapshots: U32,
+    snapshots_offset: U64,
+    incompatible_features: U64,
+    compatible_features: U64,
+    autoclear_features: U64,
+    refcount_order: U32,
+    header_length: U32,
+    compression_type: u8,
+    padding: [u8; 7],
+}
+
+/// Bytes of [`RawHeader`]: what a new version 3 image has.
+const RAW_HEADER_BYTES: usize = size_of::<RawHeader>();
+
+/// A header whose every field has been checked.
+#[derive(Clone, Debug)]
+pub struct Header {
+    /// 2 or 3.
+    pub version: u32,
+    /// A cluster is `1 << cluster_bits` bytes.
+    pub cluster_bits: u32,
+    /// The length of the disk in bytes.
+    pub size: u64,
+    /// Entries in the active L1 table.
+    pub l1_size: u32,
+    /// Byte offset of the active L1 table.
+    pub l1_table_offset: u64,
+    /// Byte offset of the refcount table.
+    pub refcount_table_offset: u64,
+    /// Clusters in the refcount table.
+    pub refcount_table_clusters: u32,
+    /// The number of internal snapshots.
+    pub nb_snapshots: u32,
+    /// Byte offset of the snapshot table.
+    pub snapshots_offset: u64,
+    /// Features that must be known.
+    pub incompatible: Incompatible,
+    /// Features that may be ignored.
+    pub compatible: Compatible,
+    /// Features whose bits a writer clears that doesn't know them.
+    pub autoclear: u64,
+    /// A refcount is `1 << refcount_order` bits.
+    pub refcount_order: u32,
+    /// Bytes of the header itself.
+    pub header_length: u32,
+    /// How compressed clusters are compressed.
+    pub compression_type: CompressionType,
+    /// The backing file, and its format from the header extension.
+    pub backing: Option<BackingName>,
+    /// The header extensions, all of them.
+    pub extensions: Vec<Extension>,
+}
+
+fn bad<T>(text: impl Into<String>) -> Result<T> {
+    Err(BlockError::new(ErrorKind::InvalidImage, text))
+}
+
+fn not_yet<T>(text: impl Into<String>) -> Result<T> {
+    Err(BlockError::unsupported(text))
+}
+
+impl Header {
+    /// Reads and checks the header of an image.
+    ///
+    /// # Errors
+    /// `InvalidImage` and `Unsupported` with a text that names the field or the feature; those of the file.
+    pub async fn read(file: &Child) -> Result<Header> {
+        let want = RAW_HEADER_BYTES;
+        let bytes = file.preadv(0, IoBufMut::zeroed(want), ReadFlags::empty()).await?.to_vec();
+        let Ok((raw, _)) = RawHeader::read_from_prefix(&bytes) else {
+            return bad("Image is not in qcow2 format");
+        };
+        if raw.magic.get() != MAGIC {
+            return bad("Image is not in qcow2 format");
+        }
+        let version = raw.version.get();
+        if !(2..=3).contains(&version) {
+            return not_yet(format!("Unsupported qcow2 version {version}"));
+        }
+        let cluster_bits = raw.cluster_bits.get();
+        if !(MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS).contains(&cluster_bits) {
+            return bad(format!("Unsupported cluster size: 2^{cluster_bits}"));
+        }
+        let header_length = if version == 2 { V2_HEADER_BYTES } else { raw.header_length.get() };
+        if version == 3 && header_length < V3_HEADER_BYTES {
+            return bad("qcow2 header too short");
+        }
+        if u64::from(header_length) > 1 << cluster_bits {
+            return bad("qcow2 header exceeds cluster size");
+        }
+        let cluster = 1usize << cluster_bits;
+        let head = file.preadv(0, IoBufMut::zeroed(cluster), ReadFlags::empty()).await?.to_vec();
+        Header::check(raw, version, header_length, &head)
+    }
+
+    fn check(raw: RawHeader, version: u32, header_length: u32, head: &[u8]) -> Result<Header> {
+        let cluster_bits = raw.cluster_bits.get();
+        let cluster = 1u64 << cluster_bits;
+        let backing_at = raw.backing_file_offset.get();
+        if backing_at > cluster {
+            return bad("Invalid backing file offset");
+        }
+        let area_end = if backing_at != 0 { backing_at as usize } else { head.len() };
+        let area = head.get(header_length as usize..area_end).unwrap_or(&[]);
+        let extensions = extension::parse(area)?;
+
+        let v3 = version >= 3;
+        let features = if v3 { raw.incompatible_features.get() } else { 0 };
+        let incompatible = check_incompatible(features, &extensions)?;
+        let refcount_order = if v3 { raw.refcount_order.get() } else { 4 };
+        if refcount_order > 6 {
+            return bad("Reference count entry width too large; may not exceed 64 bits");
+        }
+        let has_type = v3 && header_length as usize >= RAW_HEADER_BYTES;
+        let compression_type = match if has_type { raw.compression_type } else { 0 } {
+            0 if incompatible.contains(Incompatible::COMPRESSION) => {
+                return bad("qcow2: Compression type incompatible feature bit must not be set");
+            }
+            0 => CompressionType::Zlib,
+            1 if incompatible.contains(Incompatible::COMPRESSION) => CompressionType::Zstd,
+            1 => return bad("qcow2: Compression type incompatible feature bit must be set"),
+            n => return not_yet(format!("qcow2: unknown compression type: {n}")),
+        };
+        match raw.crypt_method.get() {
+            0 => {}
+            1 | 2 => return not_yet("Encrypted images are not supported yet"),
+            n => return bad(format!("Unsupported encryption method {n}")),
+        }
+        let header = Header {
+            version,
+            cluster_bits,
+            size: raw.size.get(),
+            l1_size: raw.l1_size.get(),
+            l1_table_offset: raw.l1_table_offset.get(),
+            refcount_table_offset: raw.refcount_table_offset.get(),
+            refcount_table_clusters: raw.refcount_table_clusters.get(),
+            nb_snapshots: raw.nb_snapshots.get(),
+            snapshots_offset: if raw.nb_snapshots.get() == 0 { 0 } else { raw.snapshots_offset.get() },
+            incompatible,
+            compatible: Compatible::from_bits_retain(if v3 { raw.compatible_features.get() } else { 0 }),
+            autoclear: if v3 { raw.autoclear_features.get() } else { 0 },
+            refcount_order,
+            header_length,
+            compression_type,
+            backing: read_backing(head, backing_at, raw.backing_file_size.get(), &extensions)?,
+            extensions,
+        };
+        header.check_tables()?;
+        Ok(header)
+    }
+
+    /// Checks that tables lie at possible places and have possible sizes.
+    fn check_tables(&self) -> Result<()> {
+        let clusters = self.refcount_table_clusters;
+        if u64::from(clusters) << self.cluster_bits > MAX_REFCOUNT_TABLE_BYTES {
+            return bad("Reference count table too large");
+        }
+        if clusters == 0 {
+            return bad("Image does not contain a reference count table");
+        }
+        self.check_place(self.refcount_table_offset, u64::from(clusters) << self.cluster_bits, "Reference count table")?;
+        if self.nb_snapshots > MAX_SNAPSHOTS {
+            return bad("Snapshot table too large");
+        }
+        // Each entry of the table has at least 40 bytes.
+        self.check_place(self.snapshots_offset, u64::from(self.nb_snapshots) * 40, "Snapshot table")?;
+        if self.size > blockcore::MAX_LENGTH_BYTES {
+            return Err(BlockError::from_errno(27).context("Could not refresh total sector count"));
+        }
+        if u64::from(self.l1_size) * 8 > MAX_L1_BYTES {
+            return Err(BlockError::from_errno(27).message("Active L1 table too large"));
+        }
+        let needed = self.geometry().l1_entries(self.size);
+        if needed > MAX_L1_BYTES / 8 && needed > u64::from(u32::MAX) {
+            return Err(BlockError::from_errno(27).message("Image is too big"));
+        }
+        if u64::from(self.l1_size) < needed {
+            return bad("L1 table is too small");
+        }
+        self.check_place(self.l1_table_offset, u64::from(self.l1_size) * 8, "Active L1 table")
+    }
+
+    fn check_place(&self, offset: u64, bytes: u64, what: &str) -> Result<()> {
+        let aligned = offset & ((1 << self.cluster_bits) - 1) == 0;
+        let end = offset.checked_add(bytes).filter(|&end| end <= i64::MAX as u64);
+        if aligned && end.is_some() { Ok(()) } else { bad(format!("{what} offset invalid")) }
+    }
+
+    /// The sizes that follow from cluster size and refcount width.
+    pub fn geometry(&self) -> Geometry {
+        Geometry { cluster_bits: self.cluster_bits, refcount_order: self.refcount_order }
+    }
+
+    /// Whether the image says that it is corrupt.
+    pub fn is_corrupt(&self) -> bool {
+        self.incompatible.contains(Incompatible::CORRUPT)
+    }
+
+    /// Whether the image may be written.
+    ///
+    /// # Errors
+    /// `Corrupt` for an image that says it is; `Unsupported` for one with persistent bitmaps, which a write would make wrong.
+    pub fn check_writable(&self) -> Result<()> {
+        if self.is_corrupt() {
+            return Err(BlockError::corrupt("qcow2: Image is corrupt; cannot be opened read/write").errno_is(13));
+        }
+        let has_bitmaps = self.extensions.iter().any(|e| e.kind == extension::BITMAPS);
+        if has_bitmaps && self.autoclear & AUTOCLEAR_BITMAPS != 0 {
+            return not_yet("Writing to images with persistent dirty bitmaps is not supported yet");
+        }
+        Ok(())
+    }
+
+    /// Where the snapshot table begins; the range is at least that of its fixed parts.
+    pub fn snapshot_table_range(&self) -> Option<(u64, u64)> {
+        (self.nb_snapshots > 0).then(|| (self.snapshots_offset, u64::from(self.nb_snapshots) * 40))
+    }
+
+    /// The header's cluster: header, extensions, backing file name.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if it doesn't fit.
+    pub fn encode(&self) -> Result<Vec<u8>> {
+        let v3 = self.version >= 3;
+        let compression = match self.compression_type {
+            CompressionType::Zlib => 0,
+            CompressionType::Zstd => 1,
+        };
+        let mut raw = RawHeader {
+            magic: U32::new(MAGIC),
+            version: U32::new(self.version),
+            backing_file_offset: U64::ZERO,
+            backing_file_size: U32::ZERO,
+            cluster_bits: U32::new(self.cluster_bits),
+            size: U64::new(self.size),
+            crypt_method: U32::ZERO,
+            l1_size: U32::new(self.l1_size),
+            l1_table_offset: U64::new(self.l1_table_offset),
+            refcount_table_offset: U64::new(self.refcount_table_offset),
+            refcount_table_clusters: U32::new(self.refcount_table_clusters),
+            nb_snapshots: U32::new(self.nb_snapshots),
+            snapshots_offset: U64::new(self.snapshots_offset),
+            incompatible_features: U64::new(self.incompatible.bits()),
+            compatible_features: U64::new(self.compatible.bits()),
+            autoclear_features: U64::new(self.autoclear),
+            refcount_order: U32::new(self.refcount_order),
+            header_length: U32::new(RAW_HEADER_BYTES as u32),
+            compression_type: compression,
+            padding: [0; 7],
+        };
+        let extensions = extension::encode(&self.extensions);
+        let header_bytes = if v3 { RAW_HEADER_BYTES } else { V2_HEADER_BYTES as usize };
+        let name_at = header_bytes + extensions.len();
+        let name = self.backing.as_ref().map_or(&b""[..], |b| b.filename.as_bytes());
+        if name_at + name.len() > 1 << self.cluster_bits {
+            return Err(BlockError::invalid("The header does not fit into one cluster"));
+        }
+        if !name.is_empty() {
+            raw.backing_file_offset = U64::new(name_at as u64);
+            raw.backing_file_size = U32::new(name.len() as u32);
+        }
+        let mut out = raw.as_bytes()[..header_bytes].to_vec();
+        out.extend(extensions);
+        out.extend(name);
+        Ok(out)
+    }
+}
+
+fn check_incompatible(features: u64, extensions: &[Extension]) -> Result<Incompatible> {
+    let known = Incompatible::from_bits_truncate(features);
+    let unknown = features & !Incompatible::all().bits();
+    if unknown != 0 {
+        let mut names = Vec::new();
+        let mut nameless = 0;
+        for bit in (0..64).filter(|b| unknown & (1 << b) != 0) {
+            match extension::incompatible_name(extensions, bit) {
+                Some(name) => names.push(name),
+                None => nameless |= 1u64 << bit,
+            }
+        }
+        if nameless != 0 {
+            names.push(format!("Unknown incompatible feature: {nameless:x}"));
+        }
+        return not_yet(format!("Unsupported qcow2 feature(s): {}", names.join(", ")));
+    }
+    if known.contains(Incompatible::DATA_FILE) {
+        return not_yet("Images with an external data file are not supported yet");
+    }
+    if known.contains(Incompatible::EXTENDED_L2) {
+        return not_yet("Images with extended L2 entries (subclusters) are not supported yet");
+    }
+    Ok(known)
+}
+
+fn read_backing(head: &[u8], at: u64, len: u32, extensions: &[Extension]) -> Result<Option<BackingName>> {
+    if at == 0 || len == 0 {
+        return Ok(None);
+    }
+    let room = (head.len() as u64 - at).min(MAX_BACKING_NAME_BYTES.into());
+    if u64::from(len) > room {
+        return bad("Backing file name too long");
+    }
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).or_else(|_| bad("Backing file name is no valid text"));
+    let filename = text(&head[at as usize..at as usize + len as usize])?;
+    let format = extensions.iter().find(|e| e.kind == extension::BACKING_FORMAT);
+    if let Some(e) = format
+        && e.data.len() >= 16
+    {
+        return bad(format!("ERROR: ext_backing_format: len={} too large (>=16)", e.data.len()));
+    }
+    let format = format.map(|e| text(&e.data)).transpose()?;
+    Ok(Some(BackingName { filename, format }))
+}

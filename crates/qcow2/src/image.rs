@@ -1,0 +1,317 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! [`Image`]: one open qcow2 image, and how a guest offset is looked up in it.
+//!
+//! # Locks, from the outside in
+//!
+//! 1. `changing`: guest clusters whose mapping some request is about to change. Held over guest data I/O: it is what makes two allocating writes to a
+//!    cluster follow each other. Requests that change no mapping (reads, writes in place) never take it.
+//! 2. `commits`: one write-back of metadata at a time; see `commit`.
+//! 3. `meta`: refcounts, what is dirty, what is freed. Never held over guest data I/O, only over metadata I/O.
+//! 4. the shards of the L2 cache, the L1 table, `owned`: for nanoseconds, never over an await.
+//!
+//! Whoever looks up a host offset and uses it is inside an epoch (`epoch`) until it is done with it.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
+
+use blockcore::tracked::TrackedRequests;
+use blockcore::{BlockError, Child, Diagnostics, ErrorKind, InFlight, IoBuf, IoBufMut, ReadFlags, Result, WriteFlags};
+
+use crate::alloc::Meta;
+use crate::commit::CommitState;
+use crate::epoch::Epochs;
+use crate::format::{L1E_OFFSET_MASK, L2E_OFFSET_MASK};
+use crate::header::{CompressionType, Header, Incompatible};
+use crate::l2_cache::{L2Cache, NumberMap, PinnedSlice};
+use crate::l2_table::{BadEntry, L1Table, Mapping};
+
+/// Byte offset of the incompatible feature bits in the header.
+const INCOMPATIBLE_OFFSET: u64 = 72;
+
+/// What a host cluster of metadata holds. INV QCOW2-META-1 is checked against this.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Owner {
+    Header,
+    L1,
+    L2,
+    RefcountTable,
+    RefcountBlock,
+    SnapshotTable,
+    InactiveL1,
+    /// Two structures claim it: nothing may be written there.
+    Disputed,
+}
+
+impl Owner {
+    fn describe(self) -> &'static str {
+        match self {
+            Owner::Header => "qcow2_header",
+            Owner::L1 => "active L1 table",
+            Owner::L2 => "active L2 table",
+            Owner::RefcountTable => "refcount table",
+            Owner::RefcountBlock => "refcount block",
+            Owner::SnapshotTable => "snapshot table",
+            Owner::InactiveL1 => "inactive L1 table",
+            Owner::Disputed => "disputed metadata",
+        }
+    }
+}
+
+/// One open image.
+pub(crate) struct Image {
+    pub file: Child,
+    pub backing: Option<Child>,
+    pub header: Mutex<Header>,
+    pub version: u32,
+    pub cluster_bits: u32,
+    /// The length of the disk in bytes.
+    pub size: AtomicU64,
+    pub l1: L1Table,
+    pub l2: L2Cache,
+    pub meta: tokio::sync::Mutex<Meta>,
+    /// Which host clusters hold metadata. Empty for images that are open read-only.
+    pub owned: RwLock<NumberMap<Owner>>,
+    pub changing: TrackedRequests,
+    pub epochs: Epochs,
+    pub commits: CommitState,
+    /// Work that goes on when its future is dropped.
+    pub tasks: Arc<InFlight>,
+    pub corrupt: AtomicBool,
+    pub writable: AtomicBool,
+    pub diagnostics: Diagnostics,
+    pub compression: CompressionType,
+    /// See `map`.
+    pub metadata_preallocated: OnceLock<bool>,
+    /// Host clusters from this offset on were not in the file when it was opened, and read as zero until written.
+    pub zero_from: u64,
+}
+
+impl Image {
+    pub fn cluster_size(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    pub fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// Entries in an L2 table, as a power of two.
+    pub fn l2_bits(&self) -> u32 {
+        self.cluster_bits - 3
+    }
+
+    /// The L1 index of a guest cluster.
+    pub fn l1_index(&self, guest_cluster: u64) -> usize {
+        (guest_cluster >> self.l2_bits()) as usize
+    }
+
+    /// Slices in an L2 table.
+    pub fn slices_per_table(&self) -> u64 {
+        (1 << self.l2_bits()) / self.l2.slice_entries()
+    }
+
+    /// The host offset of a slice, as the L1 table has it now; `None` where there is no L2 table.
+    pub fn slice_offset(&self, slice: u64) -> Result<Option<u64>> {
+        let per_table = self.slices_per_table();
+        let l1_index = (slice / per_table) as usize;
+        let table = self.l1.get(l1_index) & L1E_OFFSET_MASK;
+        if table == 0 {
+            return Ok(None);
+        }
+        if table & (self.cluster_size() - 1) != 0 {
+            let text = format!("L2 table offset {table:#x} unaligned (L1 index: {l1_index:#x})");
+            return Err(self.signal_corruption(&text, table));
+        }
+        Ok(Some(table + slice % per_table * self.l2.slice_entries() * 8))
+    }
+
+    /// A slice; `None` where there is no L2 table. The caller is inside an epoch, or holds the metadata lock.
+    pub async fn slice(&self, number: u64) -> Result<Option<PinnedSlice>> {
+        if let Some(slice) = self.l2.pinned_now(number) {
+            return Ok(Some(slice));
+        }
+        if self.slice_offset(number)?.is_none() {
+            return Ok(None);
+        }
+        let load = async {
+            // Looked up only now, with the right to load in hand: whoever waited for that right may have slept through a copy of the table.
+            let Some(offset) = self.slice_offset(number)? else { return Ok(vec![0; self.l2.slice_entries() as usize]) };
+            let buf = IoBufMut::zeroed(self.l2.slice_entries() as usize * 8);
+            let bytes = self.file.preadv(offset, buf, ReadFlags::empty()).await?.to_vec();
+            Ok(bytes.chunks_exact(8).map(|c| u64::from_be_bytes(c.try_into().expect("eight bytes"))).collect())
+        };
+        self.l2.pinned(number, load).await.map(Some)
+    }
+
+    /// The mapping of a guest cluster, if it can be told without reading the disk. `Some(Err)`: the entry makes no sense.
+    fn mapping_now(&self, guest_cluster: u64) -> Option<Result<Mapping, BadEntry>> {
+        match self.l2.entry_now(guest_cluster) {
+            Some(entry) => Some(Mapping::decode(entry, self.version, self.cluster_bits)),
+            None if self.l1.get(self.l1_index(guest_cluster)) & L1E_OFFSET_MASK == 0 => Some(Ok(Mapping::Unallocated)),
+            None => None,
+        }
+    }
+
+    /// The mapping of a guest cluster.
+    ///
+    /// # Errors
+    /// Those of reading its L2 table; `Corrupt` for an entry that makes no sense.
+    pub async fn mapping(&self, guest_cluster: u64) -> Result<Mapping> {
+        if let Some(Ok(mapping)) = self.mapping_now(guest_cluster) {
+            return Ok(mapping);
+        }
+        let (number, index) = self.l2.locate(guest_cluster);
+        match self.slice(number).await? {
+            None => Ok(Mapping::Unallocated),
+            Some(slice) => self.decode(guest_cluster, slice.get(index)),
+        }
+    }
+
+    /// Reads an L2 entry, and marks the image corrupt where it makes no sense.
+    pub fn decode(&self, guest_cluster: u64, entry: u64) -> Result<Mapping> {
+        Mapping::decode(entry, self.version, self.cluster_bits).map_err(|bad| {
+            let l2_index = guest_cluster & ((1 << self.l2_bits()) - 1);
+            let table = self.l1.get(self.l1_index(guest_cluster)) & L1E_OFFSET_MASK;
+            let what = match bad {
+                BadEntry::ZeroBeforeV3 => "Zero cluster entry found in pre-v3 image".to_owned(),
+                BadEntry::Unaligned(host) => format!("Cluster allocation offset {host:#x} unaligned"),
+            };
+            let text = format!("{what} (L2 offset: {table:#x}, L2 index: {l2_index:#x})");
+            self.signal_corruption(&text, entry & L2E_OFFSET_MASK)
+        })
+    }
+
+    /// The mapping at a guest offset and for how many of `bytes` bytes it goes on, if that can be told without reading the disk.
+    pub fn run_now(&self, offset: u64, bytes: u64) -> Option<(Mapping, u64)> {
+        let cluster = offset >> self.cluster_bits;
+        let first = self.mapping_now(cluster)?.ok()?;
+        let mut covered = ((cluster + 1) << self.cluster_bits) - offset;
+        let mut index = 1;
+        while covered < bytes {
+            match self.mapping_now(cluster + index) {
+                Some(Ok(next)) if first.continues(index, self.cluster_size(), &next) => {}
+                _ => break,
+            }
+            covered += self.cluster_size();
+            index += 1;
+        }
+        Some((first, covered.min(bytes)))
+    }
+
+    /// The mapping at a guest offset, and for how many of `bytes` bytes it goes on.
+    ///
+    /// # Errors
+    /// As [`mapping`](Image::mapping).
+    pub async fn run(&self, offset: u64, bytes: u64) -> Result<(Mapping, u64)> {
+        let cluster = offset >> self.cluster_bits;
+        let first = self.mapping(cluster).await?;
+        let mut covered = ((cluster + 1) << self.cluster_bits) - offset;
+        let mut index = 1;
+        while covered < bytes {
+            let next = cluster + index;
+            if first == Mapping::Unallocated && self.l2.entry_now(next).is_none() && self.is_table_start(next) {
+                // A whole table that isn't there is one step, not thousands.
+                let table = self.l1_index(next);
+                if self.l1.get(table) & L1E_OFFSET_MASK == 0 {
+                    let step = 1u64 << self.l2_bits();
+                    covered += step << self.cluster_bits;
+                    index += step;
+                    continue;
+                }
+            }
+            if !first.continues(index, self.cluster_size(), &self.mapping(next).await?) {
+                break;
+            }
+            covered += self.cluster_size();
+            index += 1;
+        }
+        Ok((first, covered.min(bytes)))
+    }
+
+    fn is_table_start(&self, guest_cluster: u64) -> bool {
+        guest_cluster & ((1 << self.l2_bits()) - 1) == 0
+    }
+
+    /// Says that host clusters hold metadata.
+    pub fn own(&self, host: u64, bytes: u64, owner: Owner) {
+        let mut owned = self.owned.write().expect("no code panics while it holds this lock");
+        for cluster in host >> self.cluster_bits..(host + bytes).div_ceil(self.cluster_size()) {
+            owned.entry(cluster).and_modify(|o| *o = Owner::Disputed).or_insert(owner);
+        }
+    }
+
+    /// Says that a host cluster holds metadata no longer.
+    pub fn disown(&self, cluster: u64) {
+        self.owned.write().expect("no code panics while it holds this lock").remove(&cluster);
+    }
+
+    /// What metadata lies in a range of host bytes, if any.
+    pub fn owner_in(&self, host: u64, bytes: u64) -> Option<Owner> {
+        let owned = self.owned.read().expect("no code panics while it holds this lock");
+        (host >> self.cluster_bits..(host + bytes).div_ceil(self.cluster_size())).find_map(|c| owned.get(&c).copied())
+    }
+
+    /// INV QCOW2-META-1: refuses a write of guest data over metadata, and marks the image corrupt.
+    pub fn check_data_write(&self, host: u64, bytes: u64) -> Result<()> {
+        match self.owner_in(host, bytes) {
+            None => Ok(()),
+            Some(owner) => Err(self.refuse_overlap(host, owner)),
+        }
+    }
+
+    pub fn refuse_overlap(&self, host: u64, owner: Owner) -> BlockError {
+        let text = format!("Preventing invalid write on metadata (overlaps with {})", owner.describe());
+        self.signal_corruption(&text, host)
+    }
+
+    /// Writes metadata to where that kind of metadata lies, and nowhere else (INV QCOW2-META-1).
+    pub async fn write_metadata(&self, owner: Owner, host: u64, bytes: Vec<u8>) -> Result<()> {
+        let length = bytes.len() as u64;
+        for cluster in host >> self.cluster_bits..(host + length).div_ceil(self.cluster_size()) {
+            let found = self.owner_in(cluster << self.cluster_bits, 1);
+            if found != Some(owner) {
+                return Err(self.refuse_overlap(host, found.unwrap_or(Owner::Disputed)));
+            }
+        }
+        self.file.pwritev(host, IoBuf::from(bytes), WriteFlags::empty()).await
+    }
+
+    /// The image contradicts itself. Says so once, stops all further changes, and leaves it to `mark_corrupt` to set the bit on disk.
+    pub fn signal_corruption(&self, what: &str, offset: u64) -> BlockError {
+        if !self.corrupt.swap(true, Ordering::AcqRel) {
+            let line = if self.writable.load(Ordering::Acquire) {
+                format!("qcow2: Marking image as corrupt: {what}; further corruption events will be suppressed")
+            } else {
+                format!("qcow2: Image is corrupt: {what}; further non-fatal corruption events will be suppressed")
+            };
+            self.diagnostics.warn(&line);
+        }
+        BlockError::corrupt(what).at(offset)
+    }
+
+    /// Fails once the image is known to be corrupt, so that no change makes it worse.
+    pub fn check_sound(&self) -> Result<()> {
+        if self.corrupt.load(Ordering::Acquire) {
+            return Err(BlockError::new(ErrorKind::Corrupt, "Image is corrupt"));
+        }
+        Ok(())
+    }
+
+    /// Sets the corrupt bit on disk if corruption was found and the image is writable.
+    ///
+    /// # Errors
+    /// The file's.
+    pub async fn mark_corrupt_on_disk(&self) -> Result<()> {
+        let bits = {
+            let mut header = self.header.lock().expect("no code panics while it holds this lock");
+            let known = self.corrupt.load(Ordering::Acquire) && self.writable.load(Ordering::Acquire);
+            if !known || self.version < 3 || header.incompatible.contains(Incompatible::CORRUPT) {
+                return Ok(());
+            }
+            header.incompatible.insert(Incompatible::CORRUPT);
+            header.incompatible.bits()
+        };
+        self.file.pwritev(INCOMPATIBLE_OFFSET, IoBuf::from(bits.to_be_bytes().to_vec()), WriteFlags::empty()).await?;
+        self.file.flush().await
+    }
+}

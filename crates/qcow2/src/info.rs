@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What `qemu-img info` and `qemu-io info` show of an image beside the common facts.
+
+use blockcore::SpecificInfo;
+use serde_json::{Map, Value};
+
+use crate::header::{Compatible, Header};
+
+/// The facts of a header, in the order and the words of the tools.
+pub fn specific_info(header: &Header) -> SpecificInfo {
+    let mut data = Map::new();
+    let mut put = |key: &str, value: Value| data.insert(key.to_owned(), value);
+    put("compat", if header.version == 2 { "0.10" } else { "1.1" }.into());
+    put("compression-type", header.compression_type.name().into());
+    if header.version >= 3 {
+        put("lazy-refcounts", header.compatible.contains(Compatible::LAZY_REFCOUNTS).into());
+    }
+    put("refcount-bits", (1u64 << header.refcount_order).into());
+    if header.version >= 3 {
+        put("corrupt", header.is_corrupt().into());
+        put("extended-l2", false.into());
+    }
+    SpecificInfo { type_name: "qcow2", data }
+}

@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Opening an image: [`Qcow2Factory`].
+//!
+//! Everything that is read is checked before it is used: the header by `header`, tables when they are loaded. Nothing is written until the first
+//! change, but for what the specification wants a writer to do at once (`prepare_writing`).
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use async_trait::async_trait;
+use blockcore::{
+    BlockDriver, Child, CreateContext, CreateOption, DriverFactory, IoBufMut, OpenContext, Options, ReadFlags, Result,
+};
+
+use crate::alloc::Meta;
+use crate::commit::CommitState;
+use crate::create;
+use crate::driver::Qcow2;
+use crate::format::{L1E_OFFSET_MASK, MAGIC};
+use crate::header::Header;
+use crate::image::{Image, Owner};
+use crate::l2_cache::L2Cache;
+use crate::l2_table::L1Table;
+use crate::refcount::Refcounts;
+
+/// Bytes in an L2 slice; a whole table where clusters are smaller.
+const SLICE_BYTES_BITS: u32 = 12;
+/// What the L2 cache holds at most, in bytes: the tables of 256 GiB with the usual cluster size. Memory is used as slices are.
+const L2_CACHE_BYTES: usize = 32 << 20;
+
+/// Byte offset of the autoclear feature bits in the header.
+const AUTOCLEAR_OFFSET: u64 = 88;
+
+/// Recognises, opens and creates qcow2 images.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Qcow2Factory;
+
+#[async_trait]
+impl DriverFactory for Qcow2Factory {
+    fn format_name(&self) -> &'static str {
+        "qcow2"
+    }
+
+    fn probe(&self, head: &[u8]) -> u32 {
+        let word = |at: usize| head.get(at..at + 4).map(|b| u32::from_be_bytes(b.try_into().expect("four bytes")));
+        match (word(0), word(4)) {
+            (Some(MAGIC), Some(version)) if version >= 2 => 100,
+            _ => 0,
+        }
+    }
+
+    async fn open(&self, ctx: &OpenContext<'_>, options: &mut Options) -> Result<Box<dyn BlockDriver>> {
+        let file = ctx.take_file()?;
+        let writable = !ctx.flags().read_only;
+        let header = Header::read(&file).await?;
+        if writable {
+            header.check_writable()?;
+        }
+        let backing = ctx.open_backing(options, header.backing.as_ref()).await?;
+        let image = open_image(file, backing, header, ctx.diagnostics().clone()).await?;
+        if writable {
+            image.prepare_writing().await?;
+            image.writable.store(true, Ordering::Release);
+        }
+        Ok(Box::new(Qcow2 { image: Arc::new(image) }))
+    }
+
+    fn create_options(&self) -> &'static [CreateOption] {
+        create::create_options()
+    }
+
+    async fn create(&self, ctx: &CreateContext<'_>, filename: &str, options: Options) -> Result<()> {
+        create::create(ctx, filename, options).await
+    }
+}
+
+pub(crate) async fn open_image(
+    file: Child,
+    backing: Option<Child>,
+    header: Header,
+    diagnostics: blockcore::Diagnostics,
+) -> Result<Image> {
+    let bits = header.cluster_bits;
+    let l1 = read_table(&file, header.l1_table_offset, header.l1_size as usize).await?;
+    let table_entries = (header.refcount_table_clusters as usize) << (bits - 3);
+    let table = read_table(&file, header.refcount_table_offset, table_entries).await?;
+    let end = file.length().div_ceil(1 << bits);
+    let slice_bits = SLICE_BYTES_BITS.min(bits) - 3;
+    let order = header.refcount_order;
+    let meta = Meta {
+        refcounts: Refcounts::new(order, bits, table, header.refcount_table_offset, header.refcount_table_clusters),
+        dirty_slices: Default::default(),
+        dirty_l1: Default::default(),
+        freed: Vec::new(),
+        limbo: Default::default(),
+        next_free: 0,
+        fresh_from: end,
+        l1_offset: header.l1_table_offset,
+        moving_table: None,
+        growth: None,
+    };
+    Ok(Image {
+        file,
+        backing,
+        version: header.version,
+        cluster_bits: bits,
+        size: AtomicU64::new(header.size),
+        compression: header.compression_type,
+        l1: L1Table::new(l1),
+        l2: L2Cache::new(L2_CACHE_BYTES, slice_bits),
+        meta: tokio::sync::Mutex::new(meta),
+        owned: Default::default(),
+        changing: Default::default(),
+        epochs: Default::default(),
+        commits: CommitState::default(),
+        tasks: Default::default(),
+        corrupt: AtomicBool::new(header.is_corrupt()),
+        writable: AtomicBool::new(false),
+        diagnostics,
+        metadata_preallocated: OnceLock::new(),
+        zero_from: end << bits,
+        header: Mutex::new(header),
+    })
+}
+
+/// Reads a table of 64-bit entries, whose place and length the header's validation has bounded.
+async fn read_table(file: &Child, offset: u64, entries: usize) -> Result<Vec<u64>> {
+    if entries == 0 {
+        return Ok(Vec::new());
+    }
+    let bytes = file.preadv(offset, IoBufMut::zeroed(entries * 8), ReadFlags::empty()).await?;
+    let word = |c: &[u8]| u64::from_be_bytes(c.try_into().expect("eight bytes"));
+    Ok(bytes.to_vec().chunks_exact(8).map(word).collect())
+}
+
+impl Image {
+    /// Does what has to be done before the first change: finds out where metadata lies (for INV QCOW2-META-1), and clears the autoclear bits of features
+    /// that this writer doesn't know, as the specification wants.
+    ///
+    /// # Errors
+    /// Those of metadata I/O; `Corrupt`, `Unsupported` where the image must not be written.
+    pub async fn prepare_writing(&self) -> Result<()> {
+        let header = self.header.lock().expect("no code panics while it holds this lock").clone();
+        header.check_writable()?;
+        self.find_owners(&header).await;
+        self.update_features(header).await
+    }
+
+    /// Clears what a writer that doesn't know a feature has to clear.
+    async fn update_features(&self, header: Header) -> Result<()> {
+        if self.version < 3 || header.autoclear == 0 {
+            return Ok(());
+        }
+        self.write_header_bytes(AUTOCLEAR_OFFSET, 0u64.to_be_bytes().to_vec()).await?;
+        self.header.lock().expect("no code panics while it holds this lock").autoclear = 0;
+        Ok(())
+    }
+
+    async fn find_owners(&self, header: &Header) {
+        self.owned.write().expect("no code panics while it holds this lock").clear();
+        let cluster = self.cluster_size();
+        self.own(0, cluster, Owner::Header);
+        let l1 = self.l1.to_vec();
+        if !l1.is_empty() {
+            self.own(header.l1_table_offset, l1.len() as u64 * 8, Owner::L1);
+        }
+        let table_bytes = u64::from(header.refcount_table_clusters) << self.cluster_bits;
+        self.own(header.refcount_table_offset, table_bytes, Owner::RefcountTable);
+        let aligned = |offset: u64| offset != 0 && offset & (cluster - 1) == 0;
+        for offset in l1.iter().map(|e| e & L1E_OFFSET_MASK).filter(|&o| aligned(o)) {
+            self.own(offset, cluster, Owner::L2);
+        }
+        let meta = self.meta.lock().await;
+        for &offset in meta.refcounts.table().iter().filter(|&&o| aligned(o)) {
+            self.own(offset, cluster, Owner::RefcountBlock);
+        }
+        for (offset, bytes) in header.snapshot_table_range() {
+            self.own(offset, bytes, Owner::SnapshotTable);
+        }
+    }
+}

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Reading guest data.
+//!
+//! A read looks up each run of clusters and reads it where it lies: in the file, in the backing node, nowhere (zero), or out of a compressed
+//! cluster. Lookups of cached L2 entries take no lock worth the name, and no lock is held while data is read; the epoch keeps a cluster that
+//! is freed meanwhile from being handed out again.
+
+use futures::stream::{FuturesOrdered, StreamExt};
+
+use blockcore::{IoBufMut, ReadFlags, Result};
+
+use crate::compressed;
+use crate::image::Image;
+use crate::l2_table::Mapping;
+
+impl Image {
+    /// Reads without waiting, if all of it can be told from memory and the host's page cache.
+    pub fn read_nowait(&self, offset: u64, buf: &mut [u8]) -> bool {
+        let _epoch = self.epochs.enter();
+        let mut at = offset;
+        let mut left = buf;
+        while !left.is_empty() {
+            let Some((mapping, bytes)) = self.run_now(at, left.len() as u64) else { return false };
+            let (part, rest) = left.split_at_mut(bytes as usize);
+            let served = match mapping {
+                Mapping::Data { host, .. } => self.file.read_nowait(host + self.in_cluster(at), part),
+                Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => {
+                    part.fill(0);
+                    true
+                }
+                Mapping::Unallocated => self.read_backing_nowait(at, part),
+                Mapping::Compressed(_) => false,
+            };
+            if !served {
+                return false;
+            }
+            at += bytes;
+            left = rest;
+        }
+        true
+    }
+
+    fn read_backing_nowait(&self, offset: u64, buf: &mut [u8]) -> bool {
+        let there = self.backing.as_ref().map_or(0, |b| b.length().saturating_sub(offset));
+        let (below, past) = buf.split_at_mut(there.min(buf.len() as u64) as usize);
+        past.fill(0);
+        below.is_empty() || self.backing.as_ref().is_some_and(|b| b.read_nowait(offset, below))
+    }
+
+    pub fn in_cluster(&self, offset: u64) -> u64 {
+        offset & (self.cluster_size() - 1)
+    }
+
+    /// Reads `buf.len()` bytes at `offset`.
+    ///
+    /// # Errors
+    /// Those of the file and the backing node; `Corrupt`.
+    pub async fn read(&self, offset: u64, mut buf: IoBufMut) -> Result<IoBufMut> {
+        let _epoch = self.epochs.enter();
+        let bytes = buf.len() as u64;
+        let (mapping, first) = self.run(offset, bytes).await?;
+        if first == bytes {
+            return self.read_mapped(mapping, offset, buf).await;
+        }
+        let mut parts = FuturesOrdered::new();
+        let mut done = IoBufMut::default();
+        let mut next = (mapping, first);
+        let mut at = offset;
+        while !buf.is_empty() {
+            if parts.len() >= READ_PARALLEL
+                && let Some(part) = parts.next().await
+            {
+                done.append(part?);
+            }
+            let (mapping, n) = next;
+            parts.push_back(self.read_mapped(mapping, at, buf.split_to(n as usize)));
+            at += n;
+            if !buf.is_empty() {
+                next = self.run(at, buf.len() as u64).await?;
+            }
+        }
+        while let Some(part) = parts.next().await {
+            done.append(part?);
+        }
+        Ok(done)
+    }
+
+    /// Reads a range that one mapping covers. The caller is inside the epoch in which it looked the mapping up.
+    ///
+    /// # Errors
+    /// As [`read`](Image::read).
+    pub async fn read_mapped(&self, mapping: Mapping, offset: u64, mut buf: IoBufMut) -> Result<IoBufMut> {
+        match mapping {
+            Mapping::Data { host, .. } => {
+                self.file.preadv(host + self.in_cluster(offset), buf, ReadFlags::empty()).await
+            }
+            Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => {
+                buf.fill(0);
+                Ok(buf)
+            }
+            Mapping::Unallocated => match &self.backing {
+                // The node below fills what lies past its end with zeroes.
+                Some(backing) => backing.preadv(offset, buf, ReadFlags::empty()).await,
+                None => {
+                    buf.fill(0);
+                    Ok(buf)
+                }
+            },
+            Mapping::Compressed(descriptor) => {
+                let cluster = self.read_compressed(descriptor).await?;
+                let at = self.in_cluster(offset) as usize;
+                let n = buf.len();
+                buf.copy_from_slice(0, &cluster[at..at + n]);
+                Ok(buf)
+            }
+        }
+    }
+
+    async fn read_compressed(&self, descriptor: crate::format::CompressedDescriptor) -> Result<Vec<u8>> {
+        let raw = IoBufMut::zeroed(descriptor.host_bytes as usize);
+        let raw = self.file.preadv(descriptor.host_offset, raw, ReadFlags::empty()).await?;
+        compressed::decompress(self.compression, raw.to_vec(), self.cluster_size() as usize).await
+    }
+}
+
+/// How many runs of one request are read at the same time.
+const READ_PARALLEL: usize = 16;

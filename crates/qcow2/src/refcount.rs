@@ -1,0 +1,288 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Refcounts: the table in memory, and a cache of refcount blocks.
+//!
+//! Part of the metadata (`alloc::Meta`), so everything here is behind the metadata lock. Changes stay in memory until `commit` writes them, in the
+//! order of docs/INVARIANTS.md. A block that has changes, or whose changes are being written, is not evicted.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use blockcore::{BlockError, Child, ErrorKind, IoBufMut, ReadFlags, Result};
+
+use crate::format::{MAX_REFCOUNT_TABLE_BYTES, REFT_OFFSET_MASK};
+use crate::l2_cache::NumberMap;
+
+/// The granularity in which changes of a block are written, in bytes.
+const WRITE_GRAIN_BYTES: usize = 512;
+/// What the cache holds beside changed blocks, in bytes; at least four blocks.
+const CACHE_BYTES: usize = 1 << 20;
+
+/// One refcount block, as on disk.
+#[derive(Debug)]
+struct Block {
+    bytes: Vec<u8>,
+    /// What was changed since it was last handed to a write-back.
+    dirty: Option<Range<usize>>,
+    /// A write-back of it is under way.
+    writing: bool,
+    last_use: u64,
+}
+
+/// A piece of a refcount block that is to be written.
+#[derive(Debug)]
+pub(crate) struct BlockWrite {
+    pub block: u64,
+    pub host: u64,
+    pub range: Range<usize>,
+    pub bytes: Vec<u8>,
+}
+
+/// The refcount table and the blocks in memory.
+#[derive(Debug)]
+pub(crate) struct Refcounts {
+    order: u32,
+    cluster_bits: u32,
+    /// Host offsets of the blocks; 0: none, all its refcounts are 0. May be longer than what is on disk until `needs_move` is dealt with.
+    table: Vec<u64>,
+    /// Where the table lies.
+    pub table_offset: u64,
+    /// How many clusters it has there.
+    pub table_clusters: u32,
+    /// Entries that are not on disk yet.
+    pub dirty_entries: BTreeSet<usize>,
+    blocks: NumberMap<Block>,
+    clock: u64,
+}
+
+impl Refcounts {
+    /// Over a table that was read from `table_offset`.
+    pub fn new(order: u32, cluster_bits: u32, table: Vec<u64>, table_offset: u64, table_clusters: u32) -> Refcounts {
+        Refcounts {
+            order,
+            cluster_bits,
+            table: table.into_iter().map(|e| e & REFT_OFFSET_MASK).collect(),
+            table_offset,
+            table_clusters,
+            dirty_entries: BTreeSet::new(),
+            blocks: NumberMap::default(),
+            clock: 0,
+        }
+    }
+
+    /// The largest refcount that fits.
+    pub fn max_refcount(&self) -> u64 {
+        if self.order == 6 { u64::MAX } else { (1 << (1 << self.order)) - 1 }
+    }
+
+    /// Refcounts in a block.
+    pub fn block_entries(&self) -> u64 {
+        1 << (self.cluster_bits + 3 - self.order)
+    }
+
+    /// The table, for checks and for writing it.
+    pub fn table(&self) -> &[u64] {
+        &self.table
+    }
+
+    /// Whether the table has outgrown its place on disk.
+    pub fn needs_move(&self) -> bool {
+        self.table.len() as u64 * 8 > u64::from(self.table_clusters) << self.cluster_bits
+    }
+
+    /// Whether there is a block for a host cluster.
+    pub fn has_block(&self, cluster: u64) -> bool {
+        let block = cluster / self.block_entries();
+        self.table.get(block as usize).is_some_and(|&o| o != 0)
+    }
+
+    /// The refcount of a host cluster.
+    ///
+    /// # Errors
+    /// Those of reading the block; `Corrupt` for a block at an impossible place.
+    pub async fn get(&mut self, file: &Child, cluster: u64) -> Result<u64> {
+        let entries = self.block_entries();
+        let (number, index) = (cluster / entries, cluster % entries);
+        if !self.has_block(cluster) {
+            return Ok(0);
+        }
+        let order = self.order;
+        let block = self.block(file, number).await?;
+        Ok(get_refcount(&block.bytes, order, index))
+    }
+
+    /// Sets the refcount of a host cluster, whose block is there.
+    ///
+    /// # Errors
+    /// As [`get`](Refcounts::get).
+    pub async fn set(&mut self, file: &Child, cluster: u64, refcount: u64) -> Result<()> {
+        debug_assert!(refcount <= self.max_refcount());
+        let entries = self.block_entries();
+        let (number, index) = (cluster / entries, cluster % entries);
+        let order = self.order;
+        let block = self.block(file, number).await?;
+        set_refcount(&mut block.bytes, order, index, refcount);
+        let at = ((index << order) / 8) as usize;
+        let grain = at / WRITE_GRAIN_BYTES * WRITE_GRAIN_BYTES;
+        let touched = grain..grain + WRITE_GRAIN_BYTES;
+        block.dirty = Some(match block.dirty.take() {
+            None => touched,
+            Some(d) => d.start.min(touched.start)..d.end.max(touched.end),
+        });
+        Ok(())
+    }
+
+    /// Makes the (missing) block `number` one that lies at `host`, with no references yet.
+    ///
+    /// # Errors
+    /// `NoSpace` if the table would outgrow the format's limit.
+    pub fn add_block(&mut self, number: u64, host: u64) -> Result<()> {
+        let index = number as usize;
+        if (number + 1) * 8 > MAX_REFCOUNT_TABLE_BYTES {
+            let text = "The refcount table of the image can't grow further";
+            return Err(BlockError::new(ErrorKind::NoSpace, text).errno_is(libc_efbig()));
+        }
+        if index >= self.table.len() {
+            // Half as much again, so that growing stays rare.
+            let wanted = (index + 1).max(self.table.len() * 3 / 2);
+            let per_cluster = (1 << self.cluster_bits) / 8;
+            let max = (MAX_REFCOUNT_TABLE_BYTES / 8) as usize;
+            self.table.resize(wanted.next_multiple_of(per_cluster).min(max.max(index + 1)), 0);
+        }
+        debug_assert_eq!(self.table[index], 0);
+        self.table[index] = host;
+        self.dirty_entries.insert(index);
+        let bytes = vec![0; 1 << self.cluster_bits];
+        let dirty = Some(0..bytes.len());
+        self.clock += 1;
+        self.blocks.insert(number, Block { bytes, dirty, writing: false, last_use: self.clock });
+        Ok(())
+    }
+
+    async fn block(&mut self, file: &Child, number: u64) -> Result<&mut Block> {
+        self.clock += 1;
+        let clock = self.clock;
+        if !self.blocks.contains_key(&number) {
+            let host = self.table.get(number as usize).copied().unwrap_or(0);
+            if host == 0 || host & ((1 << self.cluster_bits) - 1) != 0 {
+                let text = format!("Refblock offset {host:#x} unaligned (reftable index: {number:#x})");
+                return Err(BlockError::corrupt(text));
+            }
+            let buf = IoBufMut::zeroed(1 << self.cluster_bits);
+            let bytes = file.preadv(host, buf, ReadFlags::empty()).await?.to_vec();
+            self.evict();
+            self.blocks.insert(number, Block { bytes, dirty: None, writing: false, last_use: clock });
+        }
+        let block = self.blocks.get_mut(&number).expect("it was there, or has just been put there");
+        block.last_use = clock;
+        Ok(block)
+    }
+
+    fn evict(&mut self) {
+        let capacity = (CACHE_BYTES >> self.cluster_bits).max(4);
+        while self.blocks.len() >= capacity {
+            let idle = self.blocks.iter().filter(|(_, b)| b.dirty.is_none() && !b.writing);
+            let Some(oldest) = idle.min_by_key(|(_, b)| b.last_use).map(|(&n, _)| n) else { return };
+            self.blocks.remove(&oldest);
+        }
+    }
+
+    /// Whether any block has changes.
+    pub fn is_dirty(&self) -> bool {
+        !self.dirty_entries.is_empty() || self.blocks.values().any(|b| b.dirty.is_some())
+    }
+
+    /// Takes a copy of everything that is to be written. The blocks stay in memory until [`written`](Refcounts::written).
+    pub fn take_dirty(&mut self) -> Vec<BlockWrite> {
+        let mut writes = Vec::new();
+        for (&number, block) in &mut self.blocks {
+            if let Some(range) = block.dirty.take() {
+                block.writing = true;
+                let bytes = block.bytes[range.clone()].to_vec();
+                writes.push(BlockWrite { block: number, host: self.table[number as usize], range, bytes });
+            }
+        }
+        writes.sort_by_key(|w| w.host);
+        writes
+    }
+
+    /// What [`take_dirty`](Refcounts::take_dirty) gave has been written, or has to be written again.
+    pub fn written(&mut self, writes: &[BlockWrite], ok: bool) {
+        for w in writes {
+            if let Some(block) = self.blocks.get_mut(&w.block) {
+                block.writing = false;
+                if !ok {
+                    block.dirty = Some(match block.dirty.take() {
+                        None => w.range.clone(),
+                        Some(d) => d.start.min(w.range.start)..d.end.max(w.range.end),
+                    });
+                }
+            }
+        }
+    }
+}
+
+fn libc_efbig() -> i32 {
+    27
+}
+
+/// A refcount of `1 << order` bits out of a block. The specification counts narrow ones from the least significant bit.
+pub(crate) fn get_refcount(block: &[u8], order: u32, index: u64) -> u64 {
+    let at = ((index << order) / 8) as usize;
+    match order {
+        0..=2 => {
+            let bits = 1 << order;
+            let shift = (index << order) % 8;
+            u64::from(block[at] >> shift) & ((1 << bits) - 1)
+        }
+        _ => {
+            let bytes = 1 << (order - 3);
+            block[at..at + bytes].iter().fold(0, |n, &b| n << 8 | u64::from(b))
+        }
+    }
+}
+
+/// Changes a refcount in a block.
+pub(crate) fn set_refcount(block: &mut [u8], order: u32, index: u64, refcount: u64) {
+    let at = ((index << order) / 8) as usize;
+    match order {
+        0..=2 => {
+            let mask = ((1u16 << (1 << order)) - 1) as u8;
+            let shift = (index << order) % 8;
+            block[at] = block[at] & !(mask << shift) | (refcount as u8 & mask) << shift;
+        }
+        _ => {
+            let bytes = 1 << (order - 3);
+            block[at..at + bytes].copy_from_slice(&refcount.to_be_bytes()[8 - bytes..]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refcounts_of_every_width_are_kept_apart() {
+        for order in 0..=6 {
+            let mut block = vec![0; 512];
+            let entries = 512 * 8 >> order;
+            let max = if order == 6 { u64::MAX } else { (1u64 << (1 << order)) - 1 };
+            let value = |i: u64| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 3) & max;
+            for i in 0..entries {
+                set_refcount(&mut block, order, i, value(i));
+            }
+            for i in 0..entries {
+                assert_eq!(get_refcount(&block, order, i), value(i), "order {order} index {i}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_byte_order_is_that_of_the_specification() {
+        let mut block = vec![0; 16];
+        set_refcount(&mut block, 0, 1, 1);
+        set_refcount(&mut block, 2, 3, 0xa);
+        set_refcount(&mut block, 4, 2, 0x1234);
+        assert_eq!(block[..6], [0b10, 0xa0, 0, 0, 0x12, 0x34]);
+    }
+}

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Tests of the format over test disks: a model, power cuts, and the rules of docs/INVARIANTS.md one by one.
+
+mod crash;
+mod model;
+mod rules;
+
+use std::sync::Arc;
+
+use blockcore::testing::{CrashDriver, MemoryDriver};
+use blockcore::{Child, ChildRole, Diagnostics, Node, NodeConfig, NodeFlags};
+
+use crate::driver::Qcow2;
+use crate::header::Header;
+use crate::image::Image;
+use crate::open::open_image;
+
+/// What an image is made with.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shape {
+    pub size: u64,
+    pub cluster_bits: u32,
+    pub version: u32,
+    pub refcount_order: u32,
+}
+
+impl Shape {
+    /// Version 3 with clusters of 4 KiB, so that small disks have many.
+    pub fn small(size: u64) -> Shape {
+        Shape { size, cluster_bits: 12, version: 3, refcount_order: 4 }
+    }
+}
+
+/// An empty image: header, refcount table, refcount block, L1 table, one cluster each (the L1 table as many as it needs).
+pub(crate) fn fresh_image(shape: Shape) -> Vec<u8> {
+    let cluster = 1usize << shape.cluster_bits;
+    let table_bytes = (cluster / 8 * cluster) as u64;
+    let l1_entries = shape.size.div_ceil(table_bytes).max(1);
+    let l1_clusters = (l1_entries as usize * 8).div_ceil(cluster);
+    let mut image = vec![0; cluster * (3 + l1_clusters)];
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, b"QFI\xfb");
+    put(4, &shape.version.to_be_bytes());
+    put(20, &shape.cluster_bits.to_be_bytes());
+    put(24, &shape.size.to_be_bytes());
+    put(36, &(l1_entries as u32).to_be_bytes());
+    put(40, &(3 * cluster as u64).to_be_bytes());
+    put(48, &(cluster as u64).to_be_bytes());
+    put(56, &1u32.to_be_bytes());
+    if shape.version >= 3 {
+        put(96, &shape.refcount_order.to_be_bytes());
+        put(100, &104u32.to_be_bytes());
+    }
+    put(cluster, &(2 * cluster as u64).to_be_bytes());
+    let block = &mut image[2 * cluster..3 * cluster];
+    for i in 0..3 + l1_clusters as u64 {
+        crate::refcount::set_refcount(block, shape.refcount_order, i, 1);
+    }
+    image
+}
+
+/// Opens the image on `disk` as a writable node, over an optional backing disk.
+pub(crate) async fn open_on(disk: CrashDriver, backing: Option<Vec<u8>>) -> (Arc<Node>, Arc<Image>) {
+    let file = Child::new("file", ChildRole::File, disk.into_node(NodeFlags::default()).await.unwrap());
+    let backing = match backing {
+        None => None,
+        Some(bytes) => {
+            let node = MemoryDriver::new(bytes).into_node(NodeFlags { read_only: true, ..Default::default() });
+            Some(Child::new("backing", ChildRole::Backing, node.await.unwrap()))
+        }
+    };
+    let header = Header::read(&file).await.unwrap();
+    let diagnostics = Diagnostics::new(|line| println!("{line}"));
+    let image = Arc::new(open_image(file, backing, header, diagnostics).await.unwrap());
+    image.prepare_writing().await.unwrap();
+    image.writable.store(true, std::sync::atomic::Ordering::Release);
+    let driver = Box::new(Qcow2 { image: image.clone() });
+    (Node::new(driver, NodeConfig::default()).await.unwrap(), image)
+}
+
+/// Reads the whole of a node.
+pub(crate) async fn read_all(node: &Node) -> Vec<u8> {
+    let length = node.length() as usize;
+    let mut all = Vec::with_capacity(length);
+    while all.len() < length {
+        let n = (length - all.len()).min(1 << 20);
+        let buf = blockcore::IoBufMut::zeroed(n);
+        all.extend(node.preadv(all.len() as u64, buf, Default::default()).await.unwrap().to_vec());
+    }
+    all
+}
+
+/// Checks the image that lies on a disk, and gives back what is wrong with it beside leaks.
+pub(crate) async fn corruptions(bytes: Vec<u8>) -> Vec<String> {
+    let node = MemoryDriver::new(bytes).into_node(NodeFlags { read_only: true, ..Default::default() }).await.unwrap();
+    let file = Child::new("file", ChildRole::File, node);
+    let header = Header::read(&file).await.unwrap();
+    let result = crate::check::check(&header, &file, blockcore::CheckFix::None).await.unwrap();
+    if result.corruptions + result.check_errors > 0 { result.messages } else { Vec::new() }
+}
+
+/// As [`corruptions`], with leaks.
+pub(crate) async fn findings(bytes: Vec<u8>) -> Vec<String> {
+    let node = MemoryDriver::new(bytes).into_node(NodeFlags { read_only: true, ..Default::default() }).await.unwrap();
+    let file = Child::new("file", ChildRole::File, node);
+    let header = Header::read(&file).await.unwrap();
+    crate::check::check(&header, &file, blockcore::CheckFix::None).await.unwrap().messages
+}

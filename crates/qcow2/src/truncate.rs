@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Growing the disk. What appears reads as zero: also where the last cluster, or a longer backing node, has something else there.
+//!
+//! All of that is done before the header says the new length, so that a power cut leaves the old disk or the new one (INV QCOW2-ORD-2).
+
+use std::sync::Arc;
+
+use blockcore::{BlockError, IoBuf, Preallocation, Result, TruncateRequest, WriteFlags};
+
+use crate::alloc::{Freed, Meta, Run};
+use crate::commit::Growth;
+use crate::format::{MAX_L1_BYTES, OFLAG_COPIED, OFLAG_ZERO};
+use crate::image::{Image, Owner};
+use crate::l2_table::Mapping;
+
+/// How many clusters are preallocated under one hold of the metadata lock.
+const PREALLOCATION_CLUSTERS: u64 = 512;
+/// The most zeroes that one write carries, in bytes.
+const ZERO_WRITE_BYTES: u64 = 1 << 20;
+
+impl Image {
+    /// Changes the length of the disk. Only growing so far.
+    ///
+    /// # Errors
+    /// `Unsupported` for shrinking, and for version 2 images with snapshots; `InvalidArgument` for a length that is no multiple of a sector, or too
+    /// large for the cluster size; those of metadata I/O.
+    pub async fn truncate(self: &Arc<Self>, request: TruncateRequest) -> Result<()> {
+        self.check_sound()?;
+        if !request.bytes.is_multiple_of(512) {
+            return Err(BlockError::invalid("The new size must be a multiple of 512"));
+        }
+        let old = self.size();
+        if request.bytes < old {
+            return Err(BlockError::unsupported("Shrinking qcow2 images is not supported yet"));
+        }
+        let snapshots = self.header.lock().expect("no code panics while it holds this lock").nb_snapshots;
+        if self.version < 3 && snapshots > 0 {
+            return Err(BlockError::unsupported("Can't resize a v2 image which has snapshots"));
+        }
+        if request.bytes == old {
+            return Ok(());
+        }
+        self.spawn(move |image| async move { image.grow(old, request).await }).await
+    }
+
+    async fn grow(self: Arc<Self>, old: u64, request: TruncateRequest) -> Result<()> {
+        let new = request.bytes;
+        let table_bytes = 1u64 << (self.l2_bits() + self.cluster_bits);
+        let l1_entries = new.div_ceil(table_bytes);
+        if l1_entries * 8 > MAX_L1_BYTES {
+            let text = "Failed to grow the L1 table: Image size too big for its cluster size";
+            return Err(BlockError::from_errno(27).message(text));
+        }
+        {
+            let first = old >> self.cluster_bits;
+            let last = (new - 1) >> self.cluster_bits;
+            let _changing = self.changing.begin(first, last + 1, true).await;
+            let _epoch = self.epochs.enter();
+            self.grow_l1(l1_entries as usize, new).await?;
+            self.zero_new_area(old, new).await?;
+            if request.preallocation != Preallocation::Off {
+                self.preallocate(old, new, request.preallocation).await?;
+            }
+        }
+        self.commit().await?;
+        self.size.store(new, std::sync::atomic::Ordering::Release);
+        Ok(())
+    }
+
+    /// Makes room for L1 entries, at a new place if need be, and notes the new length for the commit.
+    async fn grow_l1(&self, entries: usize, new_size: u64) -> Result<()> {
+        let mut meta = self.meta.lock().await;
+        let meta = &mut *meta;
+        let have = self.l1.len();
+        let mut old_l1 = meta.growth.take().map(|g| g.old_l1).unwrap_or_default();
+        if entries > have {
+            let clusters = (entries as u64 * 8).div_ceil(self.cluster_size());
+            let run = self.alloc_run(meta, clusters).await?;
+            let host = run.cluster << self.cluster_bits;
+            if have > 0 {
+                let count = (have as u64 * 8).div_ceil(self.cluster_size());
+                old_l1.push(Freed { cluster: meta.l1_offset >> self.cluster_bits, count, punch: false });
+            }
+            self.own(host, clusters << self.cluster_bits, Owner::L1);
+            self.l1.grow(entries);
+            meta.l1_offset = host;
+            meta.dirty_l1.extend(0..entries);
+        }
+        meta.growth = Some(Growth { size: new_size, old_l1 });
+        Ok(())
+    }
+
+    /// Makes `old..new` read as zero where it would not by itself. The caller holds `changing` and an epoch.
+    async fn zero_new_area(&self, old: u64, new: u64) -> Result<()> {
+        let partial_end = old.next_multiple_of(self.cluster_size()).min(new.next_multiple_of(self.cluster_size()));
+        let backing_end = self.backing.as_ref().map_or(0, |b| b.length());
+        if old < partial_end {
+            let shown = match self.mapping(old >> self.cluster_bits).await? {
+                Mapping::Data { .. } | Mapping::Compressed(_) => true,
+                Mapping::Unallocated => backing_end > old,
+                Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => false,
+            };
+            if shown {
+                self.write_some(old, IoBuf::zeroes((partial_end - old) as usize)).await?;
+            }
+        }
+        let end = backing_end.min(new);
+        let mut at = partial_end;
+        while at < end {
+            if self.version >= 3 {
+                let mut meta = self.meta.lock().await;
+                let cluster = at >> self.cluster_bits;
+                self.ensure_l2_table(&mut meta, self.l1_index(cluster)).await?;
+                self.set_entry(&mut meta, cluster, OFLAG_ZERO).await?;
+                at += self.cluster_size();
+            } else {
+                let n = (end - at).next_multiple_of(self.cluster_size()).min(ZERO_WRITE_BYTES.max(self.cluster_size()));
+                at += self.write_some(at, IoBuf::zeroes(n as usize)).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives every cluster of `old..new` a host cluster that reads as zero. The caller holds `changing` and an epoch.
+    async fn preallocate(&self, old: u64, new: u64, mode: Preallocation) -> Result<()> {
+        let mut at = old.next_multiple_of(self.cluster_size()) >> self.cluster_bits;
+        let end = new.div_ceil(self.cluster_size());
+        while at < end {
+            let table_entries = 1u64 << self.l2_bits();
+            let table_end = (at / table_entries + 1) * table_entries;
+            let count = (end - at).min(PREALLOCATION_CLUSTERS).min(table_end - at);
+            let run = {
+                let mut meta = self.meta.lock().await;
+                self.ensure_l2_table(&mut meta, self.l1_index(at)).await?;
+                self.alloc_run(&mut meta, count).await?
+            };
+            if let Err(e) = self.fill_with_zeroes(run, mode).await {
+                let mut meta = self.meta.lock().await;
+                self.unalloc_run(&mut meta, run).await?;
+                return Err(e);
+            }
+            let mut meta = self.meta.lock().await;
+            self.link_preallocated(&mut meta, at, run).await?;
+            at += count;
+        }
+        Ok(())
+    }
+
+    async fn fill_with_zeroes(&self, run: Run, mode: Preallocation) -> Result<()> {
+        let (host, bytes) = (run.cluster << self.cluster_bits, run.count << self.cluster_bits);
+        match mode {
+            Preallocation::Off | Preallocation::Metadata if run.fresh => Ok(()),
+            Preallocation::Full => {
+                let mut done = 0;
+                while done < bytes {
+                    let n = (bytes - done).min(ZERO_WRITE_BYTES);
+                    self.file.pwritev(host + done, IoBuf::zeroes(n as usize), WriteFlags::empty()).await?;
+                    done += n;
+                }
+                Ok(())
+            }
+            _ => self.file.pwrite_zeroes(host, bytes, WriteFlags::empty()).await,
+        }
+    }
+
+    async fn link_preallocated(&self, meta: &mut Meta, first: u64, run: Run) -> Result<()> {
+        for i in 0..run.count {
+            let host = (run.cluster + i) << self.cluster_bits;
+            let old = self.set_entry(meta, first + i, host | OFLAG_COPIED).await?;
+            self.free_mapping(meta, &old, false);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Writing guest data: in place where the cluster is this image's alone, else to a new cluster, with what the request doesn't cover copied along.
+//!
+//! # In place
+//!
+//! A run of `COPIED` data clusters is written where it lies, by the caller's own future, without any lock (INV QCOW2-META-2).
+//!
+//! # To new clusters
+//!
+//! Runs in a task of its own, since once metadata starts to change, the change finishes whoever stopped listening:
+//!
+//! 1. the guest clusters are entered in `changing`: other changes of their mapping wait, and this one for those before it;
+//! 2. under the metadata lock, clusters are allocated; the lock is let go;
+//! 3. what the request leaves out of the first and last cluster is read (COW), and data and COW are written together;
+//! 4. under the metadata lock, the L2 entries are set and the old clusters freed.
+//!
+//! So an entry in memory never points at a cluster whose bytes are not in the file, which is half of INV QCOW2-ORD-2; `commit` is the other half.
+
+use std::sync::Arc;
+
+use blockcore::{BlockError, IoBuf, IoBufMut, Result, WriteFlags};
+use futures::stream::{FuturesUnordered, StreamExt};
+
+use crate::alloc::Run;
+use crate::format::OFLAG_COPIED;
+use crate::image::Image;
+use crate::l2_table::Mapping;
+
+/// The most clusters that one allocation takes at a time, in bytes.
+const ALLOCATION_BYTES_MAX: u64 = 64 << 20;
+
+impl Image {
+    /// Writes `buf` at `offset`.
+    ///
+    /// # Errors
+    /// Those of the file and the backing node; `NoSpace`; `Corrupt`.
+    pub async fn write(self: &Arc<Self>, offset: u64, buf: IoBuf) -> Result<()> {
+        self.check_sound()?;
+        let epoch = self.epochs.enter();
+        if let Some(runs) = self.runs_in_place(offset, buf.len() as u64).await? {
+            return self.write_in_place(&runs, buf).await;
+        }
+        drop(epoch);
+        self.spawn(move |image| async move { image.write_allocating(offset, buf).await }).await
+    }
+
+    /// Runs a change to its end even if the caller's future is dropped.
+    ///
+    /// # Errors
+    /// Those of the change; `Cancelled` if the runtime shuts down.
+    pub async fn spawn<F>(self: &Arc<Self>, change: impl FnOnce(Arc<Image>) -> F) -> Result<()>
+    where
+        F: Future<Output = Result<()>> + Send + 'static,
+    {
+        let guard = self.tasks.enter_owned();
+        let work = change(self.clone());
+        let task = tokio::spawn(async move {
+            let _guard = guard;
+            work.await
+        });
+        task.await.unwrap_or_else(|_| Err(BlockError::from_errno(125).message("The request was cancelled")))
+    }
+
+    /// The host ranges of a guest range that can all be written in place.
+    async fn runs_in_place(&self, offset: u64, bytes: u64) -> Result<Option<Vec<(u64, u64)>>> {
+        let mut runs = Vec::with_capacity(1);
+        let mut at = offset;
+        let end = offset + bytes;
+        while at < end {
+            let (mapping, n) = match self.run_now(at, end - at) {
+                Some(found) => found,
+                None => self.run(at, end - at).await?,
+            };
+            // INV QCOW2-META-2: a cluster that somebody else may see is never written in place.
+            let Mapping::Data { host, copied: true } = mapping else { return Ok(None) };
+            runs.push((host + self.in_cluster(at), n));
+            at += n;
+        }
+        Ok(Some(runs))
+    }
+
+    async fn write_in_place(&self, runs: &[(u64, u64)], buf: IoBuf) -> Result<()> {
+        if let [(host, bytes)] = *runs {
+            self.check_data_write(host, bytes)?;
+            return self.file.pwritev(host, buf, WriteFlags::empty()).await;
+        }
+        let mut writes = FuturesUnordered::new();
+        let mut done = 0;
+        for &(host, bytes) in runs {
+            self.check_data_write(host, bytes)?;
+            let part = buf.slice(done..done + bytes as usize);
+            done += bytes as usize;
+            writes.push(self.file.pwritev(host, part, WriteFlags::empty()));
+        }
+        let mut result = Ok(());
+        while let Some(one) = writes.next().await {
+            result = result.and(one);
+        }
+        result
+    }
+
+    async fn write_allocating(self: Arc<Self>, offset: u64, buf: IoBuf) -> Result<()> {
+        let end = offset + buf.len() as u64;
+        let wants_commit = {
+            let first = offset >> self.cluster_bits;
+            let last = (end - 1) >> self.cluster_bits;
+            let _changing = self.changing.begin(first, last + 1, true).await;
+            let _epoch = self.epochs.enter();
+            let mut at = offset;
+            while at < end {
+                let rest = buf.slice((at - offset) as usize..);
+                at += self.write_some(at, rest).await?;
+            }
+            self.meta.lock().await.wants_commit()
+        };
+        if wants_commit {
+            self.commit().await?;
+        }
+        Ok(())
+    }
+
+    /// Writes the first part of `buf` that can be treated in one way, and says how long it was. The caller holds `changing` and an epoch.
+    pub(crate) async fn write_some(&self, at: u64, buf: IoBuf) -> Result<u64> {
+        let (mapping, bytes) = self.run(at, buf.len() as u64).await?;
+        match mapping {
+            Mapping::Data { host, copied: true } => {
+                self.write_in_place(&[(host + self.in_cluster(at), bytes)], buf.slice(..bytes as usize)).await?;
+                Ok(bytes)
+            }
+            Mapping::ZeroAllocated { host, copied: true } => {
+                let count = (self.in_cluster(at) + bytes).div_ceil(self.cluster_size());
+                let run = Run { cluster: host >> self.cluster_bits, count, fresh: false };
+                self.fill_run(at, buf.slice(..bytes as usize), run).await?;
+                self.link_run(at >> self.cluster_bits, run).await?;
+                Ok(bytes)
+            }
+            _ => {
+                let bytes = self.needs_allocation(at, buf.len() as u64).await?;
+                self.write_new(at, buf.slice(..bytes as usize)).await?;
+                Ok(bytes)
+            }
+        }
+    }
+
+    /// For how many bytes from `at` on every cluster needs a new place, within one L2 table.
+    async fn needs_allocation(&self, at: u64, bytes: u64) -> Result<u64> {
+        let table_bytes = 1u64 << (self.l2_bits() + self.cluster_bits);
+        let table_end = (at / table_bytes + 1) * table_bytes;
+        let end = (at + bytes).min(table_end).min(at + ALLOCATION_BYTES_MAX);
+        let mut found = at;
+        while found < end {
+            match self.run(found, end - found).await? {
+                (Mapping::Data { copied: true, .. } | Mapping::ZeroAllocated { copied: true, .. }, _) => break,
+                (_, n) => found += n,
+            }
+        }
+        Ok(found - at)
+    }
+
+    async fn write_new(&self, at: u64, buf: IoBuf) -> Result<()> {
+        let first = at >> self.cluster_bits;
+        let count = (self.in_cluster(at) + buf.len() as u64).div_ceil(self.cluster_size());
+        let run = {
+            let mut meta = self.meta.lock().await;
+            self.ensure_l2_table(&mut meta, self.l1_index(first)).await?;
+            self.alloc_run(&mut meta, count).await?
+        };
+        if let Err(e) = self.fill_run(at, buf, run).await {
+            let mut meta = self.meta.lock().await;
+            self.unalloc_run(&mut meta, run).await?;
+            return Err(e);
+        }
+        self.link_run(first, run).await
+    }
+
+    /// Writes `buf` to where it belongs in the host clusters of `run`, with what the guest clusters hold around it.
+    async fn fill_run(&self, at: u64, buf: IoBuf, run: Run) -> Result<()> {
+        let end = at + buf.len() as u64;
+        let head_bytes = self.in_cluster(at);
+        let tail_bytes = end.next_multiple_of(self.cluster_size()) - end;
+        let head = self.cow_part(at - head_bytes, head_bytes, run.fresh).await?;
+        let tail = self.cow_part(end, tail_bytes, run.fresh).await?;
+        let host = run.cluster << self.cluster_bits;
+        let start = if head.is_some() { host } else { host + head_bytes };
+        let mut all = head.unwrap_or_default();
+        all.append(buf);
+        all.append(tail.unwrap_or_default());
+        self.check_data_write(start, all.len() as u64)?;
+        self.file.pwritev(start, all, WriteFlags::empty()).await
+    }
+
+    /// What a guest range inside one cluster reads as. `None`: zero, and `fresh` clusters read as zero without being written.
+    ///
+    /// What lies past the end of the disk is zero, whatever the backing node has there: it must not show when the disk grows.
+    async fn cow_part(&self, offset: u64, bytes: u64, fresh: bool) -> Result<Option<IoBuf>> {
+        if bytes == 0 {
+            return Ok(None);
+        }
+        let visible = self.size().saturating_sub(offset).min(bytes);
+        let mapping = self.mapping(offset >> self.cluster_bits).await?;
+        let is_zero = match mapping {
+            Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => true,
+            Mapping::Unallocated => self.backing.as_ref().is_none_or(|b| offset >= b.length()),
+            _ => false,
+        };
+        if is_zero || visible == 0 {
+            return Ok((!fresh).then(|| IoBuf::zeroes(bytes as usize)));
+        }
+        let old = self.read_mapped(mapping, offset, IoBufMut::zeroed(visible as usize)).await?;
+        if fresh && old.is_zero() {
+            return Ok(None);
+        }
+        let mut part = old.freeze();
+        part.append(IoBuf::zeroes((bytes - visible) as usize));
+        Ok(Some(part))
+    }
+
+    /// Points the L2 entries of guest clusters at host clusters that hold their data, and frees what they pointed at before.
+    async fn link_run(&self, first: u64, run: Run) -> Result<()> {
+        let mut meta = self.meta.lock().await;
+        self.ensure_l2_table(&mut meta, self.l1_index(first)).await?;
+        for i in 0..run.count {
+            let host = (run.cluster + i) << self.cluster_bits;
+            let old = self.set_entry(&mut meta, first + i, host | OFLAG_COPIED).await?;
+            match old {
+                // The cluster was kept for this.
+                Mapping::ZeroAllocated { host: kept, .. } if kept == host => {}
+                old => self.free_mapping(&mut meta, &old, false),
+            }
+        }
+        Ok(())
+    }
+}
