@@ -5,12 +5,13 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use async_trait::async_trait;
 
-use crate::buffer::{IoBuf, IoBufMut};
+use crate::buffer::{IoBuf, IoBufMut, slice_is_zero};
 use crate::driver::{BlockDriver, DriverFactory, ReadFlags, TruncateRequest, WriteFlags};
 use crate::error::Result;
-use crate::node::{Node, NodeConfig, NodeFlags};
+use crate::node::{Node, NodeConfig, NodeFlags, SECTOR_BYTES};
 use crate::open::OpenContext;
 use crate::options::Options;
+use crate::status::{BlockStatus, StatusFlags, StatusMode};
 
 /// A disk in memory. Clones share the bytes, so that a test can look at, damage or keep them while the driver is in use.
 #[derive(Clone, Debug, Default)]
@@ -118,6 +119,20 @@ impl BlockDriver for MemoryDriver {
         let start = (offset as usize).min(end);
         all[start..end].fill(0);
         Ok(())
+    }
+
+    async fn block_status(&self, offset: u64, bytes: u64, _mode: StatusMode) -> Result<BlockStatus> {
+        let all = self.lock();
+        let start = (offset as usize).min(all.len());
+        let range = &all[start..(start + bytes as usize).min(all.len())];
+        if range.is_empty() {
+            return Ok(BlockStatus::new(StatusFlags::ZERO, bytes));
+        }
+        let mut sectors = range.chunks(SECTOR_BYTES as usize).map(slice_is_zero);
+        let first = sectors.next().unwrap_or(true);
+        let same = 1 + sectors.take_while(|zero| *zero == first).count() as u64;
+        let flags = if first { StatusFlags::ZERO } else { StatusFlags::DATA };
+        Ok(BlockStatus::new(flags, (same * SECTOR_BYTES).min(bytes)))
     }
 
     async fn flush(&self) -> Result<()> {

@@ -15,22 +15,22 @@ use super::{Shape, corruptions, fresh_image, open_on, read_all};
 
 const SECTOR: usize = 512;
 
-/// What each sector held, and from which log entry on. Sectors are filled with one byte value.
+/// What each sector held, and when. Sectors are filled with one byte value.
 struct History {
-    /// For each sector: (entries in the log when the operation began, entries when it ended, value).
+    /// For each sector: (number of the operation, entries in the log when it began, value).
     values: Vec<Vec<(usize, usize, u8)>>,
-    /// Log positions at which a flush was called, and those at which it had ended.
+    /// Numbers of flushes, and the entries in the log when they had ended.
     flushes: Vec<(usize, usize)>,
 }
 
 impl History {
     /// The values that a sector may read as after a cut at `cut`.
     fn allowed(&self, sector: usize, cut: usize) -> BTreeSet<u8> {
-        // Everything that had ended when the last flush that ended before the cut was called is settled.
-        let settled = self.flushes.iter().filter(|(_, ended)| *ended <= cut).map(|(called, _)| *called).max().unwrap_or(0);
+        // Everything before the last flush that ended before the cut is settled.
+        let settled = self.flushes.iter().filter(|(_, ended)| *ended <= cut).map(|(number, _)| *number).max().unwrap_or(0);
         let values = &self.values[sector];
-        let last_settled = values.iter().rposition(|(_, ended, _)| *ended <= settled).unwrap_or(0);
-        values[last_settled..].iter().filter(|(begun, _, _)| *begun <= cut).map(|(_, _, v)| *v).collect()
+        let last_settled = values.iter().rposition(|(number, _, _)| *number < settled).unwrap_or(0);
+        values[last_settled..].iter().filter(|(_, begun, _)| *begun <= cut).map(|(_, _, v)| *v).collect()
     }
 }
 
@@ -47,14 +47,15 @@ async fn run(seed: u64) {
     let (node, _image) = open_on(disk.clone(), backing.clone()).await;
     let base = |s: usize| backing.as_ref().and_then(|b| b.get(s * SECTOR)).copied().unwrap_or(0);
     let mut history = History { values: (0..sectors).map(|s| vec![(0, 0, base(s))]).collect(), flushes: Vec::new() };
-    for step in 0..40u8 {
+    for step in 1..40u8 {
+        let number = usize::from(step);
         let first = rng.below(sectors as u64) as usize;
         let count = (1 + rng.below(2 << (cluster_bits - 9)) as usize).min(sectors - first);
         let (offset, bytes) = ((first * SECTOR) as u64, (count * SECTOR) as u64);
         let begun = disk.log_len();
         let value = match rng.below(10) {
             0..5 => {
-                let value = step + 1;
+                let value = step;
                 node.pwritev(offset, vec![value; bytes as usize].into(), WriteFlags::empty()).await.unwrap();
                 Some(value)
             }
@@ -68,17 +69,16 @@ async fn run(seed: u64) {
             }
             _ => {
                 node.flush().await.unwrap();
-                history.flushes.push((begun, disk.log_len()));
+                history.flushes.push((number, disk.log_len()));
                 continue;
             }
         };
-        let ended = disk.log_len();
         let now = read_all(&node).await;
         for (s, values) in history.values.iter_mut().enumerate() {
             let inside = s >= first && s < first + count;
             match value {
-                Some(value) if inside => values.push((begun, ended, value)),
-                None if inside && now[s * SECTOR] == 0 => values.push((begun, ended, 0)),
+                Some(value) if inside => values.push((number, begun, value)),
+                None if inside && now[s * SECTOR] == 0 => values.push((number, begun, 0)),
                 _ => {}
             }
         }
