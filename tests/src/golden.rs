@@ -32,6 +32,7 @@ pub struct Script {
     dir: PathBuf,
     filters: Vec<OptIn>,
     expects_pattern_failure: bool,
+    needs_qemu: bool,
 }
 
 /// The directory of golden scripts.
@@ -79,6 +80,7 @@ impl Script {
             dir,
             filters: Vec::new(),
             expects_pattern_failure: false,
+            needs_qemu: false,
         };
         for line in text.lines().take_while(|line| line.starts_with('#')) {
             if let Some(names) = line.strip_prefix("# filter: ") {
@@ -96,6 +98,8 @@ impl Script {
                     ));
                 }
                 script.expects_pattern_failure = true;
+            } else if line == "# needs: qemu" {
+                script.needs_qemu = true;
             }
         }
         if script.name.starts_with("seed-") && script.expects_pattern_failure {
@@ -105,6 +109,12 @@ impl Script {
             ));
         }
         Ok(script)
+    }
+
+    /// Whether the script prepares images with the installed QEMU tools, whichever tools it then tests.
+    #[must_use]
+    pub fn needs_qemu(&self) -> bool {
+        self.needs_qemu
     }
 
     fn out_path(&self) -> PathBuf {
