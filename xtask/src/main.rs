@@ -1,3 +1,54 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! x
-fn main() {}
+//! `cargo xtask VERB`: the project's own commands. It depends on nothing but the standard library, so that it builds in a moment
+//! on a fresh checkout.
+//!
+//! One file per concern: `run` starts processes, `checks` holds the verbs that call cargo, `tidy` the rules that no compiler
+//! checks, `demo` the walk through a real backing chain.
+
+mod checks;
+mod demo;
+mod run;
+mod tidy;
+
+use std::process::ExitCode;
+
+const HELP: &str = "\
+Usage: cargo xtask VERB
+
+  test                      build the tools and run every test, golden scripts and doc tests included
+  golden [--record] [NAME]  run the golden scripts (those whose name contains NAME), or record their
+                            outputs anew from the installed QEMU tools
+  demo [--keep]             build a real backing chain, drive it through qemu-io, map and check it
+  tidy                      the project's own rules: headers, file sizes, invariants, golden scripts
+  docs                      build the documentation, warnings denied
+  ci                        format check, clippy, docs, tidy, test
+";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let result = match words.as_slice() {
+        ["test"] => checks::test(),
+        ["golden", rest @ ..] => checks::golden(rest),
+        ["demo"] => demo::demo(false),
+        ["demo", "--keep"] => demo::demo(true),
+        ["tidy"] => tidy::tidy(),
+        ["docs"] => checks::docs(),
+        ["ci"] => checks::ci(),
+        ["help" | "--help" | "-h"] | [] => {
+            print!("{HELP}");
+            Ok(())
+        }
+        _ => Err(format!(
+            "no such command: cargo xtask {}\n\n{HELP}",
+            words.join(" ")
+        )),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            eprintln!("xtask: {why}");
+            ExitCode::FAILURE
+        }
+    }
+}
