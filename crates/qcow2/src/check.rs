@@ -1,3 +1,329 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! x
-use blockcore::*; pub async fn check(_h: &crate::header::Header, _f: &Child, _x: CheckFix)->Result<CheckResult>{Ok(CheckResult::default())}
+//! `check`: counts who refers to each host cluster, and compares that with the refcounts.
+//!
+//! Works on the file alone; the driver writes back what it has in memory first. Memory is one counter per cluster of the file. The messages are those of
+//! QEMU's check, line by line, since people and scripts read them.
+
+use blockcore::{BlockError, CheckFix, CheckResult, Child, IoBufMut, ReadFlags, Result};
+
+use crate::format::{
+    CompressedDescriptor, L1E_OFFSET_MASK, L2E_OFFSET_MASK, OFLAG_COMPRESSED, OFLAG_COPIED, OFLAG_ZERO,
+    REFT_OFFSET_MASK,
+};
+use crate::header::Header;
+use crate::refcount::get_refcount;
+use crate::snapshot;
+
+/// Bits of an L1 entry that have no meaning.
+const L1E_RESERVED: u64 = 0x7f00_0000_0000_01ff;
+/// Bits of an uncompressed L2 entry that have no meaning.
+const L2E_RESERVED: u64 = 0x3f00_0000_0000_01fe;
+/// Bits of a refcount table entry that have no meaning.
+const REFT_RESERVED: u64 = 0x1ff;
+/// The most clusters that a check counts: a gigabyte of counters.
+const CLUSTERS_MAX: u64 = 1 << 28;
+/// The most lines that a check says: a damaged image must not fill the memory with them.
+const MESSAGES_MAX: usize = 100_000;
+
+/// How often each host cluster is referred to, up to the end of the file.
+#[derive(Debug)]
+pub struct RefcountMap {
+    counts: Vec<u32>,
+}
+
+impl RefcountMap {
+    /// The references of a cluster; 0 past the end of the file.
+    pub fn get(&self, cluster: u64) -> u64 {
+        self.counts.get(cluster as usize).copied().unwrap_or(0).into()
+    }
+}
+
+/// Checks an image.
+///
+/// # Errors
+/// `Unsupported` for repairs; those of the file where the check can't go on at all. What is wrong with the image is in the result.
+pub async fn check(header: &Header, file: &Child, fix: CheckFix) -> Result<CheckResult> {
+    if fix != CheckFix::None {
+        return Err(BlockError::unsupported("Repairing qcow2 images is not supported yet"));
+    }
+    let mut checker = Checker::new(header, file)?;
+    checker.count_references().await?;
+    checker.compare().await?;
+    checker.check_copied().await?;
+    Ok(checker.result)
+}
+
+/// Counts all references of an image, as `check` does; for repairs.
+///
+/// # Errors
+/// As [`check`].
+pub async fn compute_refcounts(header: &Header, file: &Child) -> Result<(RefcountMap, CheckResult)> {
+    let mut checker = Checker::new(header, file)?;
+    checker.count_references().await?;
+    Ok((checker.map, checker.result))
+}
+
+struct Checker<'a> {
+    header: &'a Header,
+    file: &'a Child,
+    cluster: u64,
+    map: RefcountMap,
+    table: Vec<u64>,
+    l1: Vec<u64>,
+    /// The refcount block that was read last.
+    block: Option<(u64, Vec<u8>)>,
+    /// Where the next guest cluster would lie if nothing were fragmented.
+    next_contiguous: u64,
+    result: CheckResult,
+}
+
+impl<'a> Checker<'a> {
+    fn new(header: &'a Header, file: &'a Child) -> Result<Checker<'a>> {
+        let cluster = 1u64 << header.cluster_bits;
+        let clusters = file.length().div_ceil(cluster);
+        if clusters > CLUSTERS_MAX {
+            return Err(BlockError::unsupported(format!("A file of {clusters} clusters is too long to be checked")));
+        }
+        Ok(Checker {
+            header,
+            file,
+            cluster,
+            map: RefcountMap { counts: vec![0; clusters as usize] },
+            table: Vec::new(),
+            l1: Vec::new(),
+            block: None,
+            next_contiguous: 0,
+            result: CheckResult { total_clusters: header.size.div_ceil(cluster), ..CheckResult::default() },
+        })
+    }
+
+    fn say(&mut self, line: String) {
+        match self.result.messages.len() {
+            n if n < MESSAGES_MAX => self.result.messages.push(line),
+            MESSAGES_MAX => self.result.messages.push("(further messages are left out)".to_owned()),
+            _ => {}
+        }
+    }
+
+    fn corruption(&mut self, line: String) {
+        self.result.corruptions += 1;
+        self.say(line);
+    }
+
+    async fn words(&self, offset: u64, count: u64) -> Result<Vec<u64>> {
+        let buf = IoBufMut::zeroed(count as usize * 8);
+        let bytes = self.file.preadv(offset, buf, ReadFlags::empty()).await?.to_vec();
+        Ok(bytes.chunks_exact(8).map(|c| u64::from_be_bytes(c.try_into().expect("eight bytes"))).collect())
+    }
+
+    /// One more reference to each cluster that a range touches.
+    fn count(&mut self, offset: u64, bytes: u64) {
+        if bytes == 0 {
+            return;
+        }
+        let end = offset.saturating_add(bytes);
+        if end >= self.file.length() + self.cluster {
+            return self.corruption(format!(
+                "ERROR: counting reference for region exceeding the end of the file by one cluster or more: \
+                 offset {offset:#x} size {bytes:#x}"
+            ));
+        }
+        for cluster in offset / self.cluster..end.div_ceil(self.cluster) {
+            if let Some(n) = self.map.counts.get_mut(cluster as usize) {
+                *n = n.saturating_add(1);
+            }
+        }
+    }
+
+    async fn count_references(&mut self) -> Result<()> {
+        let header = self.header;
+        self.count(0, self.cluster);
+        self.l1 = self.words(header.l1_table_offset, header.l1_size.into()).await?;
+        let l1 = self.l1.clone();
+        self.count_l1(header.l1_table_offset, &l1, true).await?;
+        if header.nb_snapshots > 0 {
+            let table = snapshot::read_table(header, self.file).await?;
+            for s in &table.snapshots {
+                if s.l1_table_offset & (self.cluster - 1) != 0 {
+                    let line = format!("ERROR snapshot {} ({}) l1_offset={:#x}: L1 table is not cluster aligned", s.id, s.name, s.l1_table_offset);
+                    self.corruption(line);
+                    continue;
+                }
+                let l1 = self.words(s.l1_table_offset, s.l1_size.into()).await?;
+                self.count_l1(s.l1_table_offset, &l1, false).await?;
+            }
+            self.count(header.snapshots_offset, table.bytes);
+        }
+        self.table = self.words(header.refcount_table_offset, u64::from(header.refcount_table_clusters) << (header.cluster_bits - 3)).await?;
+        self.count(header.refcount_table_offset, u64::from(header.refcount_table_clusters) * self.cluster);
+        self.count_blocks();
+        Ok(())
+    }
+
+    fn count_blocks(&mut self) {
+        for i in 0..self.table.len() {
+            let entry = self.table[i];
+            let offset = entry & REFT_OFFSET_MASK;
+            if entry & REFT_RESERVED != 0 {
+                self.corruption(format!("ERROR refcount table entry {i} has reserved bits set"));
+                continue;
+            }
+            if offset & (self.cluster - 1) != 0 {
+                let line = format!("ERROR refcount block {i} is not cluster aligned; refcount table entry corrupted");
+                self.corruption(line);
+            } else if offset / self.cluster >= self.map.counts.len() as u64 {
+                self.corruption(format!("ERROR refcount block {i} is outside image"));
+            } else if offset != 0 {
+                self.count(offset, self.cluster);
+                let references = self.map.get(offset / self.cluster);
+                if references != 1 {
+                    self.corruption(format!("ERROR refcount block {i} refcount={references}"));
+                }
+            }
+        }
+    }
+
+    async fn count_l1(&mut self, offset: u64, l1: &[u64], active: bool) -> Result<()> {
+        self.count(offset, l1.len() as u64 * 8);
+        for &entry in l1 {
+            if entry == 0 {
+                continue;
+            }
+            if entry & L1E_RESERVED != 0 && entry & L1E_OFFSET_MASK & (self.cluster - 1) == 0 {
+                self.corruption(format!("ERROR found L1 entry with reserved bits set: {entry:x}"));
+            }
+            let table = entry & L1E_OFFSET_MASK;
+            self.count(table, self.cluster);
+            if table & (self.cluster - 1) != 0 {
+                self.corruption(format!("ERROR l2_offset={table:x}: Table is not cluster aligned; L1 entry corrupted"));
+            }
+            self.count_l2(table, active).await?;
+        }
+        Ok(())
+    }
+
+    async fn count_l2(&mut self, table: u64, active: bool) -> Result<()> {
+        if table >= self.file.length() {
+            return Ok(());
+        }
+        for entry in self.words(table, self.cluster / 8).await? {
+            if entry & OFLAG_COMPRESSED != 0 {
+                self.count_compressed(entry, active);
+                continue;
+            }
+            if entry & L2E_RESERVED != 0 {
+                self.corruption(format!("ERROR found l2 entry with reserved bits set: {entry:x}"));
+            }
+            let host = entry & L2E_OFFSET_MASK;
+            if host == 0 {
+                continue;
+            }
+            if active {
+                self.result.allocated_clusters += 1;
+                if self.next_contiguous != 0 && host != self.next_contiguous {
+                    self.result.fragmented_clusters += 1;
+                }
+                self.next_contiguous = host + self.cluster;
+            }
+            if host & (self.cluster - 1) != 0 {
+                let what = if entry & OFLAG_ZERO != 0 { "Preallocated zero" } else { "Data" };
+                let line = format!("ERROR offset={host:x}: {what} cluster is not properly aligned; L2 entry corrupted.");
+                self.corruption(line);
+            }
+            self.count(host, self.cluster);
+        }
+        Ok(())
+    }
+
+    fn count_compressed(&mut self, entry: u64, active: bool) {
+        let d = CompressedDescriptor::decode(entry & !(OFLAG_COPIED | OFLAG_COMPRESSED), self.header.cluster_bits);
+        if entry & OFLAG_COPIED != 0 {
+            let line = format!("ERROR: coffset={:#x}: copied flag must never be set for compressed clusters", d.host_offset);
+            self.corruption(line);
+        }
+        self.count(d.host_offset, d.host_bytes);
+        if active {
+            self.result.compressed_clusters += 1;
+            self.result.allocated_clusters += 1;
+            // Nothing that is compressed lies where it would be read in one go.
+            self.result.fragmented_clusters += 1;
+        }
+    }
+
+    /// The refcount of a cluster on disk.
+    async fn refcount(&mut self, cluster: u64) -> Result<u64> {
+        let entries = self.header.geometry().block_entries();
+        let (number, index) = (cluster / entries, cluster % entries);
+        let offset = self.table.get(number as usize).map_or(0, |e| e & REFT_OFFSET_MASK);
+        if offset == 0 {
+            return Ok(0);
+        }
+        if offset & (self.cluster - 1) != 0 {
+            return Err(BlockError::from_errno(5));
+        }
+        if self.block.as_ref().is_none_or(|(n, _)| *n != number) {
+            let buf = IoBufMut::zeroed(self.cluster as usize);
+            let bytes = self.file.preadv(offset, buf, ReadFlags::empty()).await?.to_vec();
+            self.block = Some((number, bytes));
+        }
+        let block = self.block.as_ref().map_or(&[][..], |(_, b)| b);
+        Ok(get_refcount(block, self.header.refcount_order, index))
+    }
+
+    async fn compare(&mut self) -> Result<()> {
+        let mut highest = 0;
+        for cluster in 0..self.map.counts.len() as u64 {
+            let references = self.map.get(cluster);
+            let refcount = match self.refcount(cluster).await {
+                Ok(n) => n,
+                Err(e) => {
+                    self.result.check_errors += 1;
+                    self.say(format!("Can't get refcount for cluster {cluster}: {}", e.strerror()));
+                    continue;
+                }
+            };
+            if refcount > 0 || references > 0 {
+                highest = cluster;
+            }
+            if refcount > references {
+                self.result.leaks += 1;
+                self.say(format!("Leaked cluster {cluster} refcount={refcount} reference={references}"));
+            } else if refcount < references {
+                self.corruption(format!("ERROR cluster {cluster} refcount={refcount} reference={references}"));
+            }
+        }
+        self.result.image_end_offset = (highest + 1) * self.cluster;
+        Ok(())
+    }
+
+    /// INV QCOW2-META-2: `COPIED` is set exactly where the refcount is one.
+    async fn check_copied(&mut self) -> Result<()> {
+        for i in 0..self.l1.len() {
+            let entry = self.l1[i];
+            let table = entry & L1E_OFFSET_MASK;
+            if table == 0 {
+                continue;
+            }
+            let Ok(refcount) = self.refcount(table / self.cluster).await else { continue };
+            if (refcount == 1) != (entry & OFLAG_COPIED != 0) {
+                let line = format!("ERROR OFLAG_COPIED L2 cluster: l1_index={i} l1_entry={entry:x} refcount={refcount}");
+                self.corruption(line);
+            }
+            if table >= self.file.length() {
+                continue;
+            }
+            for entry in self.words(table, self.cluster / 8).await? {
+                let host = entry & L2E_OFFSET_MASK;
+                if entry & OFLAG_COMPRESSED != 0 || host == 0 {
+                    continue;
+                }
+                let Ok(refcount) = self.refcount(host / self.cluster).await else { continue };
+                if (refcount == 1) != (entry & OFLAG_COPIED != 0) {
+                    let line = format!("ERROR OFLAG_COPIED data cluster: l2_entry={entry:x} refcount={refcount}");
+                    self.corruption(line);
+                }
+            }
+        }
+        Ok(())
+    }
+}

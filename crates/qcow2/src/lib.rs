@@ -25,6 +25,7 @@ mod open;
 mod read;
 mod refcount;
 mod remap;
+pub mod snapshot;
 mod truncate;
 mod write;
 
