@@ -86,12 +86,12 @@ impl Demo {
     fn drive(&mut self) -> Result<(), String> {
         title("Writes into the lower layers, each before anything is stacked on the bytes");
         self.write("one.qcow2", 0x11, 1_000_000, 200_000)?;
-        self.write("two.qcow2", 0x22, 1_100_000, 5_000)?;
+        self.write("two.qcow2", 0x22, 1_400_000, 5_000)?;
         title("The top image: reads through the chain, writes, zero writes, discards");
         self.io("top.qcow2", &["length", "read -v 2999990 16"])?;
         self.write("top.qcow2", 0x33, 70_000, 3)?;
         self.write("top.qcow2", 0x44, 2_500_000, 131_072)?;
-        self.zero("top.qcow2", 1_050_000, 100_000)?;
+        self.zero("top.qcow2", 1_040_000, 200_000)?;
         self.io("top.qcow2", &["discard 2555904 65536"])?;
         self.model[2_555_904..2_555_904 + 65_536].fill(0);
         title("The tail: 1536 bytes of a cluster behind the end of every image below");
@@ -205,7 +205,8 @@ impl Demo {
     fn tool(&self, from: &Path, name: &str, arguments: &[&str]) -> Result<(), String> {
         let mut command = Command::new(from.join(name));
         command.args(arguments).current_dir(&self.dir);
-        println!("$ {}", shown(&command));
+        let whose = if from == self.tools { "" } else { "/usr/bin/" };
+        println!("$ {whose}{}", shown(&command));
         run(&mut command)
     }
 }
