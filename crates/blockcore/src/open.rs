@@ -787,7 +787,8 @@ impl CreateContext<'_> {
         let request = NodeRequest {
             filename: Some(filename.to_owned()),
             options: Options::new(),
-            flags: NodeFlags::default(),
+            // A half-made image is of no use after a crash: nothing of it needs to be durable before it is whole.
+            flags: NodeFlags { no_flush: true, ..NodeFlags::default() },
             kind: NodeKind::Protocol,
             permissions: Permissions::storage(true),
             ancestors: Vec::new(),

@@ -63,6 +63,9 @@ pub(crate) struct Meta {
     pub next_free: u64,
     /// No cluster from this index on was ever used.
     pub fresh_from: u64,
+    /// The file reaches at least this far once the next commit is done, in bytes: L2 tables and data clusters are there whole, though
+    /// what is zero in fresh ones was never written.
+    pub needed_length: u64,
     /// Where the L1 table lies, in bytes.
     pub l1_offset: u64,
     /// The refcount table is on its way to a new place.
@@ -72,6 +75,11 @@ pub(crate) struct Meta {
 }
 
 impl Meta {
+    /// Notes that the file has to reach to the end of a run.
+    pub fn needs_file_to(&mut self, run: Run, cluster_bits: u32) {
+        self.needed_length = self.needed_length.max((run.cluster + run.count) << cluster_bits);
+    }
+
     /// Notes that clusters lost a reference.
     pub fn free_later(&mut self, cluster: u64, count: u64, punch: bool) {
         if let Some(last) = self.freed.last_mut()
@@ -237,6 +245,7 @@ impl Image {
             self.unalloc_run(meta, run).await?;
             return Err(e);
         }
+        meta.needs_file_to(run, self.cluster_bits);
         self.own(host, self.cluster_size(), Owner::L2);
         self.l1.set(l1_index, host | OFLAG_COPIED);
         meta.dirty_l1.insert(l1_index);

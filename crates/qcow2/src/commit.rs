@@ -138,7 +138,7 @@ impl Image {
         // Stays set until it has worked: the header may name the new place or the old one.
         plan.moved_table = meta.moving_table.clone();
         // A cluster that was written only in part at the very end: the file reaches to its end, as other readers expect.
-        let end = meta.fresh_from << self.cluster_bits;
+        let end = meta.needed_length;
         if end > self.file.length() && !self.file.is_read_only() {
             let request = TruncateRequest { bytes: end, exact: false, preallocation: Preallocation::Off, zero_new_area: false };
             self.file.truncate(request).await?;

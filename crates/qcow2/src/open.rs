@@ -95,6 +95,7 @@ pub(crate) async fn open_image(
         limbo: Default::default(),
         next_free: 0,
         fresh_from: end,
+        needed_length: 0,
         l1_offset: header.l1_table_offset,
         moving_table: None,
         growth: None,

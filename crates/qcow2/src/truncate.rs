@@ -43,7 +43,7 @@ impl Image {
         self.spawn(move |image| async move { image.grow(old, request).await }).await
     }
 
-    async fn grow(self: Arc<Self>, old: u64, request: TruncateRequest) -> Result<()> {
+    pub(crate) async fn grow(self: Arc<Self>, old: u64, request: TruncateRequest) -> Result<()> {
         let new = request.bytes;
         let table_bytes = 1u64 << (self.l2_bits() + self.cluster_bits);
         let l1_entries = new.div_ceil(table_bytes);
@@ -164,6 +164,7 @@ impl Image {
     }
 
     async fn link_preallocated(&self, meta: &mut Meta, first: u64, run: Run) -> Result<()> {
+        meta.needs_file_to(run, self.cluster_bits);
         for i in 0..run.count {
             let host = (run.cluster + i) << self.cluster_bits;
             let old = self.set_entry(meta, first + i, host | OFLAG_COPIED).await?;

@@ -219,6 +219,7 @@ impl Image {
     async fn link_run(&self, first: u64, run: Run) -> Result<()> {
         let mut meta = self.meta.lock().await;
         self.ensure_l2_table(&mut meta, self.l1_index(first)).await?;
+        meta.needs_file_to(run, self.cluster_bits);
         for i in 0..run.count {
             let host = (run.cluster + i) << self.cluster_bits;
             let old = self.set_entry(&mut meta, first + i, host | OFLAG_COPIED).await?;
