@@ -85,7 +85,7 @@ impl Demo {
 
     fn drive(&mut self) -> Result<(), String> {
         title("Writes into the lower layers, each before anything is stacked on the bytes");
-        self.write("one.qcow2", 0x11, 1_000_000, 200_000)?;
+        self.write("one.qcow2", 0x11, 700_000, 200_000)?;
         self.write("two.qcow2", 0x22, 1_400_000, 5_000)?;
         title("The top image: reads through the chain, writes, zero writes, discards");
         self.io("top.qcow2", &["length", "read -v 2999990 16"])?;

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Interoperation with the installed QEMU tools, both ways round: images made by one side and changed by the other must be sound
+//! to both and hold what a byte-vector model says (`random_chain`), a real file system survives a chain of ours
+//! (`file_system`), and the two sides shut each other out of an open image (`locks`).
+//!
+//! The tests drive binaries. Without a QEMU 10 they are skipped with a line that says so. `BLOCKLAYER_SEED` sets the seed of
+//! the random ones, which print the one they used.
+
+mod file_system;
+mod locks;
+mod random_chain;
+mod support;
