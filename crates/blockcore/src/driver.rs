@@ -24,6 +24,7 @@ use crate::error::{BlockError, Result};
 use crate::limits::BlockLimits;
 use crate::open::{CreateContext, OpenContext};
 use crate::options::Options;
+use crate::perm::Permissions;
 use crate::status::{BlockStatus, StatusFlags, StatusMode};
 
 bitflags! {
@@ -410,6 +411,15 @@ pub trait BlockDriver: Send + Sync + 'static {
         Err(BlockError::from_errno(libc::ENOTSUP))
     }
 
+    /// Says what the parent does with the node, and what it lets others do; on a file, this takes and drops locks.
+    ///
+    /// *Called* once the parent's format is known and before its first request, and whenever that changes. *Errors*: `Locked`; then what held before
+    /// holds on. *If omitted*: nothing to do.
+    async fn set_permissions(&self, permissions: Permissions) -> Result<()> {
+        let _nothing = permissions;
+        Ok(())
+    }
+
     /// Ends all work: waits for what dropped futures left going on, writes what is not written yet, gives back what the host
     /// lent. Children are closed after it, by the node.
     ///
@@ -474,6 +484,13 @@ pub trait DriverFactory: Send + Sync + 'static {
     fn probe_path(&self, path: &str) -> u32 {
         let _nothing = path;
         0
+    }
+
+    /// What the driver does with its file and puts up with there, when its own parent does and puts up with `parent`.
+    /// *If omitted*: nobody else may write to or resize what a format lies in.
+    fn child_permissions(&self, parent: Permissions, read_only: bool) -> Permissions {
+        let _same_for_all = parent;
+        Permissions::storage(!read_only)
     }
 
     /// Opens an image. The driver takes its own options out of `options`; what is left is refused by the caller.

@@ -315,7 +315,7 @@ impl OpenOptions {
             options: self.options,
             flags: self.flags,
             kind: NodeKind::Format,
-            permissions: Permissions::storage(!self.flags.read_only),
+            permissions: Permissions::root(!self.flags.read_only),
             ancestors: Vec::new(),
             by_image: false,
         };
@@ -436,6 +436,9 @@ impl OpenContext<'_> {
             by_image,
         };
         let node = Box::pin(open_node(self.shared, request)).await?;
+        node.driver()
+            .set_permissions(Permissions::storage(!self.flags.read_only))
+            .await?;
         Ok(Some(Child::new(name, role, node)))
     }
 
@@ -494,6 +497,7 @@ impl OpenContext<'_> {
                 ..self.flags
             },
             kind: NodeKind::Format,
+            // What shows through must not change, whatever format it has.
             permissions: Permissions::storage(false),
             ancestors,
             by_image,
@@ -554,6 +558,18 @@ async fn open_node(shared: &Shared<'_>, mut request: NodeRequest) -> Result<Arc<
                 }
             }
         };
+        if let Some(file) = &file {
+            let wanted = driver.child_permissions(request.permissions, flags.read_only);
+            let wanted = if flags.force_share {
+                wanted.sharing_all()
+            } else {
+                wanted
+            };
+            if let Err(e) = file.driver().set_permissions(wanted).await {
+                file.close().await?;
+                return Err(e);
+            }
+        }
         ctx.file = Mutex::new(file);
         driver
     };
@@ -788,13 +804,20 @@ impl CreateContext<'_> {
             filename: Some(filename.to_owned()),
             options: Options::new(),
             // A half-made image is of no use after a crash: nothing of it needs to be durable before it is whole.
-            flags: NodeFlags { no_flush: true, ..NodeFlags::default() },
+            flags: NodeFlags {
+                no_flush: true,
+                ..NodeFlags::default()
+            },
             kind: NodeKind::Protocol,
             permissions: Permissions::storage(true),
             ancestors: Vec::new(),
             by_image: false,
         };
-        Ok(Backend::new(open_node(&shared, request).await?, false))
+        let node = open_node(&shared, request).await?;
+        node.driver()
+            .set_permissions(Permissions::storage(true))
+            .await?;
+        Ok(Backend::new(node, false))
     }
 
     /// The drivers at hand.

@@ -30,17 +30,22 @@ pub struct Permissions {
 }
 
 impl Permissions {
-    /// A parent that only looks, and that minds nobody else: `force-share`, or an inspection of metadata.
+    /// Nothing used, nothing forbidden: the start.
     pub const NONE: Permissions = Permissions {
         used: Perm::empty(),
         shared: Perm::all(),
     };
 
-    /// A parent that reads and lets others do all but what `unshared` names.
-    pub const fn reader() -> Permissions {
+    /// A program at the top of the graph: others may do what they like.
+    pub const fn root(writable: bool) -> Permissions {
+        let used = if writable {
+            Perm::CONSISTENT_READ.union(Perm::WRITE)
+        } else {
+            Perm::CONSISTENT_READ
+        };
         Permissions {
-            used: Perm::CONSISTENT_READ,
-            shared: Perm::CONSISTENT_READ.union(Perm::WRITE_UNCHANGED),
+            used,
+            shared: Perm::all(),
         }
     }
 
@@ -54,6 +59,14 @@ impl Permissions {
         Permissions {
             used,
             shared: Perm::CONSISTENT_READ.union(Perm::WRITE_UNCHANGED),
+        }
+    }
+
+    /// The same use, with nothing forbidden to others: `force-share`.
+    pub const fn sharing_all(self) -> Permissions {
+        Permissions {
+            used: self.used,
+            shared: Perm::all(),
         }
     }
 }

@@ -58,6 +58,8 @@ impl Node {
         if status.flags.contains(StatusFlags::RAW) {
             let file = file.expect("a driver that says RAW names the file");
             status = Box::pin(file.block_status(status.map, status.bytes, mode)).await?;
+            // A protocol driver that says where a range lies means its own node, which it can't name.
+            status.file.get_or_insert(file);
             status.flags.remove(StatusFlags::EOF);
             if status.bytes == 0 {
                 // The file ends before the node does (its length is rounded up to a sector).

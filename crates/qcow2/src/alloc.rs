@@ -77,7 +77,9 @@ pub(crate) struct Meta {
 impl Meta {
     /// Notes that the file has to reach to the end of a run.
     pub fn needs_file_to(&mut self, run: Run, cluster_bits: u32) {
-        self.needed_length = self.needed_length.max((run.cluster + run.count) << cluster_bits);
+        self.needed_length = self
+            .needed_length
+            .max((run.cluster + run.count) << cluster_bits);
     }
 
     /// Notes that clusters lost a reference.
@@ -89,7 +91,11 @@ impl Meta {
             last.count += count;
             return;
         }
-        self.freed.push(Freed { cluster, count, punch });
+        self.freed.push(Freed {
+            cluster,
+            count,
+            punch,
+        });
     }
 
     /// Whether enough has piled up that it should be written back unasked.
@@ -110,7 +116,11 @@ impl Image {
         loop {
             let cluster = self.find_free(meta, want).await?;
             if (cluster + want) << self.cluster_bits > L2E_OFFSET_MASK {
-                return Err(BlockError::new(ErrorKind::NoSpace, "The image file can't grow further").errno_is(27));
+                return Err(BlockError::new(
+                    ErrorKind::NoSpace,
+                    "The image file can't grow further",
+                )
+                .errno_is(27));
             }
             if let Some(missing) = self.missing_block(meta, cluster, want) {
                 self.add_refcount_block(meta, missing).await?;
@@ -119,7 +129,9 @@ impl Image {
             }
             let (host, bytes) = (cluster << self.cluster_bits, want << self.cluster_bits);
             if cluster == 0 || self.owner_in(host, bytes).is_some() {
-                let text = format!("Preventing invalid allocation at offset {host:#x}: the cluster holds metadata");
+                let text = format!(
+                    "Preventing invalid allocation at offset {host:#x}: the cluster holds metadata"
+                );
                 return Err(self.signal_corruption(&text, host));
             }
             for c in cluster..cluster + want {
@@ -133,7 +145,11 @@ impl Image {
     fn use_run(&self, meta: &mut Meta, cluster: u64, count: u64) -> Run {
         let fresh = cluster >= meta.fresh_from && cluster << self.cluster_bits >= self.zero_from;
         meta.fresh_from = meta.fresh_from.max(cluster + count);
-        Run { cluster, count, fresh }
+        Run {
+            cluster,
+            count,
+            fresh,
+        }
     }
 
     /// The first of `want` consecutive clusters with refcount 0, from the cursor on.
@@ -166,7 +182,8 @@ impl Image {
         let cluster = (number * meta.refcounts.block_entries()).max(1);
         let host = cluster << self.cluster_bits;
         if self.owner_in(host, self.cluster_size()).is_some() || cluster == 1 {
-            let text = format!("Preventing invalid allocation of refcount block at offset {host:#x}");
+            let text =
+                format!("Preventing invalid allocation of refcount block at offset {host:#x}");
             return Err(self.signal_corruption(&text, host));
         }
         meta.refcounts.add_block(number, host)?;
@@ -197,7 +214,8 @@ impl Image {
             match meta.refcounts.get(&self.file, cluster).await? {
                 0 => {
                     let host = cluster << self.cluster_bits;
-                    let text = format!("Cluster at offset {host:#x} was freed, but had no references");
+                    let text =
+                        format!("Cluster at offset {host:#x} was freed, but had no references");
                     return Err(self.signal_corruption(&text, host));
                 }
                 1 => {
@@ -234,9 +252,13 @@ impl Image {
             if old != 0 {
                 let buf = IoBufMut::zeroed(self.cluster_size() as usize);
                 let bytes = self.file.preadv(old, buf, ReadFlags::empty()).await?;
-                self.file.pwritev(host, bytes.freeze(), WriteFlags::empty()).await
+                self.file
+                    .pwritev(host, bytes.freeze(), WriteFlags::empty())
+                    .await
             } else if !run.fresh {
-                self.file.pwrite_zeroes(host, self.cluster_size(), WriteFlags::empty()).await
+                self.file
+                    .pwrite_zeroes(host, self.cluster_size(), WriteFlags::empty())
+                    .await
             } else {
                 Ok(())
             }
@@ -259,7 +281,12 @@ impl Image {
     ///
     /// # Errors
     /// Those of reading the table; `Corrupt` for an old entry that makes no sense.
-    pub async fn set_entry(&self, meta: &mut Meta, guest_cluster: u64, entry: u64) -> Result<Mapping> {
+    pub async fn set_entry(
+        &self,
+        meta: &mut Meta,
+        guest_cluster: u64,
+        entry: u64,
+    ) -> Result<Mapping> {
         let (number, index) = self.l2.locate(guest_cluster);
         let Some(slice) = self.slice(number).await? else {
             unreachable!("the caller has made the L2 table");

@@ -7,8 +7,8 @@
 use blockcore::{BlockError, CheckFix, CheckResult, Child, IoBufMut, ReadFlags, Result};
 
 use crate::format::{
-    CompressedDescriptor, L1E_OFFSET_MASK, L2E_OFFSET_MASK, OFLAG_COMPRESSED, OFLAG_COPIED, OFLAG_ZERO,
-    REFT_OFFSET_MASK,
+    CompressedDescriptor, L1E_OFFSET_MASK, L2E_OFFSET_MASK, OFLAG_COMPRESSED, OFLAG_COPIED,
+    OFLAG_ZERO, REFT_OFFSET_MASK,
 };
 use crate::header::Header;
 use crate::refcount::get_refcount;
@@ -34,7 +34,11 @@ pub struct RefcountMap {
 impl RefcountMap {
     /// The references of a cluster; 0 past the end of the file.
     pub fn get(&self, cluster: u64) -> u64 {
-        self.counts.get(cluster as usize).copied().unwrap_or(0).into()
+        self.counts
+            .get(cluster as usize)
+            .copied()
+            .unwrap_or(0)
+            .into()
     }
 }
 
@@ -44,7 +48,9 @@ impl RefcountMap {
 /// `Unsupported` for repairs; those of the file where the check can't go on at all. What is wrong with the image is in the result.
 pub async fn check(header: &Header, file: &Child, fix: CheckFix) -> Result<CheckResult> {
     if fix != CheckFix::None {
-        return Err(BlockError::unsupported("Repairing qcow2 images is not supported yet"));
+        return Err(BlockError::unsupported(
+            "Repairing qcow2 images is not supported yet",
+        ));
     }
     let mut checker = Checker::new(header, file)?;
     checker.count_references().await?;
@@ -57,7 +63,10 @@ pub async fn check(header: &Header, file: &Child, fix: CheckFix) -> Result<Check
 ///
 /// # Errors
 /// As [`check`].
-pub async fn compute_refcounts(header: &Header, file: &Child) -> Result<(RefcountMap, CheckResult)> {
+pub async fn compute_refcounts(
+    header: &Header,
+    file: &Child,
+) -> Result<(RefcountMap, CheckResult)> {
     let mut checker = Checker::new(header, file)?;
     checker.count_references().await?;
     Ok((checker.map, checker.result))
@@ -82,25 +91,35 @@ impl<'a> Checker<'a> {
         let cluster = 1u64 << header.cluster_bits;
         let clusters = file.length().div_ceil(cluster);
         if clusters > CLUSTERS_MAX {
-            return Err(BlockError::unsupported(format!("A file of {clusters} clusters is too long to be checked")));
+            return Err(BlockError::unsupported(format!(
+                "A file of {clusters} clusters is too long to be checked"
+            )));
         }
         Ok(Checker {
             header,
             file,
             cluster,
-            map: RefcountMap { counts: vec![0; clusters as usize] },
+            map: RefcountMap {
+                counts: vec![0; clusters as usize],
+            },
             table: Vec::new(),
             l1: Vec::new(),
             block: None,
             next_contiguous: 0,
-            result: CheckResult { total_clusters: header.size.div_ceil(cluster), ..CheckResult::default() },
+            result: CheckResult {
+                total_clusters: header.size.div_ceil(cluster),
+                ..CheckResult::default()
+            },
         })
     }
 
     fn say(&mut self, line: String) {
         match self.result.messages.len() {
             n if n < MESSAGES_MAX => self.result.messages.push(line),
-            MESSAGES_MAX => self.result.messages.push("(further messages are left out)".to_owned()),
+            MESSAGES_MAX => self
+                .result
+                .messages
+                .push("(further messages are left out)".to_owned()),
             _ => {}
         }
     }
@@ -112,8 +131,15 @@ impl<'a> Checker<'a> {
 
     async fn words(&self, offset: u64, count: u64) -> Result<Vec<u64>> {
         let buf = IoBufMut::zeroed(count as usize * 8);
-        let bytes = self.file.preadv(offset, buf, ReadFlags::empty()).await?.to_vec();
-        Ok(bytes.chunks_exact(8).map(|c| u64::from_be_bytes(c.try_into().expect("eight bytes"))).collect())
+        let bytes = self
+            .file
+            .preadv(offset, buf, ReadFlags::empty())
+            .await?
+            .to_vec();
+        Ok(bytes
+            .chunks_exact(8)
+            .map(|c| u64::from_be_bytes(c.try_into().expect("eight bytes")))
+            .collect())
     }
 
     /// One more reference to each cluster that a range touches.
@@ -138,14 +164,19 @@ impl<'a> Checker<'a> {
     async fn count_references(&mut self) -> Result<()> {
         let header = self.header;
         self.count(0, self.cluster);
-        self.l1 = self.words(header.l1_table_offset, header.l1_size.into()).await?;
+        self.l1 = self
+            .words(header.l1_table_offset, header.l1_size.into())
+            .await?;
         let l1 = self.l1.clone();
         self.count_l1(header.l1_table_offset, &l1, true).await?;
         if header.nb_snapshots > 0 {
             let table = snapshot::read_table(header, self.file).await?;
             for s in &table.snapshots {
                 if s.l1_table_offset & (self.cluster - 1) != 0 {
-                    let line = format!("ERROR snapshot {} ({}) l1_offset={:#x}: L1 table is not cluster aligned", s.id, s.name, s.l1_table_offset);
+                    let line = format!(
+                        "ERROR snapshot {} ({}) l1_offset={:#x}: L1 table is not cluster aligned",
+                        s.id, s.name, s.l1_table_offset
+                    );
                     self.corruption(line);
                     continue;
                 }
@@ -154,8 +185,16 @@ impl<'a> Checker<'a> {
             }
             self.count(header.snapshots_offset, table.bytes);
         }
-        self.table = self.words(header.refcount_table_offset, u64::from(header.refcount_table_clusters) << (header.cluster_bits - 3)).await?;
-        self.count(header.refcount_table_offset, u64::from(header.refcount_table_clusters) * self.cluster);
+        self.table = self
+            .words(
+                header.refcount_table_offset,
+                u64::from(header.refcount_table_clusters) << (header.cluster_bits - 3),
+            )
+            .await?;
+        self.count(
+            header.refcount_table_offset,
+            u64::from(header.refcount_table_clusters) * self.cluster,
+        );
         self.count_blocks();
         Ok(())
     }
@@ -165,11 +204,15 @@ impl<'a> Checker<'a> {
             let entry = self.table[i];
             let offset = entry & REFT_OFFSET_MASK;
             if entry & REFT_RESERVED != 0 {
-                self.corruption(format!("ERROR refcount table entry {i} has reserved bits set"));
+                self.corruption(format!(
+                    "ERROR refcount table entry {i} has reserved bits set"
+                ));
                 continue;
             }
             if offset & (self.cluster - 1) != 0 {
-                let line = format!("ERROR refcount block {i} is not cluster aligned; refcount table entry corrupted");
+                let line = format!(
+                    "ERROR refcount block {i} is not cluster aligned; refcount table entry corrupted"
+                );
                 self.corruption(line);
             } else if offset / self.cluster >= self.map.counts.len() as u64 {
                 self.corruption(format!("ERROR refcount block {i} is outside image"));
@@ -190,12 +233,16 @@ impl<'a> Checker<'a> {
                 continue;
             }
             if entry & L1E_RESERVED != 0 && entry & L1E_OFFSET_MASK & (self.cluster - 1) == 0 {
-                self.corruption(format!("ERROR found L1 entry with reserved bits set: {entry:x}"));
+                self.corruption(format!(
+                    "ERROR found L1 entry with reserved bits set: {entry:x}"
+                ));
             }
             let table = entry & L1E_OFFSET_MASK;
             self.count(table, self.cluster);
             if table & (self.cluster - 1) != 0 {
-                self.corruption(format!("ERROR l2_offset={table:x}: Table is not cluster aligned; L1 entry corrupted"));
+                self.corruption(format!(
+                    "ERROR l2_offset={table:x}: Table is not cluster aligned; L1 entry corrupted"
+                ));
             }
             self.count_l2(table, active).await?;
         }
@@ -212,7 +259,9 @@ impl<'a> Checker<'a> {
                 continue;
             }
             if entry & L2E_RESERVED != 0 {
-                self.corruption(format!("ERROR found l2 entry with reserved bits set: {entry:x}"));
+                self.corruption(format!(
+                    "ERROR found l2 entry with reserved bits set: {entry:x}"
+                ));
             }
             let host = entry & L2E_OFFSET_MASK;
             if host == 0 {
@@ -226,8 +275,14 @@ impl<'a> Checker<'a> {
                 self.next_contiguous = host + self.cluster;
             }
             if host & (self.cluster - 1) != 0 {
-                let what = if entry & OFLAG_ZERO != 0 { "Preallocated zero" } else { "Data" };
-                let line = format!("ERROR offset={host:x}: {what} cluster is not properly aligned; L2 entry corrupted.");
+                let what = if entry & OFLAG_ZERO != 0 {
+                    "Preallocated zero"
+                } else {
+                    "Data"
+                };
+                let line = format!(
+                    "ERROR offset={host:x}: {what} cluster is not properly aligned; L2 entry corrupted."
+                );
                 self.corruption(line);
             }
             self.count(host, self.cluster);
@@ -236,9 +291,15 @@ impl<'a> Checker<'a> {
     }
 
     fn count_compressed(&mut self, entry: u64, active: bool) {
-        let d = CompressedDescriptor::decode(entry & !(OFLAG_COPIED | OFLAG_COMPRESSED), self.header.cluster_bits);
+        let d = CompressedDescriptor::decode(
+            entry & !(OFLAG_COPIED | OFLAG_COMPRESSED),
+            self.header.cluster_bits,
+        );
         if entry & OFLAG_COPIED != 0 {
-            let line = format!("ERROR: coffset={:#x}: copied flag must never be set for compressed clusters", d.host_offset);
+            let line = format!(
+                "ERROR: coffset={:#x}: copied flag must never be set for compressed clusters",
+                d.host_offset
+            );
             self.corruption(line);
         }
         self.count(d.host_offset, d.host_bytes);
@@ -254,7 +315,10 @@ impl<'a> Checker<'a> {
     async fn refcount(&mut self, cluster: u64) -> Result<u64> {
         let entries = self.header.geometry().block_entries();
         let (number, index) = (cluster / entries, cluster % entries);
-        let offset = self.table.get(number as usize).map_or(0, |e| e & REFT_OFFSET_MASK);
+        let offset = self
+            .table
+            .get(number as usize)
+            .map_or(0, |e| e & REFT_OFFSET_MASK);
         if offset == 0 {
             return Ok(0);
         }
@@ -263,7 +327,11 @@ impl<'a> Checker<'a> {
         }
         if self.block.as_ref().is_none_or(|(n, _)| *n != number) {
             let buf = IoBufMut::zeroed(self.cluster as usize);
-            let bytes = self.file.preadv(offset, buf, ReadFlags::empty()).await?.to_vec();
+            let bytes = self
+                .file
+                .preadv(offset, buf, ReadFlags::empty())
+                .await?
+                .to_vec();
             self.block = Some((number, bytes));
         }
         let block = self.block.as_ref().map_or(&[][..], |(_, b)| b);
@@ -278,7 +346,10 @@ impl<'a> Checker<'a> {
                 Ok(n) => n,
                 Err(e) => {
                     self.result.check_errors += 1;
-                    self.say(format!("Can't get refcount for cluster {cluster}: {}", e.strerror()));
+                    self.say(format!(
+                        "Can't get refcount for cluster {cluster}: {}",
+                        e.strerror()
+                    ));
                     continue;
                 }
             };
@@ -287,9 +358,13 @@ impl<'a> Checker<'a> {
             }
             if refcount > references {
                 self.result.leaks += 1;
-                self.say(format!("Leaked cluster {cluster} refcount={refcount} reference={references}"));
+                self.say(format!(
+                    "Leaked cluster {cluster} refcount={refcount} reference={references}"
+                ));
             } else if refcount < references {
-                self.corruption(format!("ERROR cluster {cluster} refcount={refcount} reference={references}"));
+                self.corruption(format!(
+                    "ERROR cluster {cluster} refcount={refcount} reference={references}"
+                ));
             }
         }
         self.result.image_end_offset = (highest + 1) * self.cluster;
@@ -304,9 +379,13 @@ impl<'a> Checker<'a> {
             if table == 0 {
                 continue;
             }
-            let Ok(refcount) = self.refcount(table / self.cluster).await else { continue };
+            let Ok(refcount) = self.refcount(table / self.cluster).await else {
+                continue;
+            };
             if (refcount == 1) != (entry & OFLAG_COPIED != 0) {
-                let line = format!("ERROR OFLAG_COPIED L2 cluster: l1_index={i} l1_entry={entry:x} refcount={refcount}");
+                let line = format!(
+                    "ERROR OFLAG_COPIED L2 cluster: l1_index={i} l1_entry={entry:x} refcount={refcount}"
+                );
                 self.corruption(line);
             }
             if table >= self.file.length() {
@@ -317,9 +396,13 @@ impl<'a> Checker<'a> {
                 if entry & OFLAG_COMPRESSED != 0 || host == 0 {
                     continue;
                 }
-                let Ok(refcount) = self.refcount(host / self.cluster).await else { continue };
+                let Ok(refcount) = self.refcount(host / self.cluster).await else {
+                    continue;
+                };
                 if (refcount == 1) != (entry & OFLAG_COPIED != 0) {
-                    let line = format!("ERROR OFLAG_COPIED data cluster: l2_entry={entry:x} refcount={refcount}");
+                    let line = format!(
+                        "ERROR OFLAG_COPIED data cluster: l2_entry={entry:x} refcount={refcount}"
+                    );
                     self.corruption(line);
                 }
             }

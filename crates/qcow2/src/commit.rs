@@ -89,7 +89,8 @@ impl Image {
             image.commits.done.store(number, Ordering::Release);
             Ok(())
         });
-        task.await.unwrap_or_else(|_| Err(BlockError::from_errno(125)))
+        task.await
+            .unwrap_or_else(|_| Err(BlockError::from_errno(125)))
     }
 
     async fn commit_now(&self) -> Result<()> {
@@ -108,7 +109,10 @@ impl Image {
             if let Some((_, old)) = plan.size_and_l1.take() {
                 plan.freed.extend(old);
                 let size = meta.growth.take().map(|g| g.size);
-                let mut header = self.header.lock().expect("no code panics while it holds this lock");
+                let mut header = self
+                    .header
+                    .lock()
+                    .expect("no code panics while it holds this lock");
                 header.size = size.unwrap_or(header.size);
                 header.l1_size = self.l1.len() as u32;
                 header.l1_table_offset = meta.l1_offset;
@@ -131,7 +135,10 @@ impl Image {
     async fn take_plan(&self) -> Result<Plan> {
         let mut meta = self.meta.lock().await;
         let meta = &mut *meta;
-        let mut plan = Plan { l1_offset: meta.l1_offset, ..Plan::default() };
+        let mut plan = Plan {
+            l1_offset: meta.l1_offset,
+            ..Plan::default()
+        };
         if meta.refcounts.needs_move() {
             self.move_refcount_table(meta).await?;
         }
@@ -140,21 +147,36 @@ impl Image {
         // A cluster that was written only in part at the very end: the file reaches to its end, as other readers expect.
         let end = meta.needed_length;
         if end > self.file.length() && !self.file.is_read_only() {
-            let request = TruncateRequest { bytes: end, exact: false, preallocation: Preallocation::Off, zero_new_area: false };
+            let request = TruncateRequest {
+                bytes: end,
+                exact: false,
+                preallocation: Preallocation::Off,
+                zero_new_area: false,
+            };
             self.file.truncate(request).await?;
         }
         plan.blocks = meta.refcounts.take_dirty();
-        plan.table_entries = std::mem::take(&mut meta.refcounts.dirty_entries).into_iter().collect();
+        plan.table_entries = std::mem::take(&mut meta.refcounts.dirty_entries)
+            .into_iter()
+            .collect();
         let table = meta.refcounts.table();
         if let Some(moved) = &plan.moved_table {
-            plan.table.push((moved.offset, table.iter().flat_map(|e| e.to_be_bytes()).collect()));
+            plan.table.push((
+                moved.offset,
+                table.iter().flat_map(|e| e.to_be_bytes()).collect(),
+            ));
         } else {
             for &i in &plan.table_entries {
-                plan.table.push((meta.refcounts.table_offset + i as u64 * 8, table[i].to_be_bytes().to_vec()));
+                plan.table.push((
+                    meta.refcounts.table_offset + i as u64 * 8,
+                    table[i].to_be_bytes().to_vec(),
+                ));
             }
         }
         for (number, slice) in std::mem::take(&mut meta.dirty_slices) {
-            let Some(host) = self.slice_offset(number)? else { unreachable!("a changed slice has a table") };
+            let Some(host) = self.slice_offset(number)? else {
+                unreachable!("a changed slice has a table")
+            };
             let bytes = slice.to_bytes();
             plan.slices.push((number, slice, host, bytes));
         }
@@ -163,10 +185,15 @@ impl Image {
         for &i in &plan.l1_entries {
             let piece = i / per_piece;
             let entries = piece * per_piece..((piece + 1) * per_piece).min(self.l1.len());
-            plan.l1.entry(piece).or_insert_with(|| entries.flat_map(|i| self.l1.get(i).to_be_bytes()).collect());
+            plan.l1
+                .entry(piece)
+                .or_insert_with(|| entries.flat_map(|i| self.l1.get(i).to_be_bytes()).collect());
         }
         if let Some(growth) = &meta.growth {
-            plan.size_and_l1 = Some((growth.header_bytes(self.l1.len(), meta.l1_offset), growth.old_l1.clone()));
+            plan.size_and_l1 = Some((
+                growth.header_bytes(self.l1.len(), meta.l1_offset),
+                growth.old_l1.clone(),
+            ));
         }
         plan.freed = std::mem::take(&mut meta.freed);
         Ok(plan)
@@ -193,34 +220,45 @@ impl Image {
         self.own(offset, run.count << self.cluster_bits, Owner::RefcountTable);
         meta.refcounts.table_offset = offset;
         meta.refcounts.table_clusters = run.count as u32;
-        meta.moving_table = Some(MovedTable { offset, clusters: run.count as u32, old });
+        meta.moving_table = Some(MovedTable {
+            offset,
+            clusters: run.count as u32,
+            old,
+        });
         Ok(())
     }
 
     async fn write_plan(&self, plan: &Plan) -> Result<()> {
         for w in &plan.blocks {
             let at = w.host + w.range.start as u64;
-            self.write_metadata(Owner::RefcountBlock, at, w.bytes.clone()).await?;
+            self.write_metadata(Owner::RefcountBlock, at, w.bytes.clone())
+                .await?;
         }
         if let Some(moved) = &plan.moved_table {
             for (host, bytes) in &plan.table {
-                self.write_metadata(Owner::RefcountTable, *host, bytes.clone()).await?;
+                self.write_metadata(Owner::RefcountTable, *host, bytes.clone())
+                    .await?;
             }
             self.file.flush().await?;
             let bytes = {
-                let mut header = self.header.lock().expect("no code panics while it holds this lock");
+                let mut header = self
+                    .header
+                    .lock()
+                    .expect("no code panics while it holds this lock");
                 header.refcount_table_offset = moved.offset;
                 header.refcount_table_clusters = moved.clusters;
                 let mut bytes = moved.offset.to_be_bytes().to_vec();
                 bytes.extend(moved.clusters.to_be_bytes());
                 bytes
             };
-            self.write_metadata(Owner::Header, REFCOUNT_TABLE_OFFSET_FIELD, bytes).await?;
+            self.write_metadata(Owner::Header, REFCOUNT_TABLE_OFFSET_FIELD, bytes)
+                .await?;
         } else if !plan.table.is_empty() {
             // INV QCOW2-ORD-1: a table entry that names a new block is durable only after the block.
             self.file.flush().await?;
             for (host, bytes) in &plan.table {
-                self.write_metadata(Owner::RefcountTable, *host, bytes.clone()).await?;
+                self.write_metadata(Owner::RefcountTable, *host, bytes.clone())
+                    .await?;
             }
         }
         // INV QCOW2-ORD-1, QCOW2-ORD-2: what the entries below point at is durable before they are.
@@ -238,7 +276,8 @@ impl Image {
         // INV QCOW2-ORD-5
         self.file.flush().await?;
         if let Some((bytes, _)) = &plan.size_and_l1 {
-            self.write_metadata(Owner::Header, SIZE_FIELD, bytes.clone()).await?;
+            self.write_metadata(Owner::Header, SIZE_FIELD, bytes.clone())
+                .await?;
             self.file.flush().await?;
         }
         Ok(())
@@ -265,7 +304,9 @@ impl Image {
         for f in ready.iter().filter(|f| f.punch) {
             // INV QCOW2-ORD-4: the hole is punched while nobody can be given the cluster. A host that can't is no reason to fail a flush.
             let (host, bytes) = (f.cluster << self.cluster_bits, f.count << self.cluster_bits);
-            if self.is_unshared(f).await? && let Err(e) = self.file.pdiscard(host, bytes).await {
+            if self.is_unshared(f).await?
+                && let Err(e) = self.file.pdiscard(host, bytes).await
+            {
                 tracing::debug!("no hole at {host:#x}: {e}");
             }
         }
@@ -279,7 +320,9 @@ impl Image {
         for w in &blocks {
             if result.is_ok() {
                 let at = w.host + w.range.start as u64;
-                result = self.write_metadata(Owner::RefcountBlock, at, w.bytes.clone()).await;
+                result = self
+                    .write_metadata(Owner::RefcountBlock, at, w.bytes.clone())
+                    .await;
             }
         }
         meta.refcounts.written(&blocks, result.is_ok());
@@ -302,7 +345,9 @@ impl Image {
     /// # Errors
     /// The file's.
     pub async fn write_header_bytes(&self, at: u64, bytes: Vec<u8>) -> Result<()> {
-        self.file.pwritev(at, IoBuf::from(bytes), WriteFlags::empty()).await?;
+        self.file
+            .pwritev(at, IoBuf::from(bytes), WriteFlags::empty())
+            .await?;
         self.file.flush().await
     }
 }

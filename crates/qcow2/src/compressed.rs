@@ -18,12 +18,17 @@ const INLINE_BYTES_MAX: usize = 4096;
 ///
 /// # Errors
 /// `Corrupt` for data that is no cluster.
-pub async fn decompress(kind: CompressionType, raw: Vec<u8>, cluster_size: usize) -> Result<Vec<u8>> {
+pub async fn decompress(
+    kind: CompressionType,
+    raw: Vec<u8>,
+    cluster_size: usize,
+) -> Result<Vec<u8>> {
     if cluster_size <= INLINE_BYTES_MAX {
         return inflate(kind, &raw, cluster_size);
     }
     let task = tokio::task::spawn_blocking(move || inflate(kind, &raw, cluster_size));
-    task.await.unwrap_or_else(|_| Err(BlockError::from_errno(125)))
+    task.await
+        .unwrap_or_else(|_| Err(BlockError::from_errno(125)))
 }
 
 fn inflate(kind: CompressionType, raw: &[u8], cluster_size: usize) -> Result<Vec<u8>> {
@@ -32,7 +37,9 @@ fn inflate(kind: CompressionType, raw: &[u8], cluster_size: usize) -> Result<Vec
     match kind {
         CompressionType::Zlib => {
             let mut inflater = Decompress::new(false);
-            let status = inflater.decompress(raw, &mut out, FlushDecompress::Finish).map_err(|_| broken())?;
+            let status = inflater
+                .decompress(raw, &mut out, FlushDecompress::Finish)
+                .map_err(|_| broken())?;
             // A stream that would go on is as wrong as one that ends early.
             let full = inflater.total_out() == cluster_size as u64;
             if !full || !matches!(status, Status::StreamEnd | Status::BufError | Status::Ok) {
@@ -40,7 +47,9 @@ fn inflate(kind: CompressionType, raw: &[u8], cluster_size: usize) -> Result<Vec
             }
         }
         CompressionType::Zstd => {
-            let mut decoder = zstd::Decoder::new(raw).map_err(|_| broken())?.single_frame();
+            let mut decoder = zstd::Decoder::new(raw)
+                .map_err(|_| broken())?
+                .single_frame();
             decoder.read_exact(&mut out).map_err(|_| broken())?;
         }
     }
@@ -55,17 +64,38 @@ mod tests {
     #[tokio::test]
     async fn a_cluster_comes_back_whole_and_nothing_else_does() {
         let cluster: Vec<u8> = (0..65536u32).map(|i| (i / 7) as u8).collect();
-        let mut deflater = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::default());
+        let mut deflater =
+            flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::default());
         deflater.write_all(&cluster).unwrap();
         let mut raw = deflater.finish().unwrap();
         raw.extend([0xee; 300]);
-        assert_eq!(decompress(CompressionType::Zlib, raw.clone(), 65536).await.unwrap(), cluster);
-        assert!(decompress(CompressionType::Zlib, raw[..50].to_vec(), 65536).await.is_err());
-        assert!(decompress(CompressionType::Zlib, vec![0xff; 100], 65536).await.is_err());
+        assert_eq!(
+            decompress(CompressionType::Zlib, raw.clone(), 65536)
+                .await
+                .unwrap(),
+            cluster
+        );
+        assert!(
+            decompress(CompressionType::Zlib, raw[..50].to_vec(), 65536)
+                .await
+                .is_err()
+        );
+        assert!(
+            decompress(CompressionType::Zlib, vec![0xff; 100], 65536)
+                .await
+                .is_err()
+        );
 
         let mut raw = zstd::encode_all(&cluster[..], 1).unwrap();
         raw.extend([0xee; 300]);
-        assert_eq!(decompress(CompressionType::Zstd, raw, 65536).await.unwrap(), cluster);
-        assert!(decompress(CompressionType::Zstd, vec![0; 100], 65536).await.is_err());
+        assert_eq!(
+            decompress(CompressionType::Zstd, raw, 65536).await.unwrap(),
+            cluster
+        );
+        assert!(
+            decompress(CompressionType::Zstd, vec![0; 100], 65536)
+                .await
+                .is_err()
+        );
     }
 }

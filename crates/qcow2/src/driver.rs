@@ -6,8 +6,9 @@ use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
 use blockcore::{
-    BackingName, BlockDriver, BlockLimits, BlockStatus, CheckFix, CheckResult, Child, DriverInfo, IoBuf, IoBufMut,
-    PreparedReopen, ReadFlags, ReopenRequest, Result, SpecificInfo, StatusMode, TruncateRequest, WriteFlags,
+    BackingName, BlockDriver, BlockLimits, BlockStatus, CheckFix, CheckResult, Child, DriverInfo,
+    IoBuf, IoBufMut, PreparedReopen, ReadFlags, ReopenRequest, Result, SpecificInfo, StatusMode,
+    TruncateRequest, WriteFlags,
 };
 
 use crate::image::Image;
@@ -29,7 +30,9 @@ impl BlockDriver for Qcow2 {
     }
 
     fn children(&self) -> Vec<&Child> {
-        std::iter::once(&self.image.file).chain(&self.image.backing).collect()
+        std::iter::once(&self.image.file)
+            .chain(&self.image.backing)
+            .collect()
     }
 
     fn backing(&self) -> Option<&Child> {
@@ -38,7 +41,11 @@ impl BlockDriver for Qcow2 {
 
     fn limits(&self) -> BlockLimits {
         let cluster = self.image.cluster_size() as u32;
-        BlockLimits { pwrite_zeroes_alignment: cluster, pdiscard_alignment: cluster, ..BlockLimits::default() }
+        BlockLimits {
+            pwrite_zeroes_alignment: cluster,
+            pdiscard_alignment: cluster,
+            ..BlockLimits::default()
+        }
     }
 
     async fn length(&self) -> Result<u64> {
@@ -59,7 +66,11 @@ impl BlockDriver for Qcow2 {
 
     fn supported_zero_flags(&self) -> WriteFlags {
         // Version 2 can't promise anything: it has no zero clusters.
-        if self.image.version < 3 { WriteFlags::empty() } else { WriteFlags::MAY_UNMAP | WriteFlags::NO_FALLBACK }
+        if self.image.version < 3 {
+            WriteFlags::empty()
+        } else {
+            WriteFlags::MAY_UNMAP | WriteFlags::NO_FALLBACK
+        }
     }
 
     async fn pwrite_zeroes(&self, offset: u64, bytes: u64, flags: WriteFlags) -> Result<()> {
@@ -103,19 +114,34 @@ impl BlockDriver for Qcow2 {
     }
 
     async fn specific_info(&self) -> Result<Option<SpecificInfo>> {
-        let header = self.image.header.lock().expect("no code panics while it holds this lock").clone();
+        let header = self
+            .image
+            .header
+            .lock()
+            .expect("no code panics while it holds this lock")
+            .clone();
         Ok(Some(info::specific_info(&header)))
     }
 
     fn backing_name(&self) -> Option<BackingName> {
-        self.image.header.lock().expect("no code panics while it holds this lock").backing.clone()
+        self.image
+            .header
+            .lock()
+            .expect("no code panics while it holds this lock")
+            .backing
+            .clone()
     }
 
     async fn check(&self, fix: CheckFix) -> Result<CheckResult> {
         if self.image.writable.load(Ordering::Acquire) {
             self.image.commit().await?;
         }
-        let header = self.image.header.lock().expect("no code panics while it holds this lock").clone();
+        let header = self
+            .image
+            .header
+            .lock()
+            .expect("no code panics while it holds this lock")
+            .clone();
         check::check(&header, &self.image.file, fix).await
     }
 

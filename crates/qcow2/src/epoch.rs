@@ -33,7 +33,10 @@ impl Epochs {
             self.active[parity].fetch_add(1, Ordering::SeqCst);
             // The epoch may have moved on between the two lines; then the count went to a stranger's slot.
             if self.current.load(Ordering::SeqCst) == epoch {
-                return EpochGuard { epochs: self, parity };
+                return EpochGuard {
+                    epochs: self,
+                    parity,
+                };
             }
             self.active[parity].fetch_sub(1, Ordering::SeqCst);
         }
@@ -81,7 +84,10 @@ mod tests {
         let late = epochs.enter();
         assert!(!epochs.has_passed(stamp), "the early one is still there");
         drop(early);
-        assert!(epochs.has_passed(stamp), "the late one came after the stamp and can't know the cluster");
+        assert!(
+            epochs.has_passed(stamp),
+            "the late one came after the stamp and can't know the cluster"
+        );
         drop(late);
     }
 

@@ -35,17 +35,26 @@ pub struct Extension {
 pub fn parse(area: &[u8]) -> Result<Vec<Extension>> {
     let mut out = Vec::new();
     let mut at = 0;
-    let word = |at: usize| area.get(at..at + 4).map(|b| u32::from_be_bytes(b.try_into().expect("four bytes")));
+    let word = |at: usize| {
+        area.get(at..at + 4)
+            .map(|b| u32::from_be_bytes(b.try_into().expect("four bytes")))
+    };
     while let (Some(kind), Some(len)) = (word(at), word(at + 4)) {
         at += 8;
         let len = len as usize;
         if len > area.len() - at {
-            return Err(BlockError::new(ErrorKind::InvalidImage, "Header extension too large"));
+            return Err(BlockError::new(
+                ErrorKind::InvalidImage,
+                "Header extension too large",
+            ));
         }
         if kind == END {
             break;
         }
-        out.push(Extension { kind, data: area[at..at + len].to_vec() });
+        out.push(Extension {
+            kind,
+            data: area[at..at + len].to_vec(),
+        });
         at = (at + len).next_multiple_of(8);
     }
     Ok(out)
@@ -83,13 +92,19 @@ pub fn feature_names() -> Extension {
         entry[2..2 + name.len()].copy_from_slice(name.as_bytes());
         data.extend(entry);
     }
-    Extension { kind: FEATURE_NAMES, data }
+    Extension {
+        kind: FEATURE_NAMES,
+        data,
+    }
 }
 
 /// What the image itself calls an incompatible feature bit.
 pub fn incompatible_name(extensions: &[Extension], bit: u32) -> Option<String> {
     let table = extensions.iter().find(|e| e.kind == FEATURE_NAMES)?;
-    let entry = table.data.chunks_exact(FEATURE_NAME_BYTES).find(|e| e[0] == 0 && u32::from(e[1]) == bit)?;
+    let entry = table
+        .data
+        .chunks_exact(FEATURE_NAME_BYTES)
+        .find(|e| e[0] == 0 && u32::from(e[1]) == bit)?;
     let name = &entry[2..];
     let end = name.iter().position(|&b| b == 0).unwrap_or(name.len());
     Some(String::from_utf8_lossy(&name[..end]).into_owned())

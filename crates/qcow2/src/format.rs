@@ -51,7 +51,10 @@ impl CompressedDescriptor {
         let offset_bits = 62 - (cluster_bits - 8);
         let host_offset = entry & ((1 << offset_bits) - 1);
         let more_sectors = (entry >> offset_bits) & ((1 << (cluster_bits - 8)) - 1);
-        CompressedDescriptor { host_offset, host_bytes: (more_sectors + 1) * 512 - (host_offset & 511) }
+        CompressedDescriptor {
+            host_offset,
+            host_bytes: (more_sectors + 1) * 512 - (host_offset & 511),
+        }
     }
 }
 
@@ -104,6 +107,12 @@ mod tests {
     fn a_compressed_descriptor_counts_whole_sectors_from_where_it_starts() {
         // 64 KiB clusters: 54 bits of offset, 8 bits of further sectors.
         let d = CompressedDescriptor::decode(OFLAG_COMPRESSED | 2 << 54 | 0x5_0010, 16);
-        assert_eq!(d, CompressedDescriptor { host_offset: 0x5_0010, host_bytes: 3 * 512 - 0x10 });
+        assert_eq!(
+            d,
+            CompressedDescriptor {
+                host_offset: 0x5_0010,
+                host_bytes: 3 * 512 - 0x10
+            }
+        );
     }
 }

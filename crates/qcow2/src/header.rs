@@ -10,8 +10,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::extension::{self, Extension};
 use crate::format::{
-    Geometry, MAGIC, MAX_BACKING_NAME_BYTES, MAX_CLUSTER_BITS, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOTS,
-    MIN_CLUSTER_BITS, V2_HEADER_BYTES, V3_HEADER_BYTES,
+    Geometry, MAGIC, MAX_BACKING_NAME_BYTES, MAX_CLUSTER_BITS, MAX_L1_BYTES,
+    MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOTS, MIN_CLUSTER_BITS, V2_HEADER_BYTES, V3_HEADER_BYTES,
 };
 
 bitflags::bitflags! {
@@ -145,7 +145,10 @@ impl Header {
     /// `InvalidImage` and `Unsupported` with a text that names the field or the feature; those of the file.
     pub async fn read(file: &Child) -> Result<Header> {
         let want = RAW_HEADER_BYTES;
-        let bytes = file.preadv(0, IoBufMut::zeroed(want), ReadFlags::empty()).await?.to_vec();
+        let bytes = file
+            .preadv(0, IoBufMut::zeroed(want), ReadFlags::empty())
+            .await?
+            .to_vec();
         let Ok((raw, _)) = RawHeader::read_from_prefix(&bytes) else {
             return bad("Image is not in qcow2 format");
         };
@@ -160,7 +163,11 @@ impl Header {
         if !(MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS).contains(&cluster_bits) {
             return bad(format!("Unsupported cluster size: 2^{cluster_bits}"));
         }
-        let header_length = if version == 2 { V2_HEADER_BYTES } else { raw.header_length.get() };
+        let header_length = if version == 2 {
+            V2_HEADER_BYTES
+        } else {
+            raw.header_length.get()
+        };
         if version == 3 && header_length < V3_HEADER_BYTES {
             return bad("qcow2 header too short");
         }
@@ -168,7 +175,10 @@ impl Header {
             return bad("qcow2 header exceeds cluster size");
         }
         let cluster = 1usize << cluster_bits;
-        let head = file.preadv(0, IoBufMut::zeroed(cluster), ReadFlags::empty()).await?.to_vec();
+        let head = file
+            .preadv(0, IoBufMut::zeroed(cluster), ReadFlags::empty())
+            .await?
+            .to_vec();
         Header::check(raw, version, header_length, &head)
     }
 
@@ -179,12 +189,20 @@ impl Header {
         if backing_at > cluster {
             return bad("Invalid backing file offset");
         }
-        let area_end = if backing_at != 0 { backing_at as usize } else { head.len() };
+        let area_end = if backing_at != 0 {
+            backing_at as usize
+        } else {
+            head.len()
+        };
         let area = head.get(header_length as usize..area_end).unwrap_or(&[]);
         let extensions = extension::parse(area)?;
 
         let v3 = version >= 3;
-        let features = if v3 { raw.incompatible_features.get() } else { 0 };
+        let features = if v3 {
+            raw.incompatible_features.get()
+        } else {
+            0
+        };
         let incompatible = check_incompatible(features, &extensions)?;
         let refcount_order = if v3 { raw.refcount_order.get() } else { 4 };
         if refcount_order > 6 {
@@ -214,9 +232,17 @@ impl Header {
             refcount_table_offset: raw.refcount_table_offset.get(),
             refcount_table_clusters: raw.refcount_table_clusters.get(),
             nb_snapshots: raw.nb_snapshots.get(),
-            snapshots_offset: if raw.nb_snapshots.get() == 0 { 0 } else { raw.snapshots_offset.get() },
+            snapshots_offset: if raw.nb_snapshots.get() == 0 {
+                0
+            } else {
+                raw.snapshots_offset.get()
+            },
             incompatible,
-            compatible: Compatible::from_bits_retain(if v3 { raw.compatible_features.get() } else { 0 }),
+            compatible: Compatible::from_bits_retain(if v3 {
+                raw.compatible_features.get()
+            } else {
+                0
+            }),
             autoclear: if v3 { raw.autoclear_features.get() } else { 0 },
             refcount_order,
             header_length,
@@ -237,12 +263,20 @@ impl Header {
         if clusters == 0 {
             return bad("Image does not contain a reference count table");
         }
-        self.check_place(self.refcount_table_offset, u64::from(clusters) << self.cluster_bits, "Reference count table")?;
+        self.check_place(
+            self.refcount_table_offset,
+            u64::from(clusters) << self.cluster_bits,
+            "Reference count table",
+        )?;
         if self.nb_snapshots > MAX_SNAPSHOTS {
             return bad("Snapshot table too large");
         }
         // Each entry of the table has at least 40 bytes.
-        self.check_place(self.snapshots_offset, u64::from(self.nb_snapshots) * 40, "Snapshot table")?;
+        self.check_place(
+            self.snapshots_offset,
+            u64::from(self.nb_snapshots) * 40,
+            "Snapshot table",
+        )?;
         if self.size > blockcore::MAX_LENGTH_BYTES {
             return Err(BlockError::from_errno(27).context("Could not refresh total sector count"));
         }
@@ -256,18 +290,31 @@ impl Header {
         if u64::from(self.l1_size) < needed {
             return bad("L1 table is too small");
         }
-        self.check_place(self.l1_table_offset, u64::from(self.l1_size) * 8, "Active L1 table")
+        self.check_place(
+            self.l1_table_offset,
+            u64::from(self.l1_size) * 8,
+            "Active L1 table",
+        )
     }
 
     fn check_place(&self, offset: u64, bytes: u64, what: &str) -> Result<()> {
         let aligned = offset & ((1 << self.cluster_bits) - 1) == 0;
-        let end = offset.checked_add(bytes).filter(|&end| end <= i64::MAX as u64);
-        if aligned && end.is_some() { Ok(()) } else { bad(format!("{what} offset invalid")) }
+        let end = offset
+            .checked_add(bytes)
+            .filter(|&end| end <= i64::MAX as u64);
+        if aligned && end.is_some() {
+            Ok(())
+        } else {
+            bad(format!("{what} offset invalid"))
+        }
     }
 
     /// The sizes that follow from cluster size and refcount width.
     pub fn geometry(&self) -> Geometry {
-        Geometry { cluster_bits: self.cluster_bits, refcount_order: self.refcount_order }
+        Geometry {
+            cluster_bits: self.cluster_bits,
+            refcount_order: self.refcount_order,
+        }
     }
 
     /// Whether the image says that it is corrupt.
@@ -281,7 +328,10 @@ impl Header {
     /// `Corrupt` for an image that says it is; `Unsupported` for one with persistent bitmaps, which a write would make wrong.
     pub fn check_writable(&self) -> Result<()> {
         if self.is_corrupt() {
-            return Err(BlockError::corrupt("qcow2: Image is corrupt; cannot be opened read/write").errno_is(13));
+            return Err(BlockError::corrupt(
+                "qcow2: Image is corrupt; cannot be opened read/write",
+            )
+            .errno_is(13));
         }
         let has_bitmaps = self.extensions.iter().any(|e| e.kind == extension::BITMAPS);
         if has_bitmaps && self.autoclear & AUTOCLEAR_BITMAPS != 0 {
@@ -328,11 +378,20 @@ impl Header {
             padding: [0; 7],
         };
         let extensions = extension::encode(&self.extensions);
-        let header_bytes = if v3 { RAW_HEADER_BYTES } else { V2_HEADER_BYTES as usize };
+        let header_bytes = if v3 {
+            RAW_HEADER_BYTES
+        } else {
+            V2_HEADER_BYTES as usize
+        };
         let name_at = header_bytes + extensions.len();
-        let name = self.backing.as_ref().map_or(&b""[..], |b| b.filename.as_bytes());
+        let name = self
+            .backing
+            .as_ref()
+            .map_or(&b""[..], |b| b.filename.as_bytes());
         if name_at + name.len() > 1 << self.cluster_bits {
-            return Err(BlockError::invalid("The header does not fit into one cluster"));
+            return Err(BlockError::invalid(
+                "The header does not fit into one cluster",
+            ));
         }
         if !name.is_empty() {
             raw.backing_file_offset = U64::new(name_at as u64);
@@ -360,7 +419,10 @@ fn check_incompatible(features: u64, extensions: &[Extension]) -> Result<Incompa
         if nameless != 0 {
             names.push(format!("Unknown incompatible feature: {nameless:x}"));
         }
-        return not_yet(format!("Unsupported qcow2 feature(s): {}", names.join(", ")));
+        return not_yet(format!(
+            "Unsupported qcow2 feature(s): {}",
+            names.join(", ")
+        ));
     }
     if known.contains(Incompatible::DATA_FILE) {
         return not_yet("Images with an external data file are not supported yet");
@@ -371,7 +433,12 @@ fn check_incompatible(features: u64, extensions: &[Extension]) -> Result<Incompa
     Ok(known)
 }
 
-fn read_backing(head: &[u8], at: u64, len: u32, extensions: &[Extension]) -> Result<Option<BackingName>> {
+fn read_backing(
+    head: &[u8],
+    at: u64,
+    len: u32,
+    extensions: &[Extension],
+) -> Result<Option<BackingName>> {
     if at == 0 || len == 0 {
         return Ok(None);
     }
@@ -379,13 +446,20 @@ fn read_backing(head: &[u8], at: u64, len: u32, extensions: &[Extension]) -> Res
     if u64::from(len) > room {
         return bad("Backing file name too long");
     }
-    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).or_else(|_| bad("Backing file name is no valid text"));
+    let text = |bytes: &[u8]| {
+        String::from_utf8(bytes.to_vec()).or_else(|_| bad("Backing file name is no valid text"))
+    };
     let filename = text(&head[at as usize..at as usize + len as usize])?;
-    let format = extensions.iter().find(|e| e.kind == extension::BACKING_FORMAT);
+    let format = extensions
+        .iter()
+        .find(|e| e.kind == extension::BACKING_FORMAT);
     if let Some(e) = format
         && e.data.len() >= 16
     {
-        return bad(format!("ERROR: ext_backing_format: len={} too large (>=16)", e.data.len()));
+        return bad(format!(
+            "ERROR: ext_backing_format: len={} too large (>=16)",
+            e.data.len()
+        ));
     }
     let format = format.map(|e| text(&e.data)).transpose()?;
     Ok(Some(BackingName { filename, format }))

@@ -15,7 +15,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 use blockcore::tracked::TrackedRequests;
-use blockcore::{BlockError, Child, Diagnostics, ErrorKind, InFlight, IoBuf, IoBufMut, ReadFlags, Result, WriteFlags};
+use blockcore::{
+    BlockError, Child, Diagnostics, ErrorKind, InFlight, IoBuf, IoBufMut, ReadFlags, Result,
+    WriteFlags,
+};
 
 use crate::alloc::Meta;
 use crate::commit::CommitState;
@@ -122,7 +125,9 @@ impl Image {
             let text = format!("L2 table offset {table:#x} unaligned (L1 index: {l1_index:#x})");
             return Err(self.signal_corruption(&text, table));
         }
-        Ok(Some(table + slice % per_table * self.l2.slice_entries() * 8))
+        Ok(Some(
+            table + slice % per_table * self.l2.slice_entries() * 8,
+        ))
     }
 
     /// A slice; `None` where there is no L2 table. The caller is inside an epoch, or holds the metadata lock.
@@ -135,10 +140,19 @@ impl Image {
         }
         let load = async {
             // Looked up only now, with the right to load in hand: whoever waited for that right may have slept through a copy of the table.
-            let Some(offset) = self.slice_offset(number)? else { return Ok(vec![0; self.l2.slice_entries() as usize]) };
+            let Some(offset) = self.slice_offset(number)? else {
+                return Ok(vec![0; self.l2.slice_entries() as usize]);
+            };
             let buf = IoBufMut::zeroed(self.l2.slice_entries() as usize * 8);
-            let bytes = self.file.preadv(offset, buf, ReadFlags::empty()).await?.to_vec();
-            Ok(bytes.chunks_exact(8).map(|c| u64::from_be_bytes(c.try_into().expect("eight bytes"))).collect())
+            let bytes = self
+                .file
+                .preadv(offset, buf, ReadFlags::empty())
+                .await?
+                .to_vec();
+            Ok(bytes
+                .chunks_exact(8)
+                .map(|c| u64::from_be_bytes(c.try_into().expect("eight bytes")))
+                .collect())
         };
         self.l2.pinned(number, load).await.map(Some)
     }
@@ -147,7 +161,9 @@ impl Image {
     fn mapping_now(&self, guest_cluster: u64) -> Option<Result<Mapping, BadEntry>> {
         match self.l2.entry_now(guest_cluster) {
             Some(entry) => Some(Mapping::decode(entry, self.version, self.cluster_bits)),
-            None if self.l1.get(self.l1_index(guest_cluster)) & L1E_OFFSET_MASK == 0 => Some(Ok(Mapping::Unallocated)),
+            None if self.l1.get(self.l1_index(guest_cluster)) & L1E_OFFSET_MASK == 0 => {
+                Some(Ok(Mapping::Unallocated))
+            }
             None => None,
         }
     }
@@ -174,7 +190,9 @@ impl Image {
             let table = self.l1.get(self.l1_index(guest_cluster)) & L1E_OFFSET_MASK;
             let what = match bad {
                 BadEntry::ZeroBeforeV3 => "Zero cluster entry found in pre-v3 image".to_owned(),
-                BadEntry::Unaligned(host) => format!("Cluster allocation offset {host:#x} unaligned"),
+                BadEntry::Unaligned(host) => {
+                    format!("Cluster allocation offset {host:#x} unaligned")
+                }
             };
             let text = format!("{what} (L2 offset: {table:#x}, L2 index: {l2_index:#x})");
             self.signal_corruption(&text, entry & L2E_OFFSET_MASK)
@@ -209,7 +227,10 @@ impl Image {
         let mut index = 1;
         while covered < bytes {
             let next = cluster + index;
-            if first == Mapping::Unallocated && self.l2.entry_now(next).is_none() && self.is_table_start(next) {
+            if first == Mapping::Unallocated
+                && self.l2.entry_now(next).is_none()
+                && self.is_table_start(next)
+            {
                 // A whole table that isn't there is one step, not thousands.
                 let table = self.l1_index(next);
                 if self.l1.get(table) & L1E_OFFSET_MASK == 0 {
@@ -234,21 +255,34 @@ impl Image {
 
     /// Says that host clusters hold metadata.
     pub fn own(&self, host: u64, bytes: u64, owner: Owner) {
-        let mut owned = self.owned.write().expect("no code panics while it holds this lock");
+        let mut owned = self
+            .owned
+            .write()
+            .expect("no code panics while it holds this lock");
         for cluster in host >> self.cluster_bits..(host + bytes).div_ceil(self.cluster_size()) {
-            owned.entry(cluster).and_modify(|o| *o = Owner::Disputed).or_insert(owner);
+            owned
+                .entry(cluster)
+                .and_modify(|o| *o = Owner::Disputed)
+                .or_insert(owner);
         }
     }
 
     /// Says that a host cluster holds metadata no longer.
     pub fn disown(&self, cluster: u64) {
-        self.owned.write().expect("no code panics while it holds this lock").remove(&cluster);
+        self.owned
+            .write()
+            .expect("no code panics while it holds this lock")
+            .remove(&cluster);
     }
 
     /// What metadata lies in a range of host bytes, if any.
     pub fn owner_in(&self, host: u64, bytes: u64) -> Option<Owner> {
-        let owned = self.owned.read().expect("no code panics while it holds this lock");
-        (host >> self.cluster_bits..(host + bytes).div_ceil(self.cluster_size())).find_map(|c| owned.get(&c).copied())
+        let owned = self
+            .owned
+            .read()
+            .expect("no code panics while it holds this lock");
+        (host >> self.cluster_bits..(host + bytes).div_ceil(self.cluster_size()))
+            .find_map(|c| owned.get(&c).copied())
     }
 
     /// INV QCOW2-META-1: refuses a write of guest data over metadata, and marks the image corrupt.
@@ -260,7 +294,10 @@ impl Image {
     }
 
     pub fn refuse_overlap(&self, host: u64, owner: Owner) -> BlockError {
-        let text = format!("Preventing invalid write on metadata (overlaps with {})", owner.describe());
+        let text = format!(
+            "Preventing invalid write on metadata (overlaps with {})",
+            owner.describe()
+        );
         self.signal_corruption(&text, host)
     }
 
@@ -273,16 +310,22 @@ impl Image {
                 return Err(self.refuse_overlap(host, found.unwrap_or(Owner::Disputed)));
             }
         }
-        self.file.pwritev(host, IoBuf::from(bytes), WriteFlags::empty()).await
+        self.file
+            .pwritev(host, IoBuf::from(bytes), WriteFlags::empty())
+            .await
     }
 
     /// The image contradicts itself. Says so once, stops all further changes, and leaves it to `mark_corrupt` to set the bit on disk.
     pub fn signal_corruption(&self, what: &str, offset: u64) -> BlockError {
         if !self.corrupt.swap(true, Ordering::AcqRel) {
             let line = if self.writable.load(Ordering::Acquire) {
-                format!("qcow2: Marking image as corrupt: {what}; further corruption events will be suppressed")
+                format!(
+                    "qcow2: Marking image as corrupt: {what}; further corruption events will be suppressed"
+                )
             } else {
-                format!("qcow2: Image is corrupt: {what}; further non-fatal corruption events will be suppressed")
+                format!(
+                    "qcow2: Image is corrupt: {what}; further non-fatal corruption events will be suppressed"
+                )
             };
             self.diagnostics.warn(&line);
         }
@@ -303,15 +346,25 @@ impl Image {
     /// The file's.
     pub async fn mark_corrupt_on_disk(&self) -> Result<()> {
         let bits = {
-            let mut header = self.header.lock().expect("no code panics while it holds this lock");
-            let known = self.corrupt.load(Ordering::Acquire) && self.writable.load(Ordering::Acquire);
+            let mut header = self
+                .header
+                .lock()
+                .expect("no code panics while it holds this lock");
+            let known =
+                self.corrupt.load(Ordering::Acquire) && self.writable.load(Ordering::Acquire);
             if !known || self.version < 3 || header.incompatible.contains(Incompatible::CORRUPT) {
                 return Ok(());
             }
             header.incompatible.insert(Incompatible::CORRUPT);
             header.incompatible.bits()
         };
-        self.file.pwritev(INCOMPATIBLE_OFFSET, IoBuf::from(bits.to_be_bytes().to_vec()), WriteFlags::empty()).await?;
+        self.file
+            .pwritev(
+                INCOMPATIBLE_OFFSET,
+                IoBuf::from(bits.to_be_bytes().to_vec()),
+                WriteFlags::empty(),
+            )
+            .await?;
         self.file.flush().await
     }
 }

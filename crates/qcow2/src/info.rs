@@ -10,15 +10,27 @@ use crate::header::{Compatible, Header};
 pub fn specific_info(header: &Header) -> SpecificInfo {
     let mut data = Map::new();
     let mut put = |key: &str, value: Value| data.insert(key.to_owned(), value);
-    put("compat", if header.version == 2 { "0.10" } else { "1.1" }.into());
+    put(
+        "compat",
+        if header.version == 2 { "0.10" } else { "1.1" }.into(),
+    );
     put("compression-type", header.compression_type.name().into());
     if header.version >= 3 {
-        put("lazy-refcounts", header.compatible.contains(Compatible::LAZY_REFCOUNTS).into());
+        put(
+            "lazy-refcounts",
+            header
+                .compatible
+                .contains(Compatible::LAZY_REFCOUNTS)
+                .into(),
+        );
     }
     put("refcount-bits", (1u64 << header.refcount_order).into());
     if header.version >= 3 {
         put("corrupt", header.is_corrupt().into());
         put("extended-l2", false.into());
     }
-    SpecificInfo { type_name: "qcow2", data }
+    SpecificInfo {
+        type_name: "qcow2",
+        data,
+    }
 }

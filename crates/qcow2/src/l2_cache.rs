@@ -30,7 +30,9 @@ impl Hasher for NumberHasher {
     }
 
     fn write_u64(&mut self, n: u64) {
-        self.0 = (self.0 ^ n).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+        self.0 = (self.0 ^ n)
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            .rotate_left(29);
     }
 
     fn finish(&self) -> u64 {
@@ -65,13 +67,19 @@ impl L2Slice {
 
     /// Changes an entry. Only under the metadata lock, on a pinned slice.
     pub fn set(&self, index: usize, entry: u64) {
-        debug_assert!(self.pins.load(Ordering::Relaxed) > 0, "change of a slice that may be evicted");
+        debug_assert!(
+            self.pins.load(Ordering::Relaxed) > 0,
+            "change of a slice that may be evicted"
+        );
         self.entries[index].store(entry, Ordering::Release);
     }
 
     /// The slice as it goes to disk.
     pub fn to_bytes(&self) -> Vec<u8> {
-        self.entries.iter().flat_map(|e| e.load(Ordering::Acquire).to_be_bytes()).collect()
+        self.entries
+            .iter()
+            .flat_map(|e| e.load(Ordering::Acquire).to_be_bytes())
+            .collect()
     }
 }
 
@@ -115,11 +123,15 @@ struct Shard {
 
 impl Shard {
     fn read(&self) -> RwLockReadGuard<'_, NumberMap<Arc<L2Slice>>> {
-        self.slices.read().expect("no code panics while it holds this lock")
+        self.slices
+            .read()
+            .expect("no code panics while it holds this lock")
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, NumberMap<Arc<L2Slice>>> {
-        self.slices.write().expect("no code panics while it holds this lock")
+        self.slices
+            .write()
+            .expect("no code panics while it holds this lock")
     }
 }
 
@@ -136,12 +148,19 @@ impl L2Cache {
     /// A cache of at most `bytes` bytes of slices with `1 << slice_bits` entries.
     pub fn new(bytes: usize, slice_bits: u32) -> L2Cache {
         let slices = bytes >> (slice_bits + 3);
-        L2Cache { shards: Default::default(), shard_capacity: (slices / SHARDS).max(2), slice_bits }
+        L2Cache {
+            shards: Default::default(),
+            shard_capacity: (slices / SHARDS).max(2),
+            slice_bits,
+        }
     }
 
     /// The slice of a guest cluster, and the place of its entry there.
     pub fn locate(&self, guest_cluster: u64) -> (u64, usize) {
-        (guest_cluster >> self.slice_bits, (guest_cluster & ((1 << self.slice_bits) - 1)) as usize)
+        (
+            guest_cluster >> self.slice_bits,
+            (guest_cluster & ((1 << self.slice_bits) - 1)) as usize,
+        )
     }
 
     /// The number of entries in a slice.
@@ -204,7 +223,10 @@ impl L2Cache {
         for _ in 0..2 {
             let mut surplus = (slices.len() + 1).saturating_sub(capacity);
             slices.retain(|_, s| {
-                if surplus == 0 || s.pins.load(Ordering::Acquire) > 0 || s.referenced.swap(false, Ordering::Relaxed) {
+                if surplus == 0
+                    || s.pins.load(Ordering::Acquire) > 0
+                    || s.referenced.swap(false, Ordering::Relaxed)
+                {
                     return true;
                 }
                 surplus -= 1;
@@ -233,7 +255,10 @@ mod tests {
         assert_eq!(cache.entry_now(3), Some(42));
         drop(pinned);
         for n in 1..200 {
-            cache.pinned(n * SHARDS as u64, async { Ok(vec![n; 16]) }).await.unwrap();
+            cache
+                .pinned(n * SHARDS as u64, async { Ok(vec![n; 16]) })
+                .await
+                .unwrap();
         }
         assert_eq!(cache.entry_now(3), None);
     }

@@ -4,7 +4,9 @@
 use std::sync::RwLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::format::{CompressedDescriptor, L2E_OFFSET_MASK, OFLAG_COMPRESSED, OFLAG_COPIED, OFLAG_ZERO};
+use crate::format::{
+    CompressedDescriptor, L2E_OFFSET_MASK, OFLAG_COMPRESSED, OFLAG_COPIED, OFLAG_ZERO,
+};
 
 /// Where the bytes of a guest cluster are. Each variant tells a reader or writer its next act.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,7 +36,10 @@ impl Mapping {
     /// Reads an L2 entry.
     pub fn decode(entry: u64, version: u32, cluster_bits: u32) -> Result<Mapping, BadEntry> {
         if entry & OFLAG_COMPRESSED != 0 {
-            return Ok(Mapping::Compressed(CompressedDescriptor::decode(entry, cluster_bits)));
+            return Ok(Mapping::Compressed(CompressedDescriptor::decode(
+                entry,
+                cluster_bits,
+            )));
         }
         let host = entry & L2E_OFFSET_MASK;
         let copied = entry & OFLAG_COPIED != 0;
@@ -56,7 +61,9 @@ impl Mapping {
     /// The host clusters that the entry holds a reference to, as byte offset and length.
     pub fn referenced(&self, cluster_size: u64) -> Option<(u64, u64)> {
         match *self {
-            Mapping::ZeroAllocated { host, .. } | Mapping::Data { host, .. } => Some((host, cluster_size)),
+            Mapping::ZeroAllocated { host, .. } | Mapping::Data { host, .. } => {
+                Some((host, cluster_size))
+            }
             Mapping::Compressed(c) => Some((c.host_offset, c.host_bytes)),
             Mapping::Unallocated | Mapping::ZeroPlain => None,
         }
@@ -66,11 +73,28 @@ impl Mapping {
     pub fn continues(&self, index: u64, cluster_size: u64, next: &Mapping) -> bool {
         let step = index * cluster_size;
         match (*self, *next) {
-            (Mapping::Unallocated, Mapping::Unallocated) | (Mapping::ZeroPlain, Mapping::ZeroPlain) => true,
-            (Mapping::Data { host: a, copied: ca }, Mapping::Data { host: b, copied: cb })
-            | (Mapping::ZeroAllocated { host: a, copied: ca }, Mapping::ZeroAllocated { host: b, copied: cb }) => {
-                ca == cb && a.checked_add(step) == Some(b)
-            }
+            (Mapping::Unallocated, Mapping::Unallocated)
+            | (Mapping::ZeroPlain, Mapping::ZeroPlain) => true,
+            (
+                Mapping::Data {
+                    host: a,
+                    copied: ca,
+                },
+                Mapping::Data {
+                    host: b,
+                    copied: cb,
+                },
+            )
+            | (
+                Mapping::ZeroAllocated {
+                    host: a,
+                    copied: ca,
+                },
+                Mapping::ZeroAllocated {
+                    host: b,
+                    copied: cb,
+                },
+            ) => ca == cb && a.checked_add(step) == Some(b),
             _ => false,
         }
     }
@@ -84,11 +108,15 @@ pub(crate) struct L1Table {
 
 impl L1Table {
     pub fn new(entries: Vec<u64>) -> L1Table {
-        L1Table { entries: RwLock::new(entries.into_iter().map(AtomicU64::new).collect()) }
+        L1Table {
+            entries: RwLock::new(entries.into_iter().map(AtomicU64::new).collect()),
+        }
     }
 
     fn read(&self) -> std::sync::RwLockReadGuard<'_, Vec<AtomicU64>> {
-        self.entries.read().expect("no code panics while it holds this lock")
+        self.entries
+            .read()
+            .expect("no code panics while it holds this lock")
     }
 
     /// The number of entries.
@@ -98,7 +126,9 @@ impl L1Table {
 
     /// An entry; 0 past the end.
     pub fn get(&self, index: usize) -> u64 {
-        self.read().get(index).map_or(0, |e| e.load(Ordering::Acquire))
+        self.read()
+            .get(index)
+            .map_or(0, |e| e.load(Ordering::Acquire))
     }
 
     /// Sets an entry. Only under the metadata lock.
@@ -110,7 +140,10 @@ impl L1Table {
 
     /// Adds empty entries at the end. Only under the metadata lock.
     pub fn grow(&self, len: usize) {
-        let mut entries = self.entries.write().expect("no code panics while it holds this lock");
+        let mut entries = self
+            .entries
+            .write()
+            .expect("no code panics while it holds this lock");
         while entries.len() < len {
             entries.push(AtomicU64::new(0));
         }
@@ -118,6 +151,9 @@ impl L1Table {
 
     /// A copy of all entries.
     pub fn to_vec(&self) -> Vec<u64> {
-        self.read().iter().map(|e| e.load(Ordering::Acquire)).collect()
+        self.read()
+            .iter()
+            .map(|e| e.load(Ordering::Acquire))
+            .collect()
     }
 }

@@ -19,8 +19,12 @@ impl Image {
         Ok(match mapping {
             Mapping::Unallocated => BlockStatus::new(StatusFlags::empty(), covered),
             Mapping::ZeroPlain => BlockStatus::new(StatusFlags::ZERO, covered),
-            Mapping::ZeroAllocated { host, .. } => BlockStatus::mapped(StatusFlags::ZERO, covered, host + within, file()),
-            Mapping::Compressed(_) => BlockStatus::new(StatusFlags::DATA | StatusFlags::COMPRESSED, covered),
+            Mapping::ZeroAllocated { host, .. } => {
+                BlockStatus::mapped(StatusFlags::ZERO, covered, host + within, file())
+            }
+            Mapping::Compressed(_) => {
+                BlockStatus::new(StatusFlags::DATA | StatusFlags::COMPRESSED, covered)
+            }
             Mapping::Data { host, .. } => {
                 let mut flags = StatusFlags::DATA;
                 if mode == StatusMode::Precise && self.is_metadata_preallocated().await? {

@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use async_trait::async_trait;
 use blockcore::{
-    BlockDriver, Child, CreateContext, CreateOption, DriverFactory, IoBufMut, OpenContext, Options, ReadFlags, Result,
+    BlockDriver, Child, CreateContext, CreateOption, DriverFactory, IoBufMut, OpenContext, Options,
+    ReadFlags, Result,
 };
 
 use crate::alloc::Meta;
@@ -42,14 +43,21 @@ impl DriverFactory for Qcow2Factory {
     }
 
     fn probe(&self, head: &[u8]) -> u32 {
-        let word = |at: usize| head.get(at..at + 4).map(|b| u32::from_be_bytes(b.try_into().expect("four bytes")));
+        let word = |at: usize| {
+            head.get(at..at + 4)
+                .map(|b| u32::from_be_bytes(b.try_into().expect("four bytes")))
+        };
         match (word(0), word(4)) {
             (Some(MAGIC), Some(version)) if version >= 2 => 100,
             _ => 0,
         }
     }
 
-    async fn open(&self, ctx: &OpenContext<'_>, options: &mut Options) -> Result<Box<dyn BlockDriver>> {
+    async fn open(
+        &self,
+        ctx: &OpenContext<'_>,
+        options: &mut Options,
+    ) -> Result<Box<dyn BlockDriver>> {
         let file = ctx.take_file()?;
         let writable = !ctx.flags().read_only;
         let header = Header::read(&file).await?;
@@ -62,14 +70,21 @@ impl DriverFactory for Qcow2Factory {
             image.prepare_writing().await?;
             image.writable.store(true, Ordering::Release);
         }
-        Ok(Box::new(Qcow2 { image: Arc::new(image) }))
+        Ok(Box::new(Qcow2 {
+            image: Arc::new(image),
+        }))
     }
 
     fn create_options(&self) -> &'static [CreateOption] {
         create::create_options()
     }
 
-    async fn create(&self, ctx: &CreateContext<'_>, filename: &str, options: Options) -> Result<()> {
+    async fn create(
+        &self,
+        ctx: &CreateContext<'_>,
+        filename: &str,
+        options: Options,
+    ) -> Result<()> {
         create::create(ctx, filename, options).await
     }
 }
@@ -88,7 +103,13 @@ pub(crate) async fn open_image(
     let slice_bits = SLICE_BYTES_BITS.min(bits) - 3;
     let order = header.refcount_order;
     let meta = Meta {
-        refcounts: Refcounts::new(order, bits, table, header.refcount_table_offset, header.refcount_table_clusters),
+        refcounts: Refcounts::new(
+            order,
+            bits,
+            table,
+            header.refcount_table_offset,
+            header.refcount_table_clusters,
+        ),
         dirty_slices: Default::default(),
         dirty_l1: Default::default(),
         freed: Vec::new(),
@@ -129,7 +150,9 @@ async fn read_table(file: &Child, offset: u64, entries: usize) -> Result<Vec<u64
     if entries == 0 {
         return Ok(Vec::new());
     }
-    let bytes = file.preadv(offset, IoBufMut::zeroed(entries * 8), ReadFlags::empty()).await?;
+    let bytes = file
+        .preadv(offset, IoBufMut::zeroed(entries * 8), ReadFlags::empty())
+        .await?;
     let word = |c: &[u8]| u64::from_be_bytes(c.try_into().expect("eight bytes"));
     Ok(bytes.to_vec().chunks_exact(8).map(word).collect())
 }
@@ -141,7 +164,11 @@ impl Image {
     /// # Errors
     /// Those of metadata I/O; `Corrupt`, `Unsupported` where the image must not be written.
     pub async fn prepare_writing(&self) -> Result<()> {
-        let header = self.header.lock().expect("no code panics while it holds this lock").clone();
+        let header = self
+            .header
+            .lock()
+            .expect("no code panics while it holds this lock")
+            .clone();
         header.check_writable()?;
         self.find_owners(&header).await;
         self.update_features(header).await
@@ -152,13 +179,20 @@ impl Image {
         if self.version < 3 || header.autoclear == 0 {
             return Ok(());
         }
-        self.write_header_bytes(AUTOCLEAR_OFFSET, 0u64.to_be_bytes().to_vec()).await?;
-        self.header.lock().expect("no code panics while it holds this lock").autoclear = 0;
+        self.write_header_bytes(AUTOCLEAR_OFFSET, 0u64.to_be_bytes().to_vec())
+            .await?;
+        self.header
+            .lock()
+            .expect("no code panics while it holds this lock")
+            .autoclear = 0;
         Ok(())
     }
 
     async fn find_owners(&self, header: &Header) {
-        self.owned.write().expect("no code panics while it holds this lock").clear();
+        self.owned
+            .write()
+            .expect("no code panics while it holds this lock")
+            .clear();
         let cluster = self.cluster_size();
         self.own(0, cluster, Owner::Header);
         let l1 = self.l1.to_vec();
@@ -166,9 +200,17 @@ impl Image {
             self.own(header.l1_table_offset, l1.len() as u64 * 8, Owner::L1);
         }
         let table_bytes = u64::from(header.refcount_table_clusters) << self.cluster_bits;
-        self.own(header.refcount_table_offset, table_bytes, Owner::RefcountTable);
+        self.own(
+            header.refcount_table_offset,
+            table_bytes,
+            Owner::RefcountTable,
+        );
         let aligned = |offset: u64| offset != 0 && offset & (cluster - 1) == 0;
-        for offset in l1.iter().map(|e| e & L1E_OFFSET_MASK).filter(|&o| aligned(o)) {
+        for offset in l1
+            .iter()
+            .map(|e| e & L1E_OFFSET_MASK)
+            .filter(|&o| aligned(o))
+        {
             self.own(offset, cluster, Owner::L2);
         }
         let meta = self.meta.lock().await;

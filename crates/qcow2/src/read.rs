@@ -20,10 +20,14 @@ impl Image {
         let mut at = offset;
         let mut left = buf;
         while !left.is_empty() {
-            let Some((mapping, bytes)) = self.run_now(at, left.len() as u64) else { return false };
+            let Some((mapping, bytes)) = self.run_now(at, left.len() as u64) else {
+                return false;
+            };
             let (part, rest) = left.split_at_mut(bytes as usize);
             let served = match mapping {
-                Mapping::Data { host, .. } => self.file.read_nowait(host + self.in_cluster(at), part),
+                Mapping::Data { host, .. } => {
+                    self.file.read_nowait(host + self.in_cluster(at), part)
+                }
                 Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => {
                     part.fill(0);
                     true
@@ -41,10 +45,17 @@ impl Image {
     }
 
     fn read_backing_nowait(&self, offset: u64, buf: &mut [u8]) -> bool {
-        let there = self.backing.as_ref().map_or(0, |b| b.length().saturating_sub(offset));
+        let there = self
+            .backing
+            .as_ref()
+            .map_or(0, |b| b.length().saturating_sub(offset));
         let (below, past) = buf.split_at_mut(there.min(buf.len() as u64) as usize);
         past.fill(0);
-        below.is_empty() || self.backing.as_ref().is_some_and(|b| b.read_nowait(offset, below))
+        below.is_empty()
+            || self
+                .backing
+                .as_ref()
+                .is_some_and(|b| b.read_nowait(offset, below))
     }
 
     pub fn in_cluster(&self, offset: u64) -> u64 {
@@ -89,10 +100,17 @@ impl Image {
     ///
     /// # Errors
     /// As [`read`](Image::read).
-    pub async fn read_mapped(&self, mapping: Mapping, offset: u64, mut buf: IoBufMut) -> Result<IoBufMut> {
+    pub async fn read_mapped(
+        &self,
+        mapping: Mapping,
+        offset: u64,
+        mut buf: IoBufMut,
+    ) -> Result<IoBufMut> {
         match mapping {
             Mapping::Data { host, .. } => {
-                self.file.preadv(host + self.in_cluster(offset), buf, ReadFlags::empty()).await
+                self.file
+                    .preadv(host + self.in_cluster(offset), buf, ReadFlags::empty())
+                    .await
             }
             Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => {
                 buf.fill(0);
@@ -116,9 +134,15 @@ impl Image {
         }
     }
 
-    async fn read_compressed(&self, descriptor: crate::format::CompressedDescriptor) -> Result<Vec<u8>> {
+    async fn read_compressed(
+        &self,
+        descriptor: crate::format::CompressedDescriptor,
+    ) -> Result<Vec<u8>> {
         let raw = IoBufMut::zeroed(descriptor.host_bytes as usize);
-        let raw = self.file.preadv(descriptor.host_offset, raw, ReadFlags::empty()).await?;
+        let raw = self
+            .file
+            .preadv(descriptor.host_offset, raw, ReadFlags::empty())
+            .await?;
         compressed::decompress(self.compression, raw.to_vec(), self.cluster_size() as usize).await
     }
 }

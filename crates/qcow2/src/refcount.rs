@@ -56,7 +56,13 @@ pub(crate) struct Refcounts {
 
 impl Refcounts {
     /// Over a table that was read from `table_offset`.
-    pub fn new(order: u32, cluster_bits: u32, table: Vec<u64>, table_offset: u64, table_clusters: u32) -> Refcounts {
+    pub fn new(
+        order: u32,
+        cluster_bits: u32,
+        table: Vec<u64>,
+        table_offset: u64,
+        table_clusters: u32,
+    ) -> Refcounts {
         Refcounts {
             order,
             cluster_bits,
@@ -71,7 +77,11 @@ impl Refcounts {
 
     /// The largest refcount that fits.
     pub fn max_refcount(&self) -> u64 {
-        if self.order == 6 { u64::MAX } else { (1 << (1 << self.order)) - 1 }
+        if self.order == 6 {
+            u64::MAX
+        } else {
+            (1 << (1 << self.order)) - 1
+        }
     }
 
     /// Refcounts in a block.
@@ -146,7 +156,10 @@ impl Refcounts {
             let wanted = (index + 1).max(self.table.len() * 3 / 2);
             let per_cluster = (1 << self.cluster_bits) / 8;
             let max = (MAX_REFCOUNT_TABLE_BYTES / 8) as usize;
-            self.table.resize(wanted.next_multiple_of(per_cluster).min(max.max(index + 1)), 0);
+            self.table.resize(
+                wanted.next_multiple_of(per_cluster).min(max.max(index + 1)),
+                0,
+            );
         }
         debug_assert_eq!(self.table[index], 0);
         self.table[index] = host;
@@ -154,7 +167,15 @@ impl Refcounts {
         let bytes = vec![0; 1 << self.cluster_bits];
         let dirty = Some(0..bytes.len());
         self.clock += 1;
-        self.blocks.insert(number, Block { bytes, dirty, writing: false, last_use: self.clock });
+        self.blocks.insert(
+            number,
+            Block {
+                bytes,
+                dirty,
+                writing: false,
+                last_use: self.clock,
+            },
+        );
         Ok(())
     }
 
@@ -164,15 +185,27 @@ impl Refcounts {
         if !self.blocks.contains_key(&number) {
             let host = self.table.get(number as usize).copied().unwrap_or(0);
             if host == 0 || host & ((1 << self.cluster_bits) - 1) != 0 {
-                let text = format!("Refblock offset {host:#x} unaligned (reftable index: {number:#x})");
+                let text =
+                    format!("Refblock offset {host:#x} unaligned (reftable index: {number:#x})");
                 return Err(BlockError::corrupt(text));
             }
             let buf = IoBufMut::zeroed(1 << self.cluster_bits);
             let bytes = file.preadv(host, buf, ReadFlags::empty()).await?.to_vec();
             self.evict();
-            self.blocks.insert(number, Block { bytes, dirty: None, writing: false, last_use: clock });
+            self.blocks.insert(
+                number,
+                Block {
+                    bytes,
+                    dirty: None,
+                    writing: false,
+                    last_use: clock,
+                },
+            );
         }
-        let block = self.blocks.get_mut(&number).expect("it was there, or has just been put there");
+        let block = self
+            .blocks
+            .get_mut(&number)
+            .expect("it was there, or has just been put there");
         block.last_use = clock;
         Ok(block)
     }
@@ -180,8 +213,13 @@ impl Refcounts {
     fn evict(&mut self) {
         let capacity = (CACHE_BYTES >> self.cluster_bits).max(4);
         while self.blocks.len() >= capacity {
-            let idle = self.blocks.iter().filter(|(_, b)| b.dirty.is_none() && !b.writing);
-            let Some(oldest) = idle.min_by_key(|(_, b)| b.last_use).map(|(&n, _)| n) else { return };
+            let idle = self
+                .blocks
+                .iter()
+                .filter(|(_, b)| b.dirty.is_none() && !b.writing);
+            let Some(oldest) = idle.min_by_key(|(_, b)| b.last_use).map(|(&n, _)| n) else {
+                return;
+            };
             self.blocks.remove(&oldest);
         }
     }
@@ -198,7 +236,12 @@ impl Refcounts {
             if let Some(range) = block.dirty.take() {
                 block.writing = true;
                 let bytes = block.bytes[range.clone()].to_vec();
-                writes.push(BlockWrite { block: number, host: self.table[number as usize], range, bytes });
+                writes.push(BlockWrite {
+                    block: number,
+                    host: self.table[number as usize],
+                    range,
+                    bytes,
+                });
             }
         }
         writes.sort_by_key(|w| w.host);
@@ -236,7 +279,9 @@ pub(crate) fn get_refcount(block: &[u8], order: u32, index: u64) -> u64 {
         }
         _ => {
             let bytes = 1 << (order - 3);
-            block[at..at + bytes].iter().fold(0, |n, &b| n << 8 | u64::from(b))
+            block[at..at + bytes]
+                .iter()
+                .fold(0, |n, &b| n << 8 | u64::from(b))
         }
     }
 }
@@ -266,13 +311,21 @@ mod tests {
         for order in 0..=6 {
             let mut block = vec![0; 512];
             let entries = 512 * 8 >> order;
-            let max = if order == 6 { u64::MAX } else { (1u64 << (1 << order)) - 1 };
+            let max = if order == 6 {
+                u64::MAX
+            } else {
+                (1u64 << (1 << order)) - 1
+            };
             let value = |i: u64| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 3) & max;
             for i in 0..entries {
                 set_refcount(&mut block, order, i, value(i));
             }
             for i in 0..entries {
-                assert_eq!(get_refcount(&block, order, i), value(i), "order {order} index {i}");
+                assert_eq!(
+                    get_refcount(&block, order, i),
+                    value(i),
+                    "order {order} index {i}"
+                );
             }
         }
     }

@@ -36,16 +36,27 @@ impl Image {
     ///
     /// # Errors
     /// `Unsupported` where zeroes have to be written; those of metadata I/O.
-    pub async fn write_zeroes(self: &Arc<Self>, offset: u64, bytes: u64, flags: WriteFlags) -> Result<()> {
+    pub async fn write_zeroes(
+        self: &Arc<Self>,
+        offset: u64,
+        bytes: u64,
+        flags: WriteFlags,
+    ) -> Result<()> {
         self.check_sound()?;
         if self.version < 3 && self.backing.is_some() {
             // Version 2 has no zero clusters, and an unallocated one would show the backing node.
             return not_supported();
         }
-        self.spawn(move |image| async move { image.write_zeroes_now(offset, bytes, flags).await }).await
+        self.spawn(move |image| async move { image.write_zeroes_now(offset, bytes, flags).await })
+            .await
     }
 
-    async fn write_zeroes_now(self: Arc<Self>, offset: u64, bytes: u64, flags: WriteFlags) -> Result<()> {
+    async fn write_zeroes_now(
+        self: Arc<Self>,
+        offset: u64,
+        bytes: u64,
+        flags: WriteFlags,
+    ) -> Result<()> {
         let end = offset + bytes;
         let first = offset >> self.cluster_bits;
         let last = (end - 1) >> self.cluster_bits;
@@ -54,8 +65,14 @@ impl Image {
             let _epoch = self.epochs.enter();
             let head = self.in_cluster(offset);
             // At the end of the disk the cluster is covered to its end: nothing is exposed behind.
-            let tail = if end == self.size() { 0 } else { end.next_multiple_of(self.cluster_size()) - end };
-            if (head > 0 || tail > 0) && !self.may_widen(first, last, offset, head, end, tail).await? {
+            let tail = if end == self.size() {
+                0
+            } else {
+                end.next_multiple_of(self.cluster_size()) - end
+            };
+            if (head > 0 || tail > 0)
+                && !self.may_widen(first, last, offset, head, end, tail).await?
+            {
                 return not_supported();
             }
             let unmap = flags.contains(WriteFlags::MAY_UNMAP);
@@ -68,7 +85,9 @@ impl Image {
                 Mapping::ZeroPlain => Remap::Keep,
                 Mapping::Unallocated => Remap::Set(OFLAG_ZERO),
                 Mapping::Compressed(_) => Remap::Replace(OFLAG_ZERO),
-                Mapping::ZeroAllocated { .. } | Mapping::Data { .. } if unmap => Remap::Replace(OFLAG_ZERO),
+                Mapping::ZeroAllocated { .. } | Mapping::Data { .. } if unmap => {
+                    Remap::Replace(OFLAG_ZERO)
+                }
                 Mapping::ZeroAllocated { .. } => Remap::Keep,
                 Mapping::Data { .. } => Remap::Set(entry | OFLAG_ZERO),
             })
@@ -79,7 +98,15 @@ impl Image {
     }
 
     /// Whether what a request leaves out of its one cluster, in front of it and behind it, reads as zero. The caller holds `changing`.
-    async fn may_widen(&self, first: u64, last: u64, offset: u64, head: u64, end: u64, tail: u64) -> Result<bool> {
+    async fn may_widen(
+        &self,
+        first: u64,
+        last: u64,
+        offset: u64,
+        head: u64,
+        end: u64,
+        tail: u64,
+    ) -> Result<bool> {
         if first != last {
             return Ok(false);
         }
@@ -87,7 +114,9 @@ impl Image {
             Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => Ok(true),
             Mapping::Data { .. } | Mapping::Compressed(_) => Ok(false),
             Mapping::Unallocated => {
-                let Some(backing) = &self.backing else { return Ok(true) };
+                let Some(backing) = &self.backing else {
+                    return Ok(true);
+                };
                 // What lies past the end of the disk is not exposed, whatever the backing node has there.
                 let tail = tail.min(self.size() - end);
                 Ok(chain_is_zero(backing.node(), offset - head, head).await?
@@ -103,7 +132,8 @@ impl Image {
     pub async fn discard(self: &Arc<Self>, offset: u64, bytes: u64) -> Result<()> {
         self.check_sound()?;
         let end = offset + bytes;
-        let whole = self.in_cluster(offset) == 0 && (self.in_cluster(end) == 0 || end == self.size());
+        let whole =
+            self.in_cluster(offset) == 0 && (self.in_cluster(end) == 0 || end == self.size());
         // A discard must never bring to light what the backing node has (version 2 has no way to hide it).
         if !whole || (self.version < 3 && self.backing.is_some()) {
             return not_supported();
@@ -172,11 +202,13 @@ impl Image {
                 match decide(mapping, entry) {
                     Remap::Keep => {}
                     Remap::Set(new) => {
-                        self.ensure_l2_table(&mut meta, self.l1_index(cluster)).await?;
+                        self.ensure_l2_table(&mut meta, self.l1_index(cluster))
+                            .await?;
                         self.set_entry(&mut meta, cluster, new).await?;
                     }
                     Remap::Replace(new) => {
-                        self.ensure_l2_table(&mut meta, self.l1_index(cluster)).await?;
+                        self.ensure_l2_table(&mut meta, self.l1_index(cluster))
+                            .await?;
                         self.set_entry(&mut meta, cluster, new).await?;
                         self.free_mapping(&mut meta, &mapping, punch);
                     }

@@ -62,14 +62,24 @@ pub async fn read_table(header: &Header, file: &Child) -> Result<SnapshotTable> 
         let fixed = read(file, at, FIXED_BYTES).await?;
         let word = |i: usize| u32::from_be_bytes(fixed[i..i + 4].try_into().expect("four bytes"));
         let long = |i: usize| u64::from_be_bytes(fixed[i..i + 8].try_into().expect("eight bytes"));
-        let short = |i: usize| u64::from(u16::from_be_bytes(fixed[i..i + 2].try_into().expect("two bytes")));
+        let short = |i: usize| {
+            u64::from(u16::from_be_bytes(
+                fixed[i..i + 2].try_into().expect("two bytes"),
+            ))
+        };
         let (id_bytes, name_bytes, extra_bytes) = (short(12), short(14), u64::from(word(36)));
         if extra_bytes > MAX_EXTRA_BYTES {
-            return bad(format!("Too much extra metadata in snapshot table entry {index}"));
+            return bad(format!(
+                "Too much extra metadata in snapshot table entry {index}"
+            ));
         }
         let rest = read(file, at + FIXED_BYTES, extra_bytes + id_bytes + name_bytes).await?;
         let extra = &rest[..extra_bytes as usize];
-        let extra_long = |i: usize| extra.get(i..i + 8).map(|b| u64::from_be_bytes(b.try_into().expect("eight bytes")));
+        let extra_long = |i: usize| {
+            extra
+                .get(i..i + 8)
+                .map(|b| u64::from_be_bytes(b.try_into().expect("eight bytes")))
+        };
         let (id, name) = rest[extra_bytes as usize..].split_at(id_bytes as usize);
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let snapshot = Snapshot {
@@ -101,5 +111,8 @@ async fn read(file: &Child, at: u64, bytes: u64) -> Result<Vec<u8>> {
     if at.checked_add(bytes).is_none_or(|end| end > file.length()) {
         return bad("Snapshot table reaches past the end of the file");
     }
-    Ok(file.preadv(at, IoBufMut::zeroed(bytes as usize), ReadFlags::empty()).await?.to_vec())
+    Ok(file
+        .preadv(at, IoBufMut::zeroed(bytes as usize), ReadFlags::empty())
+        .await?
+        .to_vec())
 }

@@ -27,20 +27,31 @@ impl Image {
     pub async fn truncate(self: &Arc<Self>, request: TruncateRequest) -> Result<()> {
         self.check_sound()?;
         if !request.bytes.is_multiple_of(512) {
-            return Err(BlockError::invalid("The new size must be a multiple of 512"));
+            return Err(BlockError::invalid(
+                "The new size must be a multiple of 512",
+            ));
         }
         let old = self.size();
         if request.bytes < old {
-            return Err(BlockError::unsupported("Shrinking qcow2 images is not supported yet"));
+            return Err(BlockError::unsupported(
+                "Shrinking qcow2 images is not supported yet",
+            ));
         }
-        let snapshots = self.header.lock().expect("no code panics while it holds this lock").nb_snapshots;
+        let snapshots = self
+            .header
+            .lock()
+            .expect("no code panics while it holds this lock")
+            .nb_snapshots;
         if self.version < 3 && snapshots > 0 {
-            return Err(BlockError::unsupported("Can't resize a v2 image which has snapshots"));
+            return Err(BlockError::unsupported(
+                "Can't resize a v2 image which has snapshots",
+            ));
         }
         if request.bytes == old {
             return Ok(());
         }
-        self.spawn(move |image| async move { image.grow(old, request).await }).await
+        self.spawn(move |image| async move { image.grow(old, request).await })
+            .await
     }
 
     pub(crate) async fn grow(self: Arc<Self>, old: u64, request: TruncateRequest) -> Result<()> {
@@ -79,20 +90,29 @@ impl Image {
             let host = run.cluster << self.cluster_bits;
             if have > 0 {
                 let count = (have as u64 * 8).div_ceil(self.cluster_size());
-                old_l1.push(Freed { cluster: meta.l1_offset >> self.cluster_bits, count, punch: false });
+                old_l1.push(Freed {
+                    cluster: meta.l1_offset >> self.cluster_bits,
+                    count,
+                    punch: false,
+                });
             }
             self.own(host, clusters << self.cluster_bits, Owner::L1);
             self.l1.grow(entries);
             meta.l1_offset = host;
             meta.dirty_l1.extend(0..entries);
         }
-        meta.growth = Some(Growth { size: new_size, old_l1 });
+        meta.growth = Some(Growth {
+            size: new_size,
+            old_l1,
+        });
         Ok(())
     }
 
     /// Makes `old..new` read as zero where it would not by itself. The caller holds `changing` and an epoch.
     async fn zero_new_area(&self, old: u64, new: u64) -> Result<()> {
-        let partial_end = old.next_multiple_of(self.cluster_size()).min(new.next_multiple_of(self.cluster_size()));
+        let partial_end = old
+            .next_multiple_of(self.cluster_size())
+            .min(new.next_multiple_of(self.cluster_size()));
         let backing_end = self.backing.as_ref().map_or(0, |b| b.length());
         if old < partial_end {
             let shown = match self.mapping(old >> self.cluster_bits).await? {
@@ -101,7 +121,8 @@ impl Image {
                 Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => false,
             };
             if shown {
-                self.write_some(old, IoBuf::zeroes((partial_end - old) as usize)).await?;
+                self.write_some(old, IoBuf::zeroes((partial_end - old) as usize))
+                    .await?;
             }
         }
         let end = backing_end.min(new);
@@ -110,11 +131,14 @@ impl Image {
             if self.version >= 3 {
                 let mut meta = self.meta.lock().await;
                 let cluster = at >> self.cluster_bits;
-                self.ensure_l2_table(&mut meta, self.l1_index(cluster)).await?;
+                self.ensure_l2_table(&mut meta, self.l1_index(cluster))
+                    .await?;
                 self.set_entry(&mut meta, cluster, OFLAG_ZERO).await?;
                 at += self.cluster_size();
             } else {
-                let n = (end - at).next_multiple_of(self.cluster_size()).min(ZERO_WRITE_BYTES.max(self.cluster_size()));
+                let n = (end - at)
+                    .next_multiple_of(self.cluster_size())
+                    .min(ZERO_WRITE_BYTES.max(self.cluster_size()));
                 at += self.write_some(at, IoBuf::zeroes(n as usize)).await?;
             }
         }
@@ -147,19 +171,28 @@ impl Image {
     }
 
     async fn fill_with_zeroes(&self, run: Run, mode: Preallocation) -> Result<()> {
-        let (host, bytes) = (run.cluster << self.cluster_bits, run.count << self.cluster_bits);
+        let (host, bytes) = (
+            run.cluster << self.cluster_bits,
+            run.count << self.cluster_bits,
+        );
         match mode {
             Preallocation::Off | Preallocation::Metadata if run.fresh => Ok(()),
             Preallocation::Full => {
                 let mut done = 0;
                 while done < bytes {
                     let n = (bytes - done).min(ZERO_WRITE_BYTES);
-                    self.file.pwritev(host + done, IoBuf::zeroes(n as usize), WriteFlags::empty()).await?;
+                    self.file
+                        .pwritev(host + done, IoBuf::zeroes(n as usize), WriteFlags::empty())
+                        .await?;
                     done += n;
                 }
                 Ok(())
             }
-            _ => self.file.pwrite_zeroes(host, bytes, WriteFlags::empty()).await,
+            _ => {
+                self.file
+                    .pwrite_zeroes(host, bytes, WriteFlags::empty())
+                    .await
+            }
         }
     }
 

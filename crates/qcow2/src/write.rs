@@ -41,7 +41,8 @@ impl Image {
             return self.write_in_place(&runs, buf).await;
         }
         drop(epoch);
-        self.spawn(move |image| async move { image.write_allocating(offset, buf).await }).await
+        self.spawn(move |image| async move { image.write_allocating(offset, buf).await })
+            .await
     }
 
     /// Runs a change to its end even if the caller's future is dropped.
@@ -58,7 +59,9 @@ impl Image {
             let _guard = guard;
             work.await
         });
-        task.await.unwrap_or_else(|_| Err(BlockError::from_errno(125).message("The request was cancelled")))
+        task.await.unwrap_or_else(|_| {
+            Err(BlockError::from_errno(125).message("The request was cancelled"))
+        })
     }
 
     /// The host ranges of a guest range that can all be written in place.
@@ -72,7 +75,9 @@ impl Image {
                 None => self.run(at, end - at).await?,
             };
             // INV QCOW2-META-2: a cluster that somebody else may see is never written in place.
-            let Mapping::Data { host, copied: true } = mapping else { return Ok(None) };
+            let Mapping::Data { host, copied: true } = mapping else {
+                return Ok(None);
+            };
             runs.push((host + self.in_cluster(at), n));
             at += n;
         }
@@ -124,12 +129,20 @@ impl Image {
         let (mapping, bytes) = self.run(at, buf.len() as u64).await?;
         match mapping {
             Mapping::Data { host, copied: true } => {
-                self.write_in_place(&[(host + self.in_cluster(at), bytes)], buf.slice(..bytes as usize)).await?;
+                self.write_in_place(
+                    &[(host + self.in_cluster(at), bytes)],
+                    buf.slice(..bytes as usize),
+                )
+                .await?;
                 Ok(bytes)
             }
             Mapping::ZeroAllocated { host, copied: true } => {
                 let count = (self.in_cluster(at) + bytes).div_ceil(self.cluster_size());
-                let run = Run { cluster: host >> self.cluster_bits, count, fresh: false };
+                let run = Run {
+                    cluster: host >> self.cluster_bits,
+                    count,
+                    fresh: false,
+                };
                 self.fill_run(at, buf.slice(..bytes as usize), run).await?;
                 self.link_run(at >> self.cluster_bits, run).await?;
                 Ok(bytes)
@@ -150,7 +163,11 @@ impl Image {
         let mut found = at;
         while found < end {
             match self.run(found, end - found).await? {
-                (Mapping::Data { copied: true, .. } | Mapping::ZeroAllocated { copied: true, .. }, _) => break,
+                (
+                    Mapping::Data { copied: true, .. }
+                    | Mapping::ZeroAllocated { copied: true, .. },
+                    _,
+                ) => break,
                 (_, n) => found += n,
             }
         }
@@ -162,7 +179,8 @@ impl Image {
         let count = (self.in_cluster(at) + buf.len() as u64).div_ceil(self.cluster_size());
         let run = {
             let mut meta = self.meta.lock().await;
-            self.ensure_l2_table(&mut meta, self.l1_index(first)).await?;
+            self.ensure_l2_table(&mut meta, self.l1_index(first))
+                .await?;
             self.alloc_run(&mut meta, count).await?
         };
         if let Err(e) = self.fill_run(at, buf, run).await {
@@ -178,10 +196,16 @@ impl Image {
         let end = at + buf.len() as u64;
         let head_bytes = self.in_cluster(at);
         let tail_bytes = end.next_multiple_of(self.cluster_size()) - end;
-        let head = self.cow_part(at - head_bytes, head_bytes, run.fresh).await?;
+        let head = self
+            .cow_part(at - head_bytes, head_bytes, run.fresh)
+            .await?;
         let tail = self.cow_part(end, tail_bytes, run.fresh).await?;
         let host = run.cluster << self.cluster_bits;
-        let start = if head.is_some() { host } else { host + head_bytes };
+        let start = if head.is_some() {
+            host
+        } else {
+            host + head_bytes
+        };
         let mut all = head.unwrap_or_default();
         all.append(buf);
         all.append(tail.unwrap_or_default());
@@ -206,7 +230,9 @@ impl Image {
         if is_zero || visible == 0 {
             return Ok((!fresh).then(|| IoBuf::zeroes(bytes as usize)));
         }
-        let old = self.read_mapped(mapping, offset, IoBufMut::zeroed(visible as usize)).await?;
+        let old = self
+            .read_mapped(mapping, offset, IoBufMut::zeroed(visible as usize))
+            .await?;
         if fresh && old.is_zero() {
             return Ok(None);
         }
@@ -218,11 +244,14 @@ impl Image {
     /// Points the L2 entries of guest clusters at host clusters that hold their data, and frees what they pointed at before.
     async fn link_run(&self, first: u64, run: Run) -> Result<()> {
         let mut meta = self.meta.lock().await;
-        self.ensure_l2_table(&mut meta, self.l1_index(first)).await?;
+        self.ensure_l2_table(&mut meta, self.l1_index(first))
+            .await?;
         meta.needs_file_to(run, self.cluster_bits);
         for i in 0..run.count {
             let host = (run.cluster + i) << self.cluster_bits;
-            let old = self.set_entry(&mut meta, first + i, host | OFLAG_COPIED).await?;
+            let old = self
+                .set_entry(&mut meta, first + i, host | OFLAG_COPIED)
+                .await?;
             match old {
                 // The cluster was kept for this.
                 Mapping::ZeroAllocated { host: kept, .. } if kept == host => {}

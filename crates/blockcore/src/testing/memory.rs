@@ -121,7 +121,12 @@ impl BlockDriver for MemoryDriver {
         Ok(())
     }
 
-    async fn block_status(&self, offset: u64, bytes: u64, _mode: StatusMode) -> Result<BlockStatus> {
+    async fn block_status(
+        &self,
+        offset: u64,
+        bytes: u64,
+        _mode: StatusMode,
+    ) -> Result<BlockStatus> {
         let all = self.lock();
         let start = (offset as usize).min(all.len());
         let range = &all[start..(start + bytes as usize).min(all.len())];
@@ -131,7 +136,11 @@ impl BlockDriver for MemoryDriver {
         let mut sectors = range.chunks(SECTOR_BYTES as usize).map(slice_is_zero);
         let first = sectors.next().unwrap_or(true);
         let same = 1 + sectors.take_while(|zero| *zero == first).count() as u64;
-        let flags = if first { StatusFlags::ZERO } else { StatusFlags::DATA };
+        let flags = if first {
+            StatusFlags::ZERO
+        } else {
+            StatusFlags::DATA
+        };
         Ok(BlockStatus::new(flags, (same * SECTOR_BYTES).min(bytes)))
     }
 

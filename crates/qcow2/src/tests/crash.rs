@@ -27,10 +27,23 @@ impl History {
     /// The values that a sector may read as after a cut at `cut`.
     fn allowed(&self, sector: usize, cut: usize) -> BTreeSet<u8> {
         // Everything before the last flush that ended before the cut is settled.
-        let settled = self.flushes.iter().filter(|(_, ended)| *ended <= cut).map(|(number, _)| *number).max().unwrap_or(0);
+        let settled = self
+            .flushes
+            .iter()
+            .filter(|(_, ended)| *ended <= cut)
+            .map(|(number, _)| *number)
+            .max()
+            .unwrap_or(0);
         let values = &self.values[sector];
-        let last_settled = values.iter().rposition(|(number, _, _)| *number < settled).unwrap_or(0);
-        values[last_settled..].iter().filter(|(_, begun, _)| *begun <= cut).map(|(_, _, v)| *v).collect()
+        let last_settled = values
+            .iter()
+            .rposition(|(number, _, _)| *number < settled)
+            .unwrap_or(0);
+        values[last_settled..]
+            .iter()
+            .filter(|(_, begun, _)| *begun <= cut)
+            .map(|(_, _, v)| *v)
+            .collect()
     }
 }
 
@@ -38,15 +51,31 @@ async fn run(seed: u64) {
     let mut rng = Rng::new(seed);
     let cluster_bits = 9 + rng.below(4) as u32;
     let sectors = 24 + rng.below(100) as usize;
-    let shape = Shape { size: (sectors * SECTOR) as u64, cluster_bits, version: 3, refcount_order: 4 };
+    let shape = Shape {
+        size: (sectors * SECTOR) as u64,
+        cluster_bits,
+        version: 3,
+        refcount_order: 4,
+    };
     let backing = rng.chance(60).then(|| {
         let len = rng.below(sectors as u64 + 1) as usize;
-        (0..len).flat_map(|s| [200 + (s % 50) as u8; SECTOR]).collect::<Vec<u8>>()
+        (0..len)
+            .flat_map(|s| [200 + (s % 50) as u8; SECTOR])
+            .collect::<Vec<u8>>()
     });
     let disk = CrashDriver::new(fresh_image(shape));
     let (node, _image) = open_on(disk.clone(), backing.clone()).await;
-    let base = |s: usize| backing.as_ref().and_then(|b| b.get(s * SECTOR)).copied().unwrap_or(0);
-    let mut history = History { values: (0..sectors).map(|s| vec![(0, 0, base(s))]).collect(), flushes: Vec::new() };
+    let base = |s: usize| {
+        backing
+            .as_ref()
+            .and_then(|b| b.get(s * SECTOR))
+            .copied()
+            .unwrap_or(0)
+    };
+    let mut history = History {
+        values: (0..sectors).map(|s| vec![(0, 0, base(s))]).collect(),
+        flushes: Vec::new(),
+    };
     for step in 1..40u8 {
         let number = usize::from(step);
         let first = rng.below(sectors as u64) as usize;
@@ -56,11 +85,19 @@ async fn run(seed: u64) {
         let value = match rng.below(10) {
             0..5 => {
                 let value = step;
-                node.pwritev(offset, vec![value; bytes as usize].into(), WriteFlags::empty()).await.unwrap();
+                node.pwritev(
+                    offset,
+                    vec![value; bytes as usize].into(),
+                    WriteFlags::empty(),
+                )
+                .await
+                .unwrap();
                 Some(value)
             }
             5..7 => {
-                node.pwrite_zeroes(offset, bytes, WriteFlags::MAY_UNMAP).await.unwrap();
+                node.pwrite_zeroes(offset, bytes, WriteFlags::MAY_UNMAP)
+                    .await
+                    .unwrap();
                 Some(0)
             }
             7 => {
@@ -87,7 +124,11 @@ async fn run(seed: u64) {
         let cut = rng.below(disk.log_len() as u64 + 1) as usize;
         let keep = [0, 30, 50, 90, 100][rng.below(5) as usize];
         let image = disk.image_after(cut, keep, &mut rng);
-        assert_eq!(corruptions(image.clone()).await, Vec::<String>::new(), "seed {seed} cut {cut} keep {keep}");
+        assert_eq!(
+            corruptions(image.clone()).await,
+            Vec::<String>::new(),
+            "seed {seed} cut {cut} keep {keep}"
+        );
         let (left, _) = open_on(CrashDriver::new(image), backing.clone()).await;
         let now = read_all(&left).await;
         for s in 0..sectors {

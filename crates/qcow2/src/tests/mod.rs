@@ -27,7 +27,12 @@ pub(crate) struct Shape {
 impl Shape {
     /// Version 3 with clusters of 4 KiB, so that small disks have many.
     pub fn small(size: u64) -> Shape {
-        Shape { size, cluster_bits: 12, version: 3, refcount_order: 4 }
+        Shape {
+            size,
+            cluster_bits: 12,
+            version: 3,
+            refcount_order: 4,
+        }
     }
 }
 
@@ -60,22 +65,47 @@ pub(crate) fn fresh_image(shape: Shape) -> Vec<u8> {
 }
 
 /// Opens the image on `disk` as a writable node, over an optional backing disk.
-pub(crate) async fn open_on(disk: CrashDriver, backing: Option<Vec<u8>>) -> (Arc<Node>, Arc<Image>) {
-    let file = Child::new("file", ChildRole::File, disk.into_node(NodeFlags::default()).await.unwrap());
+pub(crate) async fn open_on(
+    disk: CrashDriver,
+    backing: Option<Vec<u8>>,
+) -> (Arc<Node>, Arc<Image>) {
+    let file = Child::new(
+        "file",
+        ChildRole::File,
+        disk.into_node(NodeFlags::default()).await.unwrap(),
+    );
     let backing = match backing {
         None => None,
         Some(bytes) => {
-            let node = MemoryDriver::new(bytes).into_node(NodeFlags { read_only: true, ..Default::default() });
-            Some(Child::new("backing", ChildRole::Backing, node.await.unwrap()))
+            let node = MemoryDriver::new(bytes).into_node(NodeFlags {
+                read_only: true,
+                ..Default::default()
+            });
+            Some(Child::new(
+                "backing",
+                ChildRole::Backing,
+                node.await.unwrap(),
+            ))
         }
     };
     let header = Header::read(&file).await.unwrap();
     let diagnostics = Diagnostics::new(|line| println!("{line}"));
-    let image = Arc::new(open_image(file, backing, header, diagnostics).await.unwrap());
+    let image = Arc::new(
+        open_image(file, backing, header, diagnostics)
+            .await
+            .unwrap(),
+    );
     image.prepare_writing().await.unwrap();
-    image.writable.store(true, std::sync::atomic::Ordering::Release);
-    let driver = Box::new(Qcow2 { image: image.clone() });
-    (Node::new(driver, NodeConfig::default()).await.unwrap(), image)
+    image
+        .writable
+        .store(true, std::sync::atomic::Ordering::Release);
+    let driver = Box::new(Qcow2 {
+        image: image.clone(),
+    });
+    (
+        Node::new(driver, NodeConfig::default()).await.unwrap(),
+        image,
+    )
 }
 
 /// Reads the whole of a node.
@@ -85,24 +115,50 @@ pub(crate) async fn read_all(node: &Node) -> Vec<u8> {
     while all.len() < length {
         let n = (length - all.len()).min(1 << 20);
         let buf = blockcore::IoBufMut::zeroed(n);
-        all.extend(node.preadv(all.len() as u64, buf, Default::default()).await.unwrap().to_vec());
+        all.extend(
+            node.preadv(all.len() as u64, buf, Default::default())
+                .await
+                .unwrap()
+                .to_vec(),
+        );
     }
     all
 }
 
 /// Checks the image that lies on a disk, and gives back what is wrong with it beside leaks.
 pub(crate) async fn corruptions(bytes: Vec<u8>) -> Vec<String> {
-    let node = MemoryDriver::new(bytes).into_node(NodeFlags { read_only: true, ..Default::default() }).await.unwrap();
+    let node = MemoryDriver::new(bytes)
+        .into_node(NodeFlags {
+            read_only: true,
+            ..Default::default()
+        })
+        .await
+        .unwrap();
     let file = Child::new("file", ChildRole::File, node);
     let header = Header::read(&file).await.unwrap();
-    let result = crate::check::check(&header, &file, blockcore::CheckFix::None).await.unwrap();
-    if result.corruptions + result.check_errors > 0 { result.messages } else { Vec::new() }
+    let result = crate::check::check(&header, &file, blockcore::CheckFix::None)
+        .await
+        .unwrap();
+    if result.corruptions + result.check_errors > 0 {
+        result.messages
+    } else {
+        Vec::new()
+    }
 }
 
 /// As [`corruptions`], with leaks.
 pub(crate) async fn findings(bytes: Vec<u8>) -> Vec<String> {
-    let node = MemoryDriver::new(bytes).into_node(NodeFlags { read_only: true, ..Default::default() }).await.unwrap();
+    let node = MemoryDriver::new(bytes)
+        .into_node(NodeFlags {
+            read_only: true,
+            ..Default::default()
+        })
+        .await
+        .unwrap();
     let file = Child::new("file", ChildRole::File, node);
     let header = Header::read(&file).await.unwrap();
-    crate::check::check(&header, &file, blockcore::CheckFix::None).await.unwrap().messages
+    crate::check::check(&header, &file, blockcore::CheckFix::None)
+        .await
+        .unwrap()
+        .messages
 }

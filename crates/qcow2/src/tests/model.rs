@@ -14,14 +14,31 @@ async fn run(seed: u64) {
     let version = 2 + rng.below(2) as u32;
     let refcount_order = if version == 2 { 4 } else { rng.below(7) as u32 };
     let size = (1 + rng.below(200)) * 512 + rng.below(4) * (1 << cluster_bits);
-    let shape = Shape { size, cluster_bits, version, refcount_order };
+    let shape = Shape {
+        size,
+        cluster_bits,
+        version,
+        refcount_order,
+    };
     let backing: Option<Vec<u8>> = rng.chance(60).then(|| {
         let len = (rng.below(size / 512 + 20) * 512) as usize;
         // Stretches of zeroes and of data.
         let mut fill = 0;
-        (0..len).map(|i| if i % 1536 == 0 { fill = rng.next_u64() as u8 & (rng.below(2) as u8 * 255); fill } else { fill }).collect()
+        (0..len)
+            .map(|i| {
+                if i % 1536 == 0 {
+                    fill = rng.next_u64() as u8 & (rng.below(2) as u8 * 255);
+                    fill
+                } else {
+                    fill
+                }
+            })
+            .collect()
     });
-    println!("seed {seed}: {shape:?} backing {:?}", backing.as_ref().map(Vec::len));
+    println!(
+        "seed {seed}: {shape:?} backing {:?}",
+        backing.as_ref().map(Vec::len)
+    );
     let disk = CrashDriver::new(fresh_image(shape));
     let (node, mut image) = open_on(disk.clone(), backing.clone()).await;
     let mut node = node;
@@ -35,7 +52,10 @@ async fn run(seed: u64) {
         let offset = rng.below(length);
         let bytes = (1 + rng.below(3 << cluster_bits)).min(length - offset);
         let (offset, bytes) = if rng.chance(50) {
-            (offset / 512 * 512, bytes.next_multiple_of(512).min(length - offset / 512 * 512))
+            (
+                offset / 512 * 512,
+                bytes.next_multiple_of(512).min(length - offset / 512 * 512),
+            )
         } else {
             (offset, bytes)
         };
@@ -45,10 +65,16 @@ async fn run(seed: u64) {
                 let fill = rng.next_u64() as u8 | 1;
                 model[range].fill(fill);
                 let data = vec![fill; bytes as usize];
-                node.pwritev(offset, data.into(), WriteFlags::empty()).await.unwrap();
+                node.pwritev(offset, data.into(), WriteFlags::empty())
+                    .await
+                    .unwrap();
             }
             4..6 => {
-                let flags = if rng.chance(50) { WriteFlags::MAY_UNMAP } else { WriteFlags::empty() };
+                let flags = if rng.chance(50) {
+                    WriteFlags::MAY_UNMAP
+                } else {
+                    WriteFlags::empty()
+                };
                 model[range].fill(0);
                 node.pwrite_zeroes(offset, bytes, flags).await.unwrap();
             }
@@ -57,17 +83,31 @@ async fn run(seed: u64) {
                 // What is discarded reads as zero or as before.
                 let now = read_all(&node).await;
                 for i in range {
-                    assert!(now[i] == model[i] || now[i] == 0, "seed {seed} step {step}: byte {i} after a discard");
+                    assert!(
+                        now[i] == model[i] || now[i] == 0,
+                        "seed {seed} step {step}: byte {i} after a discard"
+                    );
                 }
                 let outside = |i: &usize| *i < offset as usize || *i >= (offset + bytes) as usize;
-                assert!((0..model.len()).filter(outside).all(|i| now[i] == model[i]), "seed {seed} step {step}");
+                assert!(
+                    (0..model.len()).filter(outside).all(|i| now[i] == model[i]),
+                    "seed {seed} step {step}"
+                );
                 model = now;
             }
             7 => node.flush().await.unwrap(),
             8 => {
                 let grown = length + rng.below(5) * 512;
-                let preallocation = if rng.chance(20) { Preallocation::Metadata } else { Preallocation::Off };
-                let request = TruncateRequest { bytes: grown, preallocation, ..Default::default() };
+                let preallocation = if rng.chance(20) {
+                    Preallocation::Metadata
+                } else {
+                    Preallocation::Off
+                };
+                let request = TruncateRequest {
+                    bytes: grown,
+                    preallocation,
+                    ..Default::default()
+                };
                 node.truncate(request).await.unwrap();
                 model.resize(grown as usize, 0);
             }
@@ -80,7 +120,11 @@ async fn run(seed: u64) {
                 let writes = [0, 1].map(|i| {
                     model[at[i]..at[i] + n.min(half - at[0].min(half)).max(1)].fill(fills[i]);
                     let len = n.min(half - at[0].min(half)).max(1);
-                    node.pwritev(at[i] as u64, vec![fills[i]; len].into(), WriteFlags::empty())
+                    node.pwritev(
+                        at[i] as u64,
+                        vec![fills[i]; len].into(),
+                        WriteFlags::empty(),
+                    )
                 });
                 for result in futures::future::join_all(writes).await {
                     result.unwrap();
@@ -90,14 +134,25 @@ async fn run(seed: u64) {
         if step % 5 == 0 {
             let now = read_all(&node).await;
             if let Some(at) = (0..model.len()).find(|&i| now[i] != model[i]) {
-                panic!("seed {seed} step {step}: byte {at:#x} is {} and should be {}", now[at], model[at]);
+                panic!(
+                    "seed {seed} step {step}: byte {at:#x} is {} and should be {}",
+                    now[at], model[at]
+                );
             }
         }
         if step % 17 == 16 {
             blockcore::BlockDriver::close(node.driver()).await.unwrap();
-            assert_eq!(findings(disk.snapshot()).await, Vec::<String>::new(), "seed {seed} step {step}");
+            assert_eq!(
+                findings(disk.snapshot()).await,
+                Vec::<String>::new(),
+                "seed {seed} step {step}"
+            );
             (node, image) = open_on(disk.clone(), backing.clone()).await;
-            assert_eq!(read_all(&node).await, model, "seed {seed} step {step}: opened again");
+            assert_eq!(
+                read_all(&node).await,
+                model,
+                "seed {seed} step {step}: opened again"
+            );
         }
     }
     assert_eq!(image.tasks.count(), 0);

@@ -13,22 +13,41 @@ const CLUSTER: u64 = 4096;
 // INV QCOW2-META-1: an L2 entry that points at the refcount table must not let a guest write destroy it.
 #[tokio::test]
 async fn a_guest_write_never_lands_on_metadata() {
-    for (cluster, what) in [(0, "header"), (1, "refcount table"), (2, "refcount block"), (3, "active L1"), (4, "active L2")] {
+    for (cluster, what) in [
+        (0, "header"),
+        (1, "refcount table"),
+        (2, "refcount block"),
+        (3, "active L1"),
+        (4, "active L2"),
+    ] {
         let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
         let (node, image) = open_on(disk.clone(), None).await;
-        node.pwritev(0, vec![1; 512].into(), WriteFlags::empty()).await.unwrap();
+        node.pwritev(0, vec![1; 512].into(), WriteFlags::empty())
+            .await
+            .unwrap();
         let mut meta = image.meta.lock().await;
-        image.set_entry(&mut meta, 0, cluster * CLUSTER | OFLAG_COPIED).await.unwrap();
+        image
+            .set_entry(&mut meta, 0, cluster * CLUSTER | OFLAG_COPIED)
+            .await
+            .unwrap();
         drop(meta);
         let before = disk.snapshot();
         if cluster == 0 {
             // An offset of 0 is no data cluster at all.
             continue;
         }
-        let err = node.pwritev(0, vec![1; 512].into(), WriteFlags::empty()).await.unwrap_err();
+        let err = node
+            .pwritev(0, vec![1; 512].into(), WriteFlags::empty())
+            .await
+            .unwrap_err();
         assert!(err.to_string().contains(what), "{err}");
         assert_eq!(disk.snapshot(), before, "nothing was written");
-        assert!(node.pwritev(8192, vec![1; 512].into(), WriteFlags::empty()).await.is_err(), "no further writes");
+        assert!(
+            node.pwritev(8192, vec![1; 512].into(), WriteFlags::empty())
+                .await
+                .is_err(),
+            "no further writes"
+        );
     }
 }
 
@@ -37,22 +56,39 @@ async fn a_guest_write_never_lands_on_metadata() {
 async fn a_shared_cluster_is_copied_and_not_written() {
     let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
     let (node, image) = open_on(disk.clone(), None).await;
-    node.pwritev(0, vec![7; CLUSTER as usize].into(), WriteFlags::empty()).await.unwrap();
+    node.pwritev(0, vec![7; CLUSTER as usize].into(), WriteFlags::empty())
+        .await
+        .unwrap();
     let before = image.mapping(0).await.unwrap();
     let (host, _) = before.referenced(CLUSTER).unwrap();
     {
         // As a snapshot would leave it: two references, no COPIED.
         let mut meta = image.meta.lock().await;
         image.set_entry(&mut meta, 0, host).await.unwrap();
-        meta.refcounts.set(&image.file, host / CLUSTER, 2).await.unwrap();
+        meta.refcounts
+            .set(&image.file, host / CLUSTER, 2)
+            .await
+            .unwrap();
     }
-    node.pwritev(512, vec![8; 512].into(), WriteFlags::empty()).await.unwrap();
-    assert_eq!(disk.snapshot()[host as usize..][..CLUSTER as usize], vec![7; CLUSTER as usize], "the other owner's data");
+    node.pwritev(512, vec![8; 512].into(), WriteFlags::empty())
+        .await
+        .unwrap();
+    assert_eq!(
+        disk.snapshot()[host as usize..][..CLUSTER as usize],
+        vec![7; CLUSTER as usize],
+        "the other owner's data"
+    );
     let all = read_all(&node).await;
     assert_eq!((all[0], all[512], all[1024]), (7, 8, 7));
     node.flush().await.unwrap();
     let mut meta = image.meta.lock().await;
-    assert_eq!(meta.refcounts.get(&image.file, host / CLUSTER).await.unwrap(), 1);
+    assert_eq!(
+        meta.refcounts
+            .get(&image.file, host / CLUSTER)
+            .await
+            .unwrap(),
+        1
+    );
 }
 
 // INV QCOW2-ORD-4: a freed cluster is not handed out before the commit, nor while somebody may still read it.
@@ -60,24 +96,58 @@ async fn a_shared_cluster_is_copied_and_not_written() {
 async fn a_freed_cluster_waits_for_the_commit_and_for_its_readers() {
     let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
     let (node, image) = open_on(disk.clone(), None).await;
-    node.pwritev(0, vec![7; CLUSTER as usize].into(), WriteFlags::empty()).await.unwrap();
+    node.pwritev(0, vec![7; CLUSTER as usize].into(), WriteFlags::empty())
+        .await
+        .unwrap();
     node.flush().await.unwrap();
     let (old, _) = image.mapping(0).await.unwrap().referenced(CLUSTER).unwrap();
-    let host_of = async |guest: u64| image.mapping(guest).await.unwrap().referenced(CLUSTER).unwrap().0;
+    let host_of = async |guest: u64| {
+        image
+            .mapping(guest)
+            .await
+            .unwrap()
+            .referenced(CLUSTER)
+            .unwrap()
+            .0
+    };
 
     node.pdiscard(0, CLUSTER).await.unwrap();
-    node.pwritev(CLUSTER, vec![8; CLUSTER as usize].into(), WriteFlags::empty()).await.unwrap();
+    node.pwritev(
+        CLUSTER,
+        vec![8; CLUSTER as usize].into(),
+        WriteFlags::empty(),
+    )
+    .await
+    .unwrap();
     assert_ne!(host_of(1).await, old, "the discard is not durable yet");
 
     let reader = image.epochs.enter();
     node.flush().await.unwrap();
-    node.pwritev(2 * CLUSTER, vec![9; CLUSTER as usize].into(), WriteFlags::empty()).await.unwrap();
+    node.pwritev(
+        2 * CLUSTER,
+        vec![9; CLUSTER as usize].into(),
+        WriteFlags::empty(),
+    )
+    .await
+    .unwrap();
     assert_ne!(host_of(2).await, old, "somebody still reads it");
 
     drop(reader);
-    node.pwritev(3 * CLUSTER, vec![9; CLUSTER as usize].into(), WriteFlags::empty()).await.unwrap();
+    node.pwritev(
+        3 * CLUSTER,
+        vec![9; CLUSTER as usize].into(),
+        WriteFlags::empty(),
+    )
+    .await
+    .unwrap();
     node.flush().await.unwrap();
-    node.pwritev(4 * CLUSTER, vec![9; CLUSTER as usize].into(), WriteFlags::empty()).await.unwrap();
+    node.pwritev(
+        4 * CLUSTER,
+        vec![9; CLUSTER as usize].into(),
+        WriteFlags::empty(),
+    )
+    .await
+    .unwrap();
     assert_eq!(host_of(4).await, old, "now it is free");
     node.flush().await.unwrap();
     assert_eq!(findings(disk.snapshot()).await, Vec::<String>::new());
@@ -88,7 +158,9 @@ async fn a_freed_cluster_waits_for_the_commit_and_for_its_readers() {
 async fn a_flush_makes_data_reachable() {
     let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
     let (node, _image) = open_on(disk.clone(), None).await;
-    node.pwritev(5000, vec![3; 10_000].into(), WriteFlags::empty()).await.unwrap();
+    node.pwritev(5000, vec![3; 10_000].into(), WriteFlags::empty())
+        .await
+        .unwrap();
     node.flush().await.unwrap();
     let kept = disk.image_after(disk.log_len(), 0, &mut blockcore::testing::Rng::new(1));
     let (again, _) = open_on(CrashDriver::new(kept), None).await;
@@ -109,24 +181,46 @@ async fn a_dropped_write_finishes_before_the_next_one_to_its_cluster() {
             tokio::task::yield_now().await;
         }
         drop(first);
-        node.pwritev(1000, vec![2; 3000].into(), WriteFlags::empty()).await.unwrap();
+        node.pwritev(1000, vec![2; 3000].into(), WriteFlags::empty())
+            .await
+            .unwrap();
         let all = read_all(&node).await;
-        assert!(all[1000..4000].iter().all(|&b| b == 2), "after {polls} polls: the later write stays");
-        assert!(all[..1000].iter().all(|&b| b == 1) || all[..1000].iter().all(|&b| b == 0), "after {polls} polls");
+        assert!(
+            all[1000..4000].iter().all(|&b| b == 2),
+            "after {polls} polls: the later write stays"
+        );
+        assert!(
+            all[..1000].iter().all(|&b| b == 1) || all[..1000].iter().all(|&b| b == 0),
+            "after {polls} polls"
+        );
         image.tasks.wait_idle().await;
         node.flush().await.unwrap();
-        assert_eq!(findings(disk.snapshot()).await, Vec::<String>::new(), "after {polls} polls");
+        assert_eq!(
+            findings(disk.snapshot()).await,
+            Vec::<String>::new(),
+            "after {polls} polls"
+        );
     }
 }
 
 #[tokio::test]
 async fn a_partial_zero_write_to_an_empty_cluster_allocates_nothing() {
     let size = 4 * CLUSTER + 2048;
-    for (backing, zero_tail) in [(None, true), (Some(vec![0; size as usize]), true), (Some(vec![0; 4 * 4096 + 1024]), true), (Some(vec![9; 4 * 4096 + 512]), false)] {
+    for (backing, zero_tail) in [
+        (None, true),
+        (Some(vec![0; size as usize]), true),
+        (Some(vec![0; 4 * 4096 + 1024]), true),
+        (Some(vec![9; 4 * 4096 + 512]), false),
+    ] {
         let disk = CrashDriver::new(fresh_image(Shape::small(size)));
         let (node, image) = open_on(disk.clone(), backing).await;
-        node.pwrite_zeroes(4 * CLUSTER + 1024, 512, WriteFlags::empty()).await.unwrap();
-        let status = node.block_status(4 * CLUSTER, 2048, StatusMode::Precise).await.unwrap();
+        node.pwrite_zeroes(4 * CLUSTER + 1024, 512, WriteFlags::empty())
+            .await
+            .unwrap();
+        let status = node
+            .block_status(4 * CLUSTER, 2048, StatusMode::Precise)
+            .await
+            .unwrap();
         assert_eq!(status.flags.contains(StatusFlags::ZERO), zero_tail);
         let entry = image.l2.entry_now(4).unwrap();
         assert_eq!(entry == OFLAG_ZERO, zero_tail, "{entry:#x}");
