@@ -7,8 +7,21 @@ pub use blockcore::*;
 
 #[cfg(feature = "jobs")]
 pub use blockjob as job;
+#[cfg(feature = "qcow2")]
+pub use qcow2;
+#[cfg(feature = "raw")]
+pub use raw;
 
 /// A registry with the drivers that this build has.
 pub fn registry() -> Registry {
-    Registry::new()
+    #[allow(unused_mut)]
+    let mut registry = Registry::new();
+    #[cfg(feature = "raw")]
+    {
+        registry.register(raw::FileFactory);
+        registry.register(raw::RawFactory);
+    }
+    #[cfg(feature = "qcow2")]
+    registry.register(qcow2::Qcow2Factory);
+    registry
 }

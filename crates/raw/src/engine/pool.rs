@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The blocking pool: work that would keep an executor's thread waiting goes to tokio's blocking threads.
+
+use std::io;
+
+use blockcore::{BlockError, Result};
+
+/// Runs `work` on a blocking thread. What it needs, it owns; so nothing is freed under it when the future is dropped.
+pub(crate) async fn run<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done.map_err(BlockError::from_io),
+        Err(e) if e.is_panic() => std::panic::resume_unwind(e.into_panic()),
+        // The runtime is shutting down and has thrown the work away.
+        Err(_) => Err(BlockError::from_errno(libc::ECANCELED)),
+    }
+}

@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! [`HostFile`]: an open file of the host and the system calls that block. Called on pool threads by the engine; only
+//! [`read_nowait`](HostFile::read_nowait) is for any thread.
+//!
+//! What the file system can't do is learned once, from its refusal, and remembered: zeroing and punching are not tried again.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use blockcore::{IoBuf, IoBufMut};
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate};
+use rustix::io::{Errno, ReadWriteFlags, preadv, preadv2, pwritev};
+
+/// The most pieces that one vectored call takes (`IOV_MAX`).
+const IOV_MAX: usize = 1024;
+
+/// What an open name turned out to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum HostKind {
+    File,
+    BlockDevice,
+    CharDevice,
+}
+
+/// An open file of the host.
+#[derive(Debug)]
+pub(crate) struct HostFile {
+    fd: OwnedFd,
+    pub kind: HostKind,
+    can_zero_range: AtomicBool,
+    can_punch: AtomicBool,
+    can_allocate: AtomicBool,
+    can_nowait: AtomicBool,
+}
+
+impl AsFd for HostFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// Whether the answer says that the host will never do it, as opposed to a failure.
+fn is_unsupported(e: Errno) -> bool {
+    matches!(
+        e,
+        Errno::OPNOTSUPP | Errno::NOSYS | Errno::NOTTY | Errno::NODEV | Errno::PERM
+    )
+}
+
+impl HostFile {
+    pub fn new(fd: OwnedFd, kind: HostKind) -> HostFile {
+        HostFile {
+            fd,
+            kind,
+            can_zero_range: AtomicBool::new(true),
+            can_punch: AtomicBool::new(true),
+            can_allocate: AtomicBool::new(true),
+            can_nowait: AtomicBool::new(true),
+        }
+    }
+
+    /// The length in bytes, of a device too.
+    pub fn length(&self) -> io::Result<u64> {
+        if self.kind == HostKind::File {
+            return Ok(rustix::fs::fstat(&self.fd)?.st_size as u64);
+        }
+        Ok(rustix::fs::seek(&self.fd, SeekFrom::End(0))?)
+    }
+
+    /// Fills `buf` if the page cache has all of it.
+    pub fn read_nowait(&self, offset: u64, buf: &mut [u8]) -> bool {
+        if !self.can_nowait.load(Ordering::Relaxed) {
+            return false;
+        }
+        let len = buf.len();
+        let mut iov = [IoSliceMut::new(buf)];
+        match preadv2(&self.fd, &mut iov, offset, ReadWriteFlags::NOWAIT) {
+            Ok(n) => n == len,
+            Err(e) => {
+                if is_unsupported(e) {
+                    self.can_nowait.store(false, Ordering::Relaxed);
+                }
+                false
+            }
+        }
+    }
+
+    /// Fills `buf`; what lies past the end of the file is zero.
+    pub fn read(&self, mut offset: u64, buf: &mut IoBufMut) -> io::Result<()> {
+        let mut iov: Vec<IoSliceMut<'_>> = buf.segments_mut().map(IoSliceMut::new).collect();
+        let mut left = &mut iov[..];
+        while !left.is_empty() {
+            let count = left.len().min(IOV_MAX);
+            match preadv(&self.fd, &mut left[..count], offset) {
+                Ok(0) => {
+                    left.iter_mut().for_each(|s| s.fill(0));
+                    break;
+                }
+                Ok(n) => {
+                    offset += n as u64;
+                    IoSliceMut::advance_slices(&mut left, n);
+                }
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes all of `buf`.
+    pub fn write(&self, mut offset: u64, buf: &IoBuf) -> io::Result<()> {
+        let mut iov: Vec<IoSlice<'_>> = buf.segments().map(IoSlice::new).collect();
+        let mut left = &mut iov[..];
+        while !left.is_empty() {
+            let count = left.len().min(IOV_MAX);
+            match pwritev(&self.fd, &left[..count], offset) {
+                Ok(0) => return Err(Errno::NOSPC.into()),
+                Ok(n) => {
+                    offset += n as u64;
+                    IoSlice::advance_slices(&mut left, n);
+                }
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+
+    pub fn sync_data(&self) -> io::Result<()> {
+        Ok(retry(|| rustix::fs::fdatasync(&self.fd))?)
+    }
+
+    pub fn set_length(&self, bytes: u64) -> io::Result<()> {
+        Ok(retry(|| rustix::fs::ftruncate(&self.fd, bytes))?)
+    }
+
+    /// Reserves storage without writing it.
+    pub fn allocate(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        Ok(retry(|| {
+            fallocate(&self.fd, FallocateFlags::empty(), offset, bytes)
+        })?)
+    }
+
+    /// Makes a range read as zero without writing it; `ENOTSUP` where the host can't. A range past the end grows the file.
+    pub fn zero(&self, offset: u64, bytes: u64, may_unmap: bool) -> io::Result<()> {
+        let end = offset + bytes;
+        if may_unmap && self.try_mode(&self.can_punch, PUNCH, offset, bytes)? {
+            if self.kind == HostKind::File && end > self.length()? {
+                // A hole doesn't grow the file, and setting a length could cut off what a write adds at this moment.
+                self.allocate(end - 1, 1)?;
+            }
+            return Ok(());
+        }
+        if self.try_mode(
+            &self.can_zero_range,
+            FallocateFlags::ZERO_RANGE,
+            offset,
+            bytes,
+        )? {
+            return Ok(());
+        }
+        if self.can_allocate.load(Ordering::Relaxed)
+            && self.try_mode(&self.can_punch, PUNCH, offset, bytes)?
+            && self.try_mode(&self.can_allocate, FallocateFlags::empty(), offset, bytes)?
+        {
+            return Ok(());
+        }
+        Err(Errno::NOTSUP.into())
+    }
+
+    /// Gives the storage of a range back; `ENOTSUP` where the host can't.
+    pub fn discard(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        if self.try_mode(&self.can_punch, PUNCH, offset, bytes)? {
+            return Ok(());
+        }
+        Err(Errno::NOTSUP.into())
+    }
+
+    /// Whether `fallocate` did it; `false` where the host never does.
+    fn try_mode(
+        &self,
+        can: &AtomicBool,
+        mode: FallocateFlags,
+        offset: u64,
+        bytes: u64,
+    ) -> io::Result<bool> {
+        if !can.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
+        match retry(|| fallocate(&self.fd, mode, offset, bytes)) {
+            Ok(()) => Ok(true),
+            Err(e) if is_unsupported(e) => {
+                can.store(false, Ordering::Relaxed);
+                Ok(false)
+            }
+            // A device refuses what is not aligned to its blocks, today's request alone.
+            Err(Errno::INVAL) => Ok(false),
+            Err(e) => Err(e.into()),
+        }
+    }
+}
+
+const PUNCH: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
+
+/// Makes a system call again for as long as a signal interrupts it.
+pub(crate) fn retry<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
+    loop {
+        match call() {
+            Err(Errno::INTR) => {}
+            other => return other,
+        }
+    }
+}
