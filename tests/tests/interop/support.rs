@@ -39,9 +39,11 @@ impl Bench {
         std::fs::write(self.path(name), bytes).unwrap_or_else(|e| panic!("{name}: {e}"));
     }
 
-    /// Runs a program here and returns what it printed and how it ended.
+    /// Runs a program here and returns what it printed and how it ended. One that hangs is killed after two minutes.
     pub fn output(&self, program: &Path, arguments: &[&str]) -> Output {
-        Command::new(program)
+        Command::new("timeout")
+            .args(["-s", "KILL", "120"])
+            .arg(program)
             .args(arguments)
             .current_dir(self.dir.path())
             .env("LC_ALL", "C")
