@@ -50,10 +50,7 @@ impl Filters {
             r"(?m)(\d+ ops); {TIME} \((?:[0-9.]+|inf) (?:bytes|[KMGTPE]iB)/sec and (?:[0-9.]+|inf) ops/sec\)"
         );
         let mut rules = vec![
-            (
-                report,
-                "$1; XX:XX:XX.X (XXX YYY/sec and XXX ops/sec)",
-            ),
+            (report, "$1; XX:XX:XX.X (XXX YYY/sec and XXX ops/sec)"),
             (
                 r"(?m)^(\d+,\d+),\d+:\d\d:\d\d\.\d\d,(?:[0-9.]+|inf),(?:[0-9.]+|inf)$".to_owned(),
                 "$1,XX:XX:XX.X,XXX,XXX",
