@@ -1,0 +1,393 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `open`, `reopen`, `truncate`, `sleep`, `sigraise`, and the commands that need a node of a kind this release has none of.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use blockcore::{
+    Backend, BlockError, NodeFlags, OpenOptions, OpenPolicy, Options, Preallocation, TruncateRequest,
+};
+use toolkit::cache::{self, CacheMode};
+
+use crate::command::Verb;
+use crate::numbers::{size, strtol};
+use crate::session::{Call, Done, Failed, Ran, Session};
+
+/// How an image is to be opened, by the command line or by `open`.
+#[derive(Clone, Debug)]
+pub struct OpenRequest {
+    /// The file name, or the option string with `--image-opts`.
+    pub path: Option<String>,
+    /// The driver (`-f`).
+    pub format: Option<String>,
+    /// Driver options (`-o`).
+    pub options: Options,
+    /// Read-only (`-r`).
+    pub read_only: bool,
+    /// A temporary overlay takes the writes (`-s`).
+    pub snapshot: bool,
+    /// Cache mode.
+    pub cache: CacheMode,
+    /// Discards are passed on.
+    pub unmap: bool,
+    /// I/O engine (`-i`, `-k`).
+    pub aio: Option<String>,
+    /// No locks (`-U`).
+    pub force_share: bool,
+    /// Copy-on-read (`-C`).
+    pub copy_on_read: bool,
+}
+
+impl Default for OpenRequest {
+    fn default() -> OpenRequest {
+        OpenRequest {
+            path: None,
+            format: None,
+            options: Options::new(),
+            read_only: false,
+            snapshot: false,
+            cache: CacheMode { direct: false, no_flush: false, write_through: true },
+            unmap: true,
+            aio: None,
+            force_share: false,
+            copy_on_read: false,
+        }
+    }
+}
+
+impl OpenRequest {
+    /// `-n`: only switches the host's cache and write-through off.
+    pub fn no_cache(&mut self) {
+        self.cache.direct = true;
+        self.cache.write_through = false;
+    }
+
+    /// `-t`.
+    pub fn set_cache(&mut self, name: &str) -> Result<(), String> {
+        self.cache = cache::parse(name).ok_or_else(|| format!("Invalid cache option: {name}"))?;
+        Ok(())
+    }
+
+    /// `-d`.
+    pub fn set_discard(&mut self, name: &str) -> Result<(), String> {
+        self.unmap = match name {
+            "on" | "unmap" => true,
+            "off" | "ignore" => false,
+            _ => return Err(format!("Invalid discard option: {name}")),
+        };
+        Ok(())
+    }
+
+    /// `-i`.
+    pub fn set_aio(&mut self, name: &str) -> Result<(), String> {
+        if !matches!(name, "threads" | "native" | "io_uring") {
+            return Err(format!("Invalid aio option: {name}"));
+        }
+        self.aio = Some(name.to_owned());
+        Ok(())
+    }
+}
+
+impl Session {
+    pub(crate) async fn open(&mut self, c: Call<'_>) -> Ran {
+        let (found, words) = self.options(&c, "snCro:ki:t:d:U")?;
+        let mut request = OpenRequest::default();
+        for option in found {
+            let arg = option.arg.as_str();
+            let set = match option.value {
+                's' => {
+                    request.snapshot = true;
+                    Ok(())
+                }
+                'n' => {
+                    request.no_cache();
+                    Ok(())
+                }
+                'C' => {
+                    request.copy_on_read = true;
+                    Ok(())
+                }
+                'r' => {
+                    request.read_only = true;
+                    Ok(())
+                }
+                'k' => request.set_aio("native"),
+                'i' => request.set_aio(arg),
+                't' => request.set_cache(arg),
+                'd' => request.set_discard(arg),
+                'U' => {
+                    request.force_share = true;
+                    Ok(())
+                }
+                _ if self.image_opts => {
+                    self.output.out("--image-opts and 'open -o' are mutually exclusive\n");
+                    return Err(Failed);
+                }
+                _ => match Options::from_dotted(arg) {
+                    Ok(options) => {
+                        request.options.merge(options);
+                        Ok(())
+                    }
+                    Err(e) => Err(e.text()),
+                },
+            };
+            if let Err(text) = set {
+                self.complain(&text);
+                return Err(Failed);
+            }
+        }
+        match words.as_slice() {
+            [] if !request.options.is_empty() => {}
+            [path] => request.path = Some(path.clone()),
+            _ => return self.usage(&c),
+        }
+        self.open_image(request).await
+    }
+
+    /// Opens an image.
+    pub async fn open_image(&mut self, mut request: OpenRequest) -> Ran {
+        if self.backend.is_some() {
+            self.complain("file open already, try 'help close'");
+            return Err(Failed);
+        }
+        if self.image_opts
+            && let Some(text) = request.path.take()
+        {
+            match Options::from_dotted(&text) {
+                Ok(options) => request.options.merge(options),
+                Err(e) => return self.complain_of("", &e),
+            }
+        }
+        if request.force_share && request.options.contains("force-share") {
+            let on = request.options.take_bool("force-share");
+            if !matches!(on, Ok(Some(true))) {
+                self.complain("-U conflicts with image options");
+                return Err(Failed);
+            }
+        }
+        let before = match &request.path {
+            Some(path) => format!("can't open device {path}: "),
+            None => "can't open: ".to_owned(),
+        };
+        let opened = if request.copy_on_read {
+            Err(BlockError::unsupported("copy-on-read is not supported yet"))
+        } else {
+            self.open_backend(request).await
+        };
+        match opened {
+            Ok(backend) => {
+                self.print_warnings();
+                self.backend = Some(Arc::new(backend));
+                Ok(Done::Nothing)
+            }
+            Err(e) => self.complain_of(&before, &e),
+        }
+    }
+
+    async fn open_backend(&self, mut request: OpenRequest) -> blockcore::Result<Backend> {
+        if let Some(aio) = &request.aio {
+            let driver = request.format.clone().or_else(|| request.options.get_str("driver"));
+            let key = match driver.as_deref() {
+                Some("file" | "host_device") => "aio",
+                _ => "file.aio",
+            };
+            request.options.set_default(key, aio.as_str());
+        }
+        let overlay = if request.snapshot { Some(self.make_overlay(&mut request).await?) } else { None };
+        let mut open = OpenOptions::new()
+            .probe(true)
+            .policy(OpenPolicy::Everything)
+            .read_only(request.read_only)
+            .direct(request.cache.direct)
+            .no_flush(request.cache.no_flush)
+            .write_through(request.cache.write_through)
+            .unmap(request.unmap)
+            .force_share(request.force_share)
+            .options(request.options)
+            .diagnostics(self.diagnostics.clone());
+        if let Some(format) = request.format {
+            open = open.format(format);
+        }
+        let opened = match &request.path {
+            Some(path) => open.open(&self.registry, path).await,
+            None => open.open_options(&self.registry).await,
+        };
+        if let Some(overlay) = overlay {
+            // It is open, or nobody needs it; either way its name can go.
+            std::fs::remove_file(overlay).map_err(BlockError::from_io)?;
+        }
+        opened
+    }
+
+    /// Makes a temporary overlay and turns the request into one that opens it, with the image behind it. Gives back its name.
+    async fn make_overlay(&self, request: &mut OpenRequest) -> blockcore::Result<String> {
+        let mut base = std::mem::take(&mut request.options);
+        if let Some(format) = request.format.replace("qcow2".to_owned()) {
+            base.set("driver", format);
+        }
+        if let Some(path) = request.path.take() {
+            if path.starts_with("json:") {
+                let mut merged = Options::from_json(&path)?;
+                merged.merge(std::mem::take(&mut base));
+                base = merged;
+            } else {
+                base.set_default("file.filename", path);
+            }
+        }
+        let look = OpenOptions::new().probe(true).policy(OpenPolicy::Everything).read_only(true).options(base.clone());
+        let image = look.open_options(&self.registry).await?;
+        let length = image.length();
+        image.close().await?;
+        let dir = std::env::var("TMPDIR").unwrap_or_else(|_| "/var/tmp".to_owned());
+        let name = unused_name(&dir)?;
+        let create = Options::new().with("size", length.to_string());
+        self.registry.create("qcow2", &name, create, self.diagnostics.clone()).await?;
+        for (key, value) in base.iter() {
+            request.options.set(&format!("backing.{key}"), value.clone());
+        }
+        request.options.set("file.filename", name.as_str());
+        request.read_only = false;
+        Ok(name)
+    }
+
+    pub(crate) async fn reopen(&mut self, c: Call<'_>) -> Ran {
+        let (found, words) = self.options(&c, "c:o:rw")?;
+        let backend = self.backend()?;
+        let mut flags = backend.root().flags();
+        let mut write_through = backend.is_write_through();
+        let (mut mode, mut cache_given) = (None, false);
+        let mut options = Options::new();
+        for option in found {
+            match option.value {
+                'c' => {
+                    let Some(cache) = cache::parse(&option.arg) else {
+                        self.complain(&format!("Invalid cache option: {}", option.arg));
+                        return Err(Failed);
+                    };
+                    flags = NodeFlags { direct: cache.direct, no_flush: cache.no_flush, ..flags };
+                    write_through = cache.write_through;
+                    cache_given = true;
+                }
+                'o' => match Options::from_dotted(&option.arg) {
+                    Ok(more) => options.merge(more),
+                    Err(e) => return self.complain_of("", &e),
+                },
+                letter => {
+                    if mode.is_some() {
+                        self.complain("Only one -r/-w option may be given");
+                        return Err(Failed);
+                    }
+                    mode = Some(letter == 'r');
+                }
+            }
+        }
+        if !words.is_empty() {
+            return self.usage(&c);
+        }
+        if mode.is_some() && options.contains("read-only") {
+            self.complain("Cannot set both -r/-w and 'read-only'");
+            return Err(Failed);
+        }
+        if cache_given && (options.contains("cache.direct") || options.contains("cache.no-flush")) {
+            self.complain("Cannot set both -c and the cache options");
+            return Err(Failed);
+        }
+        flags.read_only = mode.unwrap_or(flags.read_only);
+        let taken = [
+            ("read-only", &mut flags.read_only),
+            ("cache.direct", &mut flags.direct),
+            ("cache.no-flush", &mut flags.no_flush),
+        ];
+        for (key, flag) in taken {
+            match options.take_bool(key) {
+                Ok(value) => *flag = value.unwrap_or(*flag),
+                Err(e) => return self.complain_of("", &e),
+            }
+        }
+        self.finish_all().await;
+        match backend.reopen(flags, write_through, options).await {
+            Ok(()) => Ok(Done::Nothing),
+            Err(e) => self.complain_of("", &e),
+        }
+    }
+
+    pub(crate) async fn truncate(&mut self, c: Call<'_>) -> Ran {
+        let (found, words) = self.options(&c, "m:")?;
+        let mut preallocation = Preallocation::Off;
+        for option in found {
+            let Some(mode) = Preallocation::from_name(&option.arg) else {
+                self.complain(&format!("Invalid preallocation mode '{}'", option.arg));
+                return Err(Failed);
+            };
+            preallocation = mode;
+        }
+        // The message names the first word, whatever it is.
+        let parsed = match words.first() {
+            Some(text) => size(text).map_err(|e| e.replace(text, &c.args[0])),
+            None => return self.usage(&c),
+        };
+        let bytes = parsed.or_else(|e| self.number_error(&e))?;
+        let backend = self.backend()?;
+        let request = TruncateRequest { bytes, exact: false, preallocation, zero_new_area: false };
+        match self.wait(async { backend.truncate(request).await }).await {
+            Ok(()) => Ok(Done::Nothing),
+            Err(e) => self.complain_of("", &e),
+        }
+    }
+
+    pub(crate) async fn sleep(&mut self, c: Call<'_>) -> Ran {
+        let Some(ms) = strtol(&c.args[0]).and_then(|n| u64::try_from(n).ok()) else {
+            return self.fail(&format!("{} is not a valid number", c.args[0]));
+        };
+        self.wait(tokio::time::sleep(Duration::from_millis(ms))).await;
+        Ok(Done::Nothing)
+    }
+
+    pub(crate) fn sigraise(&mut self, c: Call<'_>) -> Ran {
+        let text = &c.args[0];
+        let number = size(text).or_else(|e| self.number_error(&e))?;
+        if number > 65 {
+            return self.fail(&format!("signal argument '{text}' is too large to be a valid signal"));
+        }
+        self.output.flush();
+        crate::signal::raise(number as i32);
+        Ok(Done::Nothing)
+    }
+
+    /// Breakpoints live in a node that this release doesn't have; without it the answers are these.
+    pub(crate) fn breakpoint(&mut self, c: Call<'_>) -> Ran {
+        let unsupported = BlockError::from_errno(libc::ENOTSUP).strerror();
+        match c.command.verb {
+            Verb::Break => self.fail(&format!("Could not set breakpoint: {unsupported}")),
+            Verb::RemoveBreak => self.fail(&format!("Could not remove breakpoint {}: {unsupported}", c.args[0])),
+            Verb::Resume => self.fail(&format!("Could not resume request: {unsupported}")),
+            // Without breakpoints nothing ever gets suspended, and waiting for it would never end.
+            _ => self.fail(&format!("Could not wait for a breakpoint: {unsupported}")),
+        }
+    }
+
+    /// No node of this release has zones.
+    pub(crate) fn zone(&mut self, c: Call<'_>) -> Ran {
+        let numbers = if c.command.verb == Verb::ZoneAppend { &c.args[..1] } else { c.args };
+        for text in numbers {
+            size(text).or_else(|e| self.number_error(&e))?;
+        }
+        let what = c.command.name.replace('_', " ");
+        let unsupported = BlockError::from_errno(libc::ENOTSUP).strerror();
+        self.fail(&format!("{what} failed: {unsupported}"))
+    }
+}
+
+/// A name in `dir` that no file has.
+fn unused_name(dir: &str) -> blockcore::Result<String> {
+    let mut number = std::process::id();
+    for _ in 0..1000 {
+        let name = format!("{dir}/vl.{number:06}");
+        match std::fs::File::options().write(true).create_new(true).open(&name) {
+            Ok(_) => return Ok(name),
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => number = number.wrapping_add(1),
+            Err(e) => return Err(BlockError::from_io(e).context(format!("Could not create '{name}'"))),
+        }
+    }
+    Err(BlockError::from_errno(libc::EEXIST).context(format!("Could not make a temporary file in '{dir}'")))
+}
