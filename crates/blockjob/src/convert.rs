@@ -1,0 +1,381 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! [`convert`]: copies disks to another one, sparsely and with several requests in flight. `QEMU: img_convert`.
+//!
+//! Workers take steps off a common plan: a run that reads as zero (never read), a run that the target's backing file has already, or up to
+//! [`CHUNK_BYTES`] of data. Data that turn out to be zero become holes too. In order, a step is written only after the one before it: the target's clusters then lie
+//! in the order of the disk. The memory used is one chunk for each worker, whatever the images are.
+
+use futures::stream::{FuturesUnordered, TryStreamExt};
+use tokio::sync::{Mutex, watch};
+
+use blockcore::buffer::slice_is_zero;
+use blockcore::{
+    Backend, BlockError, Diagnostics, IoBuf, IoBufMut, Node, ReadFlags, Result, SECTOR_BYTES,
+    StatusFlags, StatusMode, WriteFlags, chain_below, chain_status,
+};
+use std::sync::Arc;
+
+use crate::progress::Job;
+
+/// The most that is read and written at once, in bytes.
+pub const CHUNK_BYTES: u64 = 2 << 20;
+
+/// The most workers that a copy may have.
+pub const MAX_PARALLEL: usize = 16;
+
+/// How to copy.
+#[derive(Clone, Debug)]
+pub struct ConvertOptions {
+    /// Runs of zeroes at least this long, in bytes, become holes. 0: everything is written, zeroes too.
+    pub sparse_bytes: u64,
+    /// How many steps are in flight at most.
+    pub parallel: usize,
+    /// Write in the order of the disk.
+    pub in_order: bool,
+    /// The target reads as zero all over, so that zeroes need not be written.
+    pub target_is_zero: bool,
+    /// The length of the target's backing file, if it has one; it then reads as the backing file of the source does, and only what the
+    /// source's top layer holds is copied.
+    pub target_backing: Option<u64>,
+    /// Sectors that can't be read become zeroes, each with a warning, instead of ending the copy.
+    pub salvage: Option<Diagnostics>,
+}
+
+impl Default for ConvertOptions {
+    fn default() -> ConvertOptions {
+        ConvertOptions {
+            sparse_bytes: 4096,
+            parallel: 8,
+            in_order: true,
+            target_is_zero: false,
+            target_backing: None,
+            salvage: None,
+        }
+    }
+}
+
+/// Copies `sources`, one behind the other, to the beginning of `target`, which has to be long enough.
+///
+/// *If the future is dropped*, or the job cancelled: every part of the target holds what it did before or what it was to get. Nothing is flushed.
+///
+/// # Errors
+/// `error while reading at byte N: ...` or `error while writing at byte N: ...`, where N counts through all sources; `Cancelled`.
+pub async fn convert(
+    sources: &[Backend],
+    target: &Backend,
+    options: &ConvertOptions,
+    job: &Job,
+) -> Result<()> {
+    let mut starts = Vec::with_capacity(sources.len());
+    let mut total = 0;
+    for source in sources {
+        starts.push(total);
+        total += source.length();
+    }
+    job.begin(total);
+    let block = match options.sparse_bytes {
+        0 => SECTOR_BYTES,
+        n => 1 << n.ilog2(),
+    };
+    let copy = Copy {
+        sources,
+        starts,
+        total,
+        target,
+        options,
+        job,
+        zero_block: block.max(target.root().limits().request_alignment.into()),
+        plan: Mutex::new(Plan {
+            at: 0,
+            run_end: 0,
+            run: Run::Kept,
+        }),
+        written: watch::Sender::new(0),
+    };
+    let workers: FuturesUnordered<_> = (0..options.parallel.clamp(1, MAX_PARALLEL))
+        .map(|_| copy.work())
+        .collect();
+    workers.try_collect().await
+}
+
+/// What a range of the source is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Run {
+    /// Has to be read.
+    Data,
+    /// Reads as zero.
+    Zero,
+    /// The target's backing file has it.
+    Kept,
+}
+
+/// Where the next step begins.
+struct Plan {
+    at: u64,
+    /// Up to here the source is as `run` says.
+    run_end: u64,
+    run: Run,
+}
+
+#[derive(Clone, Copy)]
+struct Step {
+    at: u64,
+    bytes: u64,
+    run: Run,
+}
+
+struct Copy<'a> {
+    sources: &'a [Backend],
+    /// Where each source begins in the target.
+    starts: Vec<u64>,
+    total: u64,
+    target: &'a Backend,
+    options: &'a ConvertOptions,
+    job: &'a Job,
+    /// Zeroes are looked for in blocks of this many bytes, a power of two.
+    zero_block: u64,
+    plan: Mutex<Plan>,
+    /// Everything before this is done; kept only when writing in order.
+    written: watch::Sender<u64>,
+}
+
+impl Copy<'_> {
+    async fn work(&self) -> Result<()> {
+        let mut written = self.written.subscribe();
+        while let Some(step) = self.next_step().await? {
+            self.job.check()?;
+            let data = match step.run {
+                Run::Data => Some(self.read(step).await?),
+                Run::Zero if self.options.sparse_bytes == 0 => {
+                    Some(IoBuf::zeroes(step.bytes as usize))
+                }
+                Run::Zero | Run::Kept => None,
+            };
+            if self.options.in_order {
+                // The sender lives as long as this call does.
+                let _turn = written.wait_for(|&at| at == step.at).await;
+            }
+            let done = match (data, step.run) {
+                (Some(data), _) => self.write(step.at, data).await,
+                (None, Run::Zero) => self.zero(step.at, step.bytes).await,
+                (None, _) => Ok(()),
+            };
+            done.map_err(|(at, e)| failed("writing", at, e))?;
+            if self.options.in_order {
+                self.written.send_replace(step.at + step.bytes);
+            }
+            self.job.advance(step.bytes);
+        }
+        Ok(())
+    }
+
+    /// The source that holds an offset, with where it begins.
+    fn source_at(&self, at: u64) -> (&Backend, u64) {
+        let after = self.starts.partition_point(|&start| start <= at);
+        // Empty sources begin where the next one does: the last one that begins here has the byte.
+        (&self.sources[after - 1], self.starts[after - 1])
+    }
+
+    async fn next_step(&self) -> Result<Option<Step>> {
+        let mut plan = self.plan.lock().await;
+        if plan.at >= self.total {
+            return Ok(None);
+        }
+        if plan.at >= plan.run_end {
+            let (run, bytes) = self.status(plan.at).await?;
+            plan.run = run;
+            plan.run_end = plan.at + bytes;
+        }
+        let bytes = plan.run_end - plan.at;
+        let writes = plan.run == Run::Data || self.options.sparse_bytes == 0;
+        let step = Step {
+            at: plan.at,
+            bytes: if writes { bytes.min(CHUNK_BYTES) } else { bytes },
+            run: plan.run,
+        };
+        plan.at += step.bytes;
+        Ok(Some(step))
+    }
+
+    async fn status(&self, at: u64) -> Result<(Run, u64)> {
+        let (source, start) = self.source_at(at);
+        let top: &Arc<Node> = source.root();
+        let mut bytes = source.length() - (at - start);
+        let past_backing = match self.options.target_backing {
+            Some(length) if at < length => {
+                bytes = bytes.min(length - at);
+                false
+            }
+            Some(_) => true,
+            None => false,
+        };
+        let base = self.options.target_backing.and_then(|_| chain_below(top));
+        let found =
+            match chain_status(top, base.as_ref(), at - start, bytes, StatusMode::Precise).await {
+                Ok(found) => found.status,
+                Err(e) if self.options.salvage.is_some() => {
+                    let warn = self.options.salvage.as_ref();
+                    let text =
+                        format!("error while reading block status at offset {at}: {}", e.strerror());
+                    warn.inspect(|w| w.warn(&text));
+                    return Ok((Run::Data, SECTOR_BYTES.min(bytes)));
+                }
+                Err(e) => {
+                    let text = format!(
+                        "error while reading block status at offset {at}: {}",
+                        e.strerror()
+                    );
+                    return Err(e.message(text));
+                }
+            };
+        let run = if found.is_zero() {
+            // Past the end of the target's backing file, its unallocated clusters read as zero.
+            if past_backing { Run::Kept } else { Run::Zero }
+        } else if found.flags.contains(StatusFlags::DATA) || self.options.target_backing.is_none() {
+            Run::Data
+        } else {
+            Run::Kept
+        };
+        Ok((run, found.bytes.clamp(1, bytes)))
+    }
+
+    async fn read(&self, step: Step) -> Result<IoBuf> {
+        let (source, start) = self.source_at(step.at);
+        let from = step.at - start;
+        let buf = IoBufMut::zeroed(step.bytes as usize);
+        match source.preadv(from, buf, ReadFlags::empty()).await {
+            Ok(buf) => Ok(buf.freeze()),
+            Err(e) => match &self.options.salvage {
+                None => Err(failed("reading", step.at, e)),
+                Some(warnings) => self.salvage(source, step, from, warnings).await,
+            },
+        }
+    }
+
+    /// Reads sector by sector what can't be read at once.
+    async fn salvage(
+        &self,
+        source: &Backend,
+        step: Step,
+        from: u64,
+        warnings: &Diagnostics,
+    ) -> Result<IoBuf> {
+        let mut all = IoBufMut::default();
+        let mut done = 0;
+        while done < step.bytes {
+            self.job.check()?;
+            let n = SECTOR_BYTES.min(step.bytes - done) as usize;
+            match source.read(from + done, n).await {
+                Ok(sector) => all.append(sector),
+                Err(e) => {
+                    warnings.warn(failed("reading", step.at + done, e).text().as_str());
+                    all.append(IoBufMut::zeroed(n));
+                }
+            }
+            done += n as u64;
+        }
+        Ok(IoBuf::from(all.to_vec()))
+    }
+
+    /// Writes data, leaving holes where they are zero. The offset goes with an error.
+    async fn write(&self, at: u64, data: IoBuf) -> Result<(), (u64, BlockError)> {
+        if self.options.sparse_bytes == 0 {
+            return self.write_run(at, data).await;
+        }
+        let Some(bytes) = data.as_slice() else {
+            return self.write_run(at, data).await;
+        };
+        let mut done = 0;
+        while done < bytes.len() {
+            let here = at + done as u64;
+            let (is_data, n) = next_run(
+                &bytes[done..],
+                here,
+                self.zero_block,
+                self.options.sparse_bytes,
+            );
+            if is_data {
+                self.write_run(here, data.slice(done..done + n)).await?;
+            } else {
+                self.zero(here, n as u64).await?;
+            }
+            done += n;
+        }
+        Ok(())
+    }
+
+    async fn write_run(&self, at: u64, data: IoBuf) -> Result<(), (u64, BlockError)> {
+        self.target
+            .pwritev(at, data, WriteFlags::empty())
+            .await
+            .map_err(|e| (at, e))
+    }
+
+    async fn zero(&self, at: u64, bytes: u64) -> Result<(), (u64, BlockError)> {
+        if self.options.target_is_zero {
+            return Ok(());
+        }
+        self.target
+            .pwrite_zeroes(at, bytes, WriteFlags::MAY_UNMAP)
+            .await
+            .map_err(|e| (at, e))
+    }
+}
+
+fn failed(what: &str, at: u64, e: BlockError) -> BlockError {
+    let text = format!("error while {what} at byte {at}: {}", e.strerror());
+    e.message(text)
+}
+
+/// Whether `bytes`, which lie at `at`, begin with data or with zeroes, and how long that run is. Runs change at multiples of `block` only, and
+/// zeroes between data count as data unless there are `min` bytes of them.
+fn next_run(bytes: &[u8], at: u64, block: u64, min: u64) -> (bool, usize) {
+    let mut blocks = Blocks { bytes, at, block };
+    let Some((first_zero, mut len)) = blocks.next() else {
+        return (true, bytes.len());
+    };
+    if first_zero {
+        len += blocks.take_while(|&(zero, _)| zero).map(|(_, n)| n).sum::<usize>();
+        return (false, len);
+    }
+    let mut zeroes = 0;
+    for (zero, n) in blocks {
+        if !zero {
+            len += zeroes + n;
+            zeroes = 0;
+            continue;
+        }
+        zeroes += n;
+        if zeroes as u64 >= min {
+            return (true, len);
+        }
+    }
+    // Zeroes at the end that are too few, but with nothing behind them here: still a hole, if there are whole blocks of them.
+    (true, len)
+}
+
+/// The blocks of a range: whether each is zero, and its length. The first and the last may be cut.
+struct Blocks<'a> {
+    bytes: &'a [u8],
+    at: u64,
+    block: u64,
+}
+
+impl Iterator for Blocks<'_> {
+    type Item = (bool, usize);
+
+    fn next(&mut self) -> Option<(bool, usize)> {
+        if self.bytes.is_empty() {
+            return None;
+        }
+        let to_end = self.block - self.at % self.block;
+        let n = (to_end as usize).min(self.bytes.len());
+        let (now, later) = self.bytes.split_at(n);
+        self.bytes = later;
+        self.at += n as u64;
+        Some((slice_is_zero(now), n))
+    }
+}
+
+#[cfg(test)]
+mod tests;
