@@ -322,7 +322,19 @@ impl OpenOptions {
         let node = open_node(&shared, request)
             .await
             .map_err(|e| e.during(Op::Open))?;
-        Ok(Backend::new(node, self.write_through))
+        let backend = Backend::new(node, self.write_through);
+        if backend.root().driver().is_protocol() {
+            // No format has done it.
+            let mut wanted = Permissions::root(!backend.root().is_read_only());
+            if self.flags.force_share {
+                wanted = wanted.sharing_all();
+            }
+            if let Err(e) = backend.root().driver().set_permissions(wanted).await {
+                backend.close().await?;
+                return Err(e.during(Op::Open));
+            }
+        }
+        Ok(backend)
     }
 }
 
@@ -392,6 +404,11 @@ impl OpenContext<'_> {
         &self.shared.diagnostics
     }
 
+    /// The drivers at hand.
+    pub fn registry(&self) -> &Registry {
+        self.shared.registry
+    }
+
     /// The child `file` that the options or the name describe.
     ///
     /// # Errors
@@ -458,9 +475,8 @@ impl OpenContext<'_> {
             Some(OptionValue::Null) => return Ok(None),
             Some(OptionValue::Str(s)) if s.is_empty() => return Ok(None),
             Some(other) => {
-                return Err(BlockError::unsupported(format!(
-                    "Cannot find device='{other}' nor node-name='{other}'"
-                )));
+                let text = format!("Cannot find device='{other}' nor node-name='{other}'");
+                return Err(BlockError::unsupported(text).context("Could not open backing file"));
             }
         }
         let named = own.contains("filename")

@@ -11,7 +11,10 @@ use std::fmt;
 use serde_json::Value;
 
 use crate::error::{BlockError, Result};
-use crate::size::parse_size;
+use crate::size::{SizeError, parse_size};
+
+/// What tools print below an error about a size.
+const SUFFIX_HINT: &str = "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively.";
 
 /// The value of an option. Text that says a number or a switch is as good as the typed value.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,8 +102,11 @@ impl Options {
         let text = text.strip_prefix("json:").unwrap_or(text);
         let fail =
             |why: String| BlockError::invalid(why).context("Could not parse the JSON options");
-        let value: Value =
-            serde_json::from_str(text).map_err(|e| fail(format!("JSON parse error, {e}")))?;
+        let why = |e: serde_json::Error| match e.is_eof() {
+            true => "JSON parse error, premature EOI".to_owned(),
+            false => format!("JSON parse error, {e}"),
+        };
+        let value: Value = serde_json::from_str(text).map_err(|e| fail(why(e)))?;
         let Value::Object(object) = value else {
             return Err(BlockError::invalid("Invalid JSON object given"));
         };
@@ -221,11 +227,16 @@ impl Options {
         let Some(value) = self.map.remove(key) else {
             return Ok(None);
         };
-        match parse_size(&value.to_string()) {
-            Ok(n) => Ok(Some(n)),
-            Err(_) => Err(BlockError::invalid(format!("Parameter '{key}' expects a size"))
-                .hint("You may use k, M, G, T, P or E suffixes for kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.")),
-        }
+        let value = value.to_string();
+        parse_size(&value).map(Some).map_err(|e| match e {
+            SizeError::Syntax => BlockError::invalid(format!(
+                "Parameter '{key}' expects a non-negative number below 2^64"
+            ))
+            .hint(SUFFIX_HINT),
+            SizeError::Range => BlockError::invalid(format!(
+                "Value '{value}' is out of range for parameter '{key}'"
+            )),
+        })
     }
 
     /// Takes a whole number.
@@ -329,7 +340,7 @@ mod tests {
         );
         assert_eq!(
             o.take_size("b").unwrap_err().to_string(),
-            "Parameter 'b' expects a size"
+            "Parameter 'b' expects a non-negative number below 2^64"
         );
         assert_eq!(
             o.take_number("c").unwrap_err().to_string(),

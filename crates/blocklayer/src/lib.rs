@@ -19,6 +19,7 @@ pub fn registry() -> Registry {
     #[cfg(feature = "raw")]
     {
         registry.register(raw::FileFactory);
+        registry.register(raw::HostDeviceFactory);
         registry.register(raw::RawFactory);
     }
     #[cfg(feature = "qcow2")]

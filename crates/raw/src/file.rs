@@ -1,59 +1,215 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! [`FileDriver`]: the protocol drivers `file` and `host_device`. `QEMU: block/file-posix.c`.
+//!
+//! Every change waits first for orphans to the same bytes (INV REQ-DROP-1, see [`orphan`](crate::orphan)), and reads do too: what a dropped
+//! write leaves behind is settled before anybody sees it.
 
-use std::sync::Arc;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
 
 use async_trait::async_trait;
 use blockcore::{
-    BlockDriver, BlockStatus, IoBuf, IoBufMut, ReadFlags, Result, StatusFlags, StatusMode,
-    TruncateRequest, WriteFlags,
+    BlockDriver, BlockError, BlockLimits, BlockStatus, DriverInfo, IoBuf, IoBufMut, Node,
+    Permissions, PreparedReopen, ReadFlags, ReopenRequest, Result, SpecificInfo, StatusFlags,
+    StatusMode, TruncateRequest, WriteFlags,
 };
 
 use crate::engine::pool;
+use crate::file_open::Aio;
 use crate::host::HostFile;
-use crate::status;
+use crate::orphan::Orphans;
+use crate::{direct, lock, reopen, status, truncate};
 
 /// An open file or device of the host.
 #[derive(Debug)]
 pub struct FileDriver {
-    host: Arc<HostFile>,
+    pub(crate) state: Arc<FileState>,
+}
+
+/// What a driver and its preparations for reopening share.
+#[derive(Debug)]
+pub(crate) struct FileState {
+    pub driver_name: &'static str,
+    pub filename: String,
+    pub aio: Aio,
+    /// Changes only with a reopen.
+    current: RwLock<Arc<HostFile>>,
+    orphans: Arc<Orphans>,
+    /// `None`: no locks are taken.
+    held: Option<Mutex<Permissions>>,
+    /// The errno of the sync after which the page cache can no longer be trusted; 0: none.
+    sync_failed: AtomicI32,
+}
+
+impl FileState {
+    pub fn host(&self) -> Arc<HostFile> {
+        self.current
+            .read()
+            .expect("no code panics while it holds this lock")
+            .clone()
+    }
+
+    pub fn replace_host(&self, host: Arc<HostFile>) {
+        *self
+            .current
+            .write()
+            .expect("no code panics while it holds this lock") = host;
+    }
+
+    /// Permissions as the locks show them; `None`: no locks are taken.
+    pub fn held(&self) -> Option<Permissions> {
+        let held = self.held.as_ref()?;
+        Some(
+            *held
+                .lock()
+                .expect("no code panics while it holds this lock"),
+        )
+    }
+
+    /// Takes and drops locks on the open file; blocks.
+    pub fn apply_permissions(&self, new: Permissions) -> Result<()> {
+        let Some(held) = &self.held else {
+            return Ok(());
+        };
+        let mut held = held
+            .lock()
+            .expect("no code panics while it holds this lock");
+        lock::apply(self.host().as_fd(), &self.filename, *held, new)?;
+        *held = new;
+        Ok(())
+    }
+
+    /// Lets go of the locks that `keep` has no use for, on every opening given; what is kept has been taken before.
+    pub fn narrow_permissions(&self, openings: &[&HostFile], keep: Permissions) {
+        let Some(held) = &self.held else {
+            return;
+        };
+        let mut held = held
+            .lock()
+            .expect("no code panics while it holds this lock");
+        for host in openings {
+            if let Err(e) = lock::release(host.as_fd(), *held, keep) {
+                tracing::error!("letting go of locks of '{}': {e}", self.filename);
+            }
+        }
+        *held = keep;
+    }
+
+    fn sync(&self) -> Result<()> {
+        let failed = self.sync_failed.load(Ordering::Acquire);
+        if failed != 0 {
+            return Err(BlockError::from_errno(failed));
+        }
+        let host = self.host();
+        host.sync_data().map_err(|e| {
+            let err = BlockError::from_io(e);
+            // The kernel has dropped the dirty state of the pages: a later sync would succeed with the data lost.
+            if host.direct.is_none() {
+                self.sync_failed.store(err.errno(), Ordering::Release);
+            }
+            err
+        })
+    }
 }
 
 impl FileDriver {
-    pub(crate) fn new(host: HostFile) -> FileDriver {
+    pub(crate) fn new(
+        driver_name: &'static str,
+        filename: String,
+        aio: Aio,
+        locking: bool,
+        host: HostFile,
+    ) -> FileDriver {
         FileDriver {
-            host: Arc::new(host),
+            state: Arc::new(FileState {
+                driver_name,
+                filename,
+                aio,
+                current: RwLock::new(Arc::new(host)),
+                orphans: Arc::default(),
+                held: locking.then(|| Mutex::new(Permissions::NONE)),
+                sync_failed: AtomicI32::new(0),
+            }),
         }
+    }
+
+    /// Does something to the open file on a blocking thread.
+    async fn blocking<T, E>(
+        &self,
+        work: impl FnOnce(&HostFile) -> Result<T, E> + Send + 'static,
+    ) -> Result<T>
+    where
+        T: Send + 'static,
+        E: Into<BlockError> + Send + 'static,
+    {
+        let host = self.state.host();
+        pool::run(move || work(&host)).await
+    }
+
+    /// As `blocking`, for a change of a range.
+    async fn change<E: Into<BlockError> + Send + 'static>(
+        &self,
+        offset: u64,
+        end: u64,
+        work: impl FnOnce(&HostFile) -> Result<(), E> + Send + 'static,
+    ) -> Result<()> {
+        let orphans = &self.state.orphans;
+        orphans.wait(offset, end).await;
+        let host = self.state.host();
+        pool::run_change(orphans, offset, end, move || work(&host)).await
     }
 }
 
 #[async_trait]
 impl BlockDriver for FileDriver {
     fn format_name(&self) -> &'static str {
-        "file"
+        self.state.driver_name
     }
 
     fn is_protocol(&self) -> bool {
         true
     }
 
+    fn limits(&self) -> BlockLimits {
+        let Some(align) = self.state.host().direct else {
+            return BlockLimits::default();
+        };
+        BlockLimits {
+            request_alignment: align.request,
+            pwrite_zeroes_alignment: align.request,
+            pdiscard_alignment: align.request,
+            mem_alignment: align.memory,
+            ..BlockLimits::default()
+        }
+    }
+
     async fn length(&self) -> Result<u64> {
-        let host = self.host.clone();
-        pool::run(move || host.length()).await
+        self.blocking(HostFile::length).await
     }
 
     fn read_nowait(&self, offset: u64, buf: &mut [u8]) -> bool {
-        self.host.read_nowait(offset, buf)
+        if self.state.orphans.any() {
+            return false;
+        }
+        let host = self
+            .state
+            .current
+            .read()
+            .expect("no code panics while it holds this lock");
+        host.read_nowait(offset, buf)
     }
 
-    async fn preadv(&self, offset: u64, mut buf: IoBufMut, _flags: ReadFlags) -> Result<IoBufMut> {
-        let host = self.host.clone();
-        pool::run(move || host.read(offset, &mut buf).map(|()| buf)).await
+    async fn preadv(&self, offset: u64, buf: IoBufMut, _flags: ReadFlags) -> Result<IoBufMut> {
+        let end = offset + buf.len() as u64;
+        self.state.orphans.wait(offset, end).await;
+        direct::read(&self.state.host(), offset, buf).await
     }
 
     async fn pwritev(&self, offset: u64, buf: IoBuf, _flags: WriteFlags) -> Result<()> {
-        let host = self.host.clone();
-        pool::run(move || host.write(offset, &buf)).await
+        let end = offset + buf.len() as u64;
+        self.state.orphans.wait(offset, end).await;
+        direct::write(&self.state.host(), &self.state.orphans, offset, buf).await
     }
 
     fn supported_zero_flags(&self) -> WriteFlags {
@@ -61,13 +217,23 @@ impl BlockDriver for FileDriver {
     }
 
     async fn pwrite_zeroes(&self, offset: u64, bytes: u64, flags: WriteFlags) -> Result<()> {
-        let host = self.host.clone();
-        pool::run(move || host.zero(offset, bytes, flags.contains(WriteFlags::MAY_UNMAP))).await
+        if !self.state.host().may_zero() {
+            return Err(BlockError::from_errno(libc::ENOTSUP));
+        }
+        self.change(offset, offset + bytes, move |host| {
+            host.zero(offset, bytes, flags)
+        })
+        .await
     }
 
     async fn pdiscard(&self, offset: u64, bytes: u64) -> Result<()> {
-        let host = self.host.clone();
-        pool::run(move || host.discard(offset, bytes)).await
+        if !self.state.host().may_discard() {
+            return Err(BlockError::from_errno(libc::ENOTSUP));
+        }
+        self.change(offset, offset + bytes, move |host| {
+            host.discard(offset, bytes)
+        })
+        .await
     }
 
     async fn block_status(&self, offset: u64, bytes: u64, mode: StatusMode) -> Result<BlockStatus> {
@@ -76,18 +242,71 @@ impl BlockDriver for FileDriver {
             status.map = offset;
             return Ok(status);
         }
-        let host = self.host.clone();
-        pool::run(move || status::status(&host, offset, bytes, 1)).await
+        self.state.orphans.wait(offset, offset + bytes).await;
+        self.blocking(move |host| Ok::<_, BlockError>(status::status(host, offset, bytes)))
+            .await
     }
 
     async fn flush(&self) -> Result<()> {
-        let host = self.host.clone();
-        pool::run(move || host.sync_data()).await
+        self.state.orphans.wait_all().await;
+        let state = self.state.clone();
+        pool::run(move || state.sync()).await
     }
 
     async fn truncate(&self, request: TruncateRequest) -> Result<()> {
-        let host = self.host.clone();
-        pool::run(move || host.set_length(request.bytes)).await
+        self.state.orphans.wait_all().await;
+        self.change(0, u64::MAX, move |host| truncate::truncate(host, request))
+            .await
+    }
+
+    async fn allocated_size(&self) -> Result<Option<u64>> {
+        self.blocking(HostFile::allocated_bytes).await.map(Some)
+    }
+
+    async fn info(&self) -> Result<DriverInfo> {
+        Ok(DriverInfo::default())
+    }
+
+    async fn specific_info(&self) -> Result<Option<SpecificInfo>> {
+        Ok(Some(SpecificInfo {
+            type_name: "file",
+            data: serde_json::Map::new(),
+        }))
+    }
+
+    async fn copy_range_from(
+        &self,
+        source: &Node,
+        src_offset: u64,
+        dst_offset: u64,
+        bytes: u64,
+    ) -> Result<()> {
+        let Some(source) = source.driver().as_any().downcast_ref::<FileDriver>() else {
+            return Err(BlockError::from_errno(libc::ENOTSUP));
+        };
+        let orphans = &source.state.orphans;
+        orphans.wait(src_offset, src_offset + bytes).await;
+        let from = source.state.host();
+        self.change(dst_offset, dst_offset + bytes, move |host| {
+            host.copy_from(&from, src_offset, dst_offset, bytes)
+        })
+        .await
+    }
+
+    async fn reopen_prepare(&self, request: &mut ReopenRequest) -> Result<Box<dyn PreparedReopen>> {
+        self.state.orphans.wait_all().await;
+        reopen::prepare(&self.state, request).await
+    }
+
+    async fn set_permissions(&self, permissions: Permissions) -> Result<()> {
+        let state = self.state.clone();
+        pool::run(move || state.apply_permissions(permissions)).await
+    }
+
+    async fn close(&self) -> Result<()> {
+        self.state.orphans.wait_all().await;
+        // A read that nobody waits for may hold the file open a little longer; the locks must not stay with it.
+        self.set_permissions(Permissions::NONE).await
     }
 
     fn as_any(&self) -> &dyn std::any::Any {

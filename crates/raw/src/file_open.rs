@@ -1,24 +1,37 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! [`FileFactory`]: options, opening and creating of files. `QEMU: raw_open_common`, `raw_co_create`.
+//! [`FileFactory`] and [`HostDeviceFactory`]: options, opening and creating. `QEMU: raw_open_common`, `raw_co_create`.
 
-use std::os::fd::OwnedFd;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 
 use async_trait::async_trait;
 use blockcore::{
-    BlockDriver, BlockError, CreateContext, CreateOption, DriverFactory, OpenContext, OptionKind,
-    Options, Result, strerror,
+    BlockDriver, BlockError, CreateContext, CreateOption, DriverFactory, ErrorKind, OpenContext,
+    OptionKind, Options, Perm, Permissions, Preallocation, Result, TruncateRequest, strerror,
 };
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{FileType, IFlags, Mode, OFlags};
 
-use crate::engine::pool;
+use crate::direct::Alignment;
+use crate::engine::{Engine, pool, uring};
 use crate::file::FileDriver;
 use crate::host::{HostFile, HostKind, retry};
+use crate::{lock, truncate};
 
-/// Opens and creates files.
+/// Opens and creates regular files.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct FileFactory;
 
-const CREATE_OPTIONS: &[CreateOption] = &[
+/// Opens block and character devices.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct HostDeviceFactory;
+
+pub(crate) const CREATE_OPTIONS: &[CreateOption] = &[
+    CreateOption {
+        name: "nocow",
+        kind: OptionKind::Bool,
+        help: "Turn off copy-on-write (valid only on btrfs)",
+        default: None,
+    },
     CreateOption {
         name: "preallocation",
         kind: OptionKind::String,
@@ -33,26 +46,156 @@ const CREATE_OPTIONS: &[CreateOption] = &[
     },
 ];
 
-fn open_host(filename: &str, flags: OFlags) -> std::io::Result<HostFile> {
-    let fd: OwnedFd = retry(|| {
-        rustix::fs::open(
-            filename,
-            flags | OFlags::CLOEXEC,
-            Mode::from_raw_mode(0o644),
-        )
-    })?;
-    let kind = match FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode) {
+/// The option `aio`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Aio {
+    /// Not given: io_uring where the kernel grants it.
+    Auto,
+    Threads,
+    Native,
+    Uring,
+}
+
+impl Aio {
+    pub fn from_name(name: &str) -> Result<Aio> {
+        match name {
+            "threads" => Ok(Aio::Threads),
+            "native" => Ok(Aio::Native),
+            "io_uring" => Ok(Aio::Uring),
+            _ => Err(bad_value(name)),
+        }
+    }
+
+    fn engine(self) -> Engine {
+        match self {
+            Aio::Threads => Engine::Pool,
+            _ if uring::available().is_ok() => Engine::Uring,
+            _ => Engine::Pool,
+        }
+    }
+}
+
+fn bad_value(value: &str) -> BlockError {
+    BlockError::invalid(format!("invalid parameter value: {value}"))
+}
+
+/// How a file is opened.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct OpenMode {
+    pub read_only: bool,
+    pub direct: bool,
+    pub aio: Aio,
+}
+
+/// Opens a file or device; blocks.
+///
+/// # Errors
+/// The host's; `EINVAL` also where the file system has no O_DIRECT.
+pub(crate) fn open_host(filename: &str, mode: OpenMode) -> io::Result<HostFile> {
+    let mut flags = match mode.read_only {
+        true => OFlags::RDONLY,
+        false => OFlags::RDWR,
+    };
+    flags.set(OFlags::DIRECT, mode.direct);
+    let fd = open_fd(filename, flags)?;
+    let kind = kind_of(&fd)?;
+    let direct = mode.direct.then(|| Alignment::probe(&fd));
+    Ok(HostFile::new(fd, kind, direct, mode.aio.engine()))
+}
+
+fn open_fd(filename: &str, flags: OFlags) -> io::Result<OwnedFd> {
+    let mode = Mode::from_raw_mode(0o644);
+    let fd = retry(|| rustix::fs::open(filename, flags | OFlags::CLOEXEC, mode))?;
+    if file_type(&fd)? == FileType::Directory {
+        return Err(io::Error::from_raw_os_error(libc::EISDIR));
+    }
+    Ok(fd)
+}
+
+fn file_type(fd: &OwnedFd) -> io::Result<FileType> {
+    Ok(FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode))
+}
+
+fn kind_of(fd: &OwnedFd) -> io::Result<HostKind> {
+    Ok(match file_type(fd)? {
         FileType::BlockDevice => HostKind::BlockDevice,
         FileType::CharacterDevice => HostKind::CharDevice,
-        FileType::Directory => return Err(std::io::Error::from_raw_os_error(libc::EISDIR)),
         _ => HostKind::File,
-    };
-    Ok(HostFile::new(fd, kind))
+    })
 }
 
 fn could_not(what: &str, filename: &str, e: BlockError) -> BlockError {
-    let text = format!("Could not {what} '{filename}': {}", strerror(e.errno()));
-    e.message(text)
+    let why = strerror(e.errno());
+    e.message(format!("Could not {what} '{filename}': {why}"))
+}
+
+async fn open(
+    driver_name: &'static str,
+    wants_device: bool,
+    ctx: &OpenContext<'_>,
+    options: &mut Options,
+) -> Result<Box<dyn BlockDriver>> {
+    let filename = options.take_str("filename").unwrap_or_default();
+    if filename.is_empty() {
+        return Err(BlockError::invalid(format!(
+            "The '{driver_name}' block driver requires a file name"
+        )));
+    }
+    let flags = ctx.flags();
+    let aio = match options.take_str("aio") {
+        Some(name) => Aio::from_name(&name)?,
+        None => Aio::Auto,
+    };
+    if aio == Aio::Native && !flags.direct {
+        return Err(BlockError::invalid(
+            "aio=native was specified, but it requires cache.direct=on, which was not specified.",
+        ));
+    }
+    let locking = options.take_str("locking").unwrap_or("auto".to_owned());
+    if !matches!(locking.as_str(), "auto" | "on" | "off") {
+        return Err(bad_value(&locking));
+    }
+    let mode = OpenMode {
+        read_only: flags.read_only,
+        direct: flags.direct,
+        aio,
+    };
+    let (name, diagnostics) = (filename.clone(), ctx.diagnostics().clone());
+    pool::run(move || {
+        if aio == Aio::Uring {
+            uring::available()
+                .map_err(|e| BlockError::from_io(e).context("Unable to use io_uring"))?;
+        }
+        let host = open_host(&name, mode).map_err(|e| open_failed(&name, mode, e))?;
+        if wants_device != (host.kind != HostKind::File) {
+            let what = match wants_device {
+                true => "either a character or block device",
+                false => "a regular file",
+            };
+            let text = format!("'{driver_name}' driver requires '{name}' to be {what}");
+            return Err(BlockError::invalid(text));
+        }
+        let can_lock = lock::are_supported(host.as_fd());
+        if locking == "on" && !can_lock {
+            diagnostics.warn(
+                "File lock requested but OFD locking syscall is unavailable, falling back to none",
+            );
+        }
+        let locks = locking != "off" && can_lock;
+        Ok(FileDriver::new(driver_name, name, aio, locks, host))
+    })
+    .await
+    .map(|driver| Box::new(driver) as Box<dyn BlockDriver>)
+}
+
+fn open_failed(name: &str, mode: OpenMode, e: io::Error) -> BlockError {
+    let err = BlockError::from_io(e);
+    if mode.direct && err.errno() == libc::EINVAL {
+        return err.message(format!(
+            "Could not open '{name}': filesystem does not support O_DIRECT"
+        ));
+    }
+    could_not("open", name, err)
 }
 
 #[async_trait]
@@ -78,22 +221,7 @@ impl DriverFactory for FileFactory {
         ctx: &OpenContext<'_>,
         options: &mut Options,
     ) -> Result<Box<dyn BlockDriver>> {
-        let filename = options.take_str("filename").unwrap_or_default();
-        if filename.is_empty() {
-            return Err(BlockError::invalid(
-                "The 'file' block driver requires a file name",
-            ));
-        }
-        let access = if ctx.flags().read_only {
-            OFlags::RDONLY
-        } else {
-            OFlags::RDWR
-        };
-        let name = filename.clone();
-        let host = pool::run(move || open_host(&name, access))
-            .await
-            .map_err(|e| could_not("open", &filename, e))?;
-        Ok(Box::new(FileDriver::new(host)))
+        open("file", false, ctx, options).await
     }
 
     fn create_options(&self) -> &'static [CreateOption] {
@@ -106,18 +234,126 @@ impl DriverFactory for FileFactory {
         filename: &str,
         mut options: Options,
     ) -> Result<()> {
-        let bytes = options.take_size("size")?.unwrap_or(0);
         let name = filename
             .strip_prefix("file:")
             .unwrap_or(filename)
             .to_owned();
-        let create = move || {
-            let host = open_host(&name, OFlags::RDWR | OFlags::CREATE)?;
-            host.set_length(0)?;
-            host.set_length(bytes)
+        let bytes = options.take_size("size")?.unwrap_or(0);
+        let preallocation = match options.take_str("preallocation") {
+            Some(mode) => Preallocation::from_name(&mode).ok_or_else(|| bad_value(&mode))?,
+            None => Preallocation::Off,
         };
-        pool::run(create)
-            .await
-            .map_err(|e| could_not("create", filename, e))
+        let nocow = options.take_bool("nocow")?.unwrap_or(false);
+        if let Some(key) = options.keys().next() {
+            return Err(BlockError::invalid(format!("Invalid parameter '{key}'")));
+        }
+        pool::run(move || create(&name, bytes, preallocation, nocow)).await
+    }
+}
+
+/// Makes a file, or empties the one that is there; blocks. `QEMU: raw_co_create`.
+fn create(name: &str, bytes: u64, preallocation: Preallocation, nocow: bool) -> Result<()> {
+    let failed = |e| could_not("create", name, BlockError::from_io(e));
+    let fd = open_fd(name, OFlags::RDWR | OFlags::CREATE).map_err(failed)?;
+    let kind = kind_of(&fd).map_err(failed)?;
+    let host = HostFile::new(fd, kind, None, Engine::Pool);
+    if kind != HostKind::File {
+        // A device is there already; all it needs is room.
+        let request = TruncateRequest {
+            bytes,
+            exact: false,
+            preallocation,
+            zero_new_area: false,
+        };
+        return truncate::truncate(&host, request);
+    }
+    let mine = Permissions {
+        used: Perm::WRITE | Perm::RESIZE,
+        shared: Perm::all() - Perm::RESIZE,
+    };
+    if lock::are_supported(host.as_fd()) {
+        lock::apply(host.as_fd(), name, Permissions::NONE, mine)?;
+    }
+    host.set_length(0)
+        .map_err(|e| BlockError::from_io(e).context("Failed to resize file"))?;
+    if nocow && let Ok(flags) = rustix::fs::ioctl_getflags(&host) {
+        // Only btrfs knows it, and only for an empty file; elsewhere there is nothing to turn off.
+        if let Err(e) = rustix::fs::ioctl_setflags(&host, flags | IFlags::NOCOW) {
+            tracing::debug!("nocow of '{name}': {e}");
+        }
+    }
+    truncate::truncate_file(&host, 0, bytes, preallocation)
+}
+
+#[async_trait]
+impl DriverFactory for HostDeviceFactory {
+    fn format_name(&self) -> &'static str {
+        "host_device"
+    }
+
+    fn protocol_name(&self) -> Option<&'static str> {
+        Some("host_device")
+    }
+
+    fn needs_filename(&self) -> bool {
+        true
+    }
+
+    fn probe_path(&self, path: &str) -> u32 {
+        let is_device = |mode| {
+            matches!(
+                FileType::from_raw_mode(mode),
+                FileType::BlockDevice | FileType::CharacterDevice
+            )
+        };
+        match rustix::fs::stat(path) {
+            Ok(stat) if is_device(stat.st_mode) => 100,
+            _ => 0,
+        }
+    }
+
+    async fn open(
+        &self,
+        ctx: &OpenContext<'_>,
+        options: &mut Options,
+    ) -> Result<Box<dyn BlockDriver>> {
+        open("host_device", true, ctx, options).await
+    }
+
+    fn create_options(&self) -> &'static [CreateOption] {
+        &CREATE_OPTIONS[2..]
+    }
+
+    async fn create(
+        &self,
+        _ctx: &CreateContext<'_>,
+        filename: &str,
+        mut options: Options,
+    ) -> Result<()> {
+        let name = filename
+            .strip_prefix("host_device:")
+            .unwrap_or(filename)
+            .to_owned();
+        let bytes = options.take_size("size")?.unwrap_or(0);
+        if let Some(key) = options.keys().next() {
+            return Err(BlockError::invalid(format!("Invalid parameter '{key}'")));
+        }
+        pool::run(move || {
+            let failed = |e| could_not("open", &name, BlockError::from_io(e));
+            let fd = open_fd(&name, OFlags::RDWR).map_err(failed)?;
+            let kind = kind_of(&fd).map_err(failed)?;
+            if kind == HostKind::File {
+                let text = format!("The given file '{name}' is not a device");
+                return Err(BlockError::new(ErrorKind::InvalidArgument, text));
+            }
+            let host = HostFile::new(fd, kind, None, Engine::Pool);
+            let request = TruncateRequest {
+                bytes,
+                exact: false,
+                ..TruncateRequest::default()
+            };
+            truncate::truncate(&host, request)
+        })
+        .await
     }
 }

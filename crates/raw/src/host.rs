@@ -8,9 +8,12 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use blockcore::{IoBuf, IoBufMut};
-use rustix::fs::{FallocateFlags, SeekFrom, fallocate};
+use blockcore::{IoBuf, IoBufMut, WriteFlags};
+use rustix::fs::{FallocateFlags, SeekFrom, copy_file_range, fallocate};
 use rustix::io::{Errno, ReadWriteFlags, preadv, preadv2, pwritev};
+
+use crate::direct::Alignment;
+use crate::engine::Engine;
 
 /// The most pieces that one vectored call takes (`IOV_MAX`).
 const IOV_MAX: usize = 1024;
@@ -28,6 +31,9 @@ pub(crate) enum HostKind {
 pub(crate) struct HostFile {
     fd: OwnedFd,
     pub kind: HostKind,
+    /// What O_DIRECT asks for; `None`: the page cache is used.
+    pub direct: Option<Alignment>,
+    pub engine: Engine,
     can_zero_range: AtomicBool,
     can_punch: AtomicBool,
     can_allocate: AtomicBool,
@@ -49,14 +55,16 @@ fn is_unsupported(e: Errno) -> bool {
 }
 
 impl HostFile {
-    pub fn new(fd: OwnedFd, kind: HostKind) -> HostFile {
+    pub fn new(fd: OwnedFd, kind: HostKind, direct: Option<Alignment>, engine: Engine) -> HostFile {
         HostFile {
             fd,
             kind,
+            direct,
+            engine,
             can_zero_range: AtomicBool::new(true),
             can_punch: AtomicBool::new(true),
             can_allocate: AtomicBool::new(true),
-            can_nowait: AtomicBool::new(true),
+            can_nowait: AtomicBool::new(direct.is_none()),
         }
     }
 
@@ -93,13 +101,14 @@ impl HostFile {
         while !left.is_empty() {
             let count = left.len().min(IOV_MAX);
             match preadv(&self.fd, &mut left[..count], offset) {
-                Ok(0) => {
-                    left.iter_mut().for_each(|s| s.fill(0));
-                    break;
-                }
                 Ok(n) => {
                     offset += n as u64;
                     IoSliceMut::advance_slices(&mut left, n);
+                    // O_DIRECT stops in the middle of a block only where the file ends.
+                    if n == 0 || self.direct.is_some_and(|d| !d.is_aligned(offset)) {
+                        left.iter_mut().for_each(|s| s.fill(0));
+                        break;
+                    }
                 }
                 Err(Errno::INTR) => {}
                 Err(e) => return Err(e.into()),
@@ -131,6 +140,11 @@ impl HostFile {
         Ok(retry(|| rustix::fs::fdatasync(&self.fd))?)
     }
 
+    /// Bytes of storage in use.
+    pub fn allocated_bytes(&self) -> io::Result<u64> {
+        Ok(rustix::fs::fstat(&self.fd)?.st_blocks as u64 * 512)
+    }
+
     pub fn set_length(&self, bytes: u64) -> io::Result<()> {
         Ok(retry(|| rustix::fs::ftruncate(&self.fd, bytes))?)
     }
@@ -143,9 +157,11 @@ impl HostFile {
     }
 
     /// Makes a range read as zero without writing it; `ENOTSUP` where the host can't. A range past the end grows the file.
-    pub fn zero(&self, offset: u64, bytes: u64, may_unmap: bool) -> io::Result<()> {
+    pub fn zero(&self, offset: u64, bytes: u64, flags: WriteFlags) -> io::Result<()> {
         let end = offset + bytes;
-        if may_unmap && self.try_mode(&self.can_punch, PUNCH, offset, bytes)? {
+        if flags.contains(WriteFlags::MAY_UNMAP)
+            && self.try_mode(&self.can_punch, PUNCH, offset, bytes)?
+        {
             if self.kind == HostKind::File && end > self.length()? {
                 // A hole doesn't grow the file, and setting a length could cut off what a write adds at this moment.
                 self.allocate(end - 1, 1)?;
@@ -169,12 +185,42 @@ impl HostFile {
         Err(Errno::NOTSUP.into())
     }
 
+    /// Whether [`zero`](HostFile::zero) may work, as far as is known.
+    pub fn may_zero(&self) -> bool {
+        let can = |c: &AtomicBool| c.load(Ordering::Relaxed);
+        can(&self.can_zero_range) || can(&self.can_punch)
+    }
+
+    /// Whether [`discard`](HostFile::discard) may work, as far as is known.
+    pub fn may_discard(&self) -> bool {
+        self.can_punch.load(Ordering::Relaxed)
+    }
+
     /// Gives the storage of a range back; `ENOTSUP` where the host can't.
     pub fn discard(&self, offset: u64, bytes: u64) -> io::Result<()> {
         if self.try_mode(&self.can_punch, PUNCH, offset, bytes)? {
             return Ok(());
         }
         Err(Errno::NOTSUP.into())
+    }
+
+    /// Copies from another file without the data passing through this process; `ENOTSUP` where the host can't.
+    pub fn copy_from(&self, source: &HostFile, from: u64, to: u64, bytes: u64) -> io::Result<()> {
+        let (mut from, mut to, mut left) = (from, to, bytes);
+        while left > 0 {
+            let n = left.min(1 << 30) as usize;
+            match copy_file_range(source, Some(&mut from), self, Some(&mut to), n) {
+                // The source ends here: let the caller read zeroes.
+                Ok(0) => return Err(Errno::NOTSUP.into()),
+                Ok(n) => left -= n as u64,
+                Err(Errno::INTR) => {}
+                Err(e) if is_unsupported(e) || e == Errno::XDEV || e == Errno::INVAL => {
+                    return Err(Errno::NOTSUP.into());
+                }
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
     }
 
     /// Whether `fallocate` did it; `false` where the host never does.

@@ -6,9 +6,8 @@
 //! that come at once sees the other. The locks belong to the open file description: a second opening in the same process counts as somebody else.
 #![allow(unsafe_code)]
 
-use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use blockcore::{BlockError, ErrorKind, Op, Perm, Permissions, Result};
 
@@ -24,7 +23,7 @@ const NAMES: [(Perm, &str); 4] = [
 ];
 
 /// Whether the host has locks that belong to the open file.
-pub(crate) fn are_supported(file: &File) -> bool {
+pub(crate) fn are_supported(file: BorrowedFd<'_>) -> bool {
     lock_byte(file, libc::F_OFD_GETLK, libc::F_WRLCK, USED_BASE).is_ok()
 }
 
@@ -32,7 +31,12 @@ pub(crate) fn are_supported(file: &File) -> bool {
 ///
 /// # Errors
 /// `Locked` if somebody else is in the way: then the locks are those of `old` again.
-pub(crate) fn apply(file: &File, name: &str, old: Permissions, new: Permissions) -> Result<()> {
+pub(crate) fn apply(
+    file: BorrowedFd<'_>,
+    name: &str,
+    old: Permissions,
+    new: Permissions,
+) -> Result<()> {
     take(file, new).map_err(BlockError::from_io)?;
     if let Err(e) = check_others(file, name, new) {
         release(file, new, old)?;
@@ -45,14 +49,18 @@ pub(crate) fn apply(file: &File, name: &str, old: Permissions, new: Permissions)
 ///
 /// # Errors
 /// The host's.
-pub(crate) fn take(file: &File, permissions: Permissions) -> io::Result<()> {
+pub(crate) fn take(file: BorrowedFd<'_>, permissions: Permissions) -> io::Result<()> {
     for byte in bytes_of(permissions) {
         lock_byte(file, libc::F_OFD_SETLK, libc::F_RDLCK, byte)?;
     }
     Ok(())
 }
 
-fn release(file: &File, had: Permissions, keep: Permissions) -> Result<()> {
+/// Lets go of what only `had` has.
+///
+/// # Errors
+/// The host's.
+pub(crate) fn release(file: BorrowedFd<'_>, had: Permissions, keep: Permissions) -> Result<()> {
     let kept: Vec<i64> = bytes_of(keep).collect();
     for byte in bytes_of(had).filter(|b| !kept.contains(b)) {
         lock_byte(file, libc::F_OFD_SETLK, libc::F_UNLCK, byte).map_err(BlockError::from_io)?;
@@ -61,16 +69,21 @@ fn release(file: &File, had: Permissions, keep: Permissions) -> Result<()> {
 }
 
 fn bytes_of(permissions: Permissions) -> impl Iterator<Item = i64> {
-    let used = permissions.used.iter().map(|p| USED_BASE + i64::from(p.bits().trailing_zeros()));
+    let used = permissions
+        .used
+        .iter()
+        .map(|p| USED_BASE + i64::from(p.bits().trailing_zeros()));
     let unshared = (Perm::all() - permissions.shared).iter();
     // QEMU's tools never take the byte for "others may not read", nor do formats forbid unchanged writes.
     used.chain(unshared.map(|p| UNSHARED_BASE + i64::from(p.bits().trailing_zeros())))
 }
 
-fn check_others(file: &File, name: &str, permissions: Permissions) -> Result<()> {
+fn check_others(file: BorrowedFd<'_>, name: &str, permissions: Permissions) -> Result<()> {
     let locked = |what: String| {
         let hint = format!("Is another process using the image [{name}]?");
-        Err(BlockError::new(ErrorKind::Locked, what).hint(hint).during(Op::Lock))
+        Err(BlockError::new(ErrorKind::Locked, what)
+            .hint(hint)
+            .during(Op::Lock))
     };
     for (n, (perm, what)) in NAMES.iter().enumerate() {
         let n = n as i64;
@@ -86,13 +99,19 @@ fn check_others(file: &File, name: &str, permissions: Permissions) -> Result<()>
     Ok(())
 }
 
-fn is_locked(file: &File, byte: i64) -> Result<bool> {
-    let found = lock_byte(file, libc::F_OFD_GETLK, libc::F_WRLCK, byte).map_err(BlockError::from_io)?;
+fn is_locked(file: BorrowedFd<'_>, byte: i64) -> Result<bool> {
+    let found =
+        lock_byte(file, libc::F_OFD_GETLK, libc::F_WRLCK, byte).map_err(BlockError::from_io)?;
     Ok(found != libc::F_UNLCK)
 }
 
 /// Sets or asks for the lock on one byte; the answer of asking is the type of lock that is in the way.
-fn lock_byte(file: &File, command: libc::c_int, kind: libc::c_int, byte: i64) -> io::Result<libc::c_int> {
+fn lock_byte(
+    file: BorrowedFd<'_>,
+    command: libc::c_int,
+    kind: libc::c_int,
+    byte: i64,
+) -> io::Result<libc::c_int> {
     let mut lock = libc::flock {
         l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
@@ -100,18 +119,30 @@ fn lock_byte(file: &File, command: libc::c_int, kind: libc::c_int, byte: i64) ->
         l_len: 1,
         l_pid: 0,
     };
-    // SAFETY: the descriptor is open for as long as `file` is borrowed, and `lock` is a valid `flock` that the call may read and write.
+    // SAFETY: the descriptor is open for as long as `file` lives, and `lock` is a valid `flock` that the call may read and write.
     let result = unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut lock) };
-    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(lock.l_type.into()) }
+    if result == -1 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(lock.l_type.into())
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::File;
+    use std::os::fd::AsFd;
 
     fn two_openings() -> (tempfile::NamedTempFile, File, File) {
         let temp = tempfile::NamedTempFile::new().unwrap();
-        let open = || File::options().read(true).write(true).open(temp.path()).unwrap();
+        let open = || {
+            File::options()
+                .read(true)
+                .write(true)
+                .open(temp.path())
+                .unwrap()
+        };
         let (a, b) = (open(), open());
         (temp, a, b)
     }
@@ -119,14 +150,53 @@ mod tests {
     #[test]
     fn a_writer_keeps_everybody_else_out_and_readers_share() {
         let (_temp, a, b) = two_openings();
-        apply(&a, "x", Permissions::NONE, Permissions::storage(false)).unwrap();
-        apply(&b, "x", Permissions::NONE, Permissions::storage(false)).unwrap();
-        let err = apply(&b, "x", Permissions::storage(false), Permissions::storage(true)).unwrap_err();
+        apply(
+            a.as_fd(),
+            "x",
+            Permissions::NONE,
+            Permissions::storage(false),
+        )
+        .unwrap();
+        apply(
+            b.as_fd(),
+            "x",
+            Permissions::NONE,
+            Permissions::storage(false),
+        )
+        .unwrap();
+        let err = apply(
+            b.as_fd(),
+            "x",
+            Permissions::storage(false),
+            Permissions::storage(true),
+        )
+        .unwrap_err();
         assert_eq!(err.to_string(), "Failed to get \"write\" lock");
-        assert_eq!(err.hint_text(), Some("Is another process using the image [x]?"));
-        apply(&a, "x", Permissions::storage(false), Permissions::NONE).unwrap();
-        apply(&b, "x", Permissions::storage(false), Permissions::storage(true)).unwrap();
-        let err = apply(&a, "x", Permissions::NONE, Permissions::storage(false)).unwrap_err();
+        assert_eq!(
+            err.hint_text(),
+            Some("Is another process using the image [x]?")
+        );
+        apply(
+            a.as_fd(),
+            "x",
+            Permissions::storage(false),
+            Permissions::NONE,
+        )
+        .unwrap();
+        apply(
+            b.as_fd(),
+            "x",
+            Permissions::storage(false),
+            Permissions::storage(true),
+        )
+        .unwrap();
+        let err = apply(
+            a.as_fd(),
+            "x",
+            Permissions::NONE,
+            Permissions::storage(false),
+        )
+        .unwrap_err();
         assert_eq!(err.to_string(), "Failed to get shared \"write\" lock");
     }
 }

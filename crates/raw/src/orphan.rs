@@ -46,8 +46,19 @@ impl Orphans {
     /// Begins a change of `start..end`: one guard for whoever does it, one for whoever waits.
     pub fn begin(self: &Arc<Self>, start: u64, end: u64) -> (WorkGuard, WaitGuard) {
         let work = Arc::new(Work::default());
-        let worker = WorkGuard { work: work.clone(), orphans: self.clone() };
-        (worker, WaitGuard { work, orphans: self.clone(), start, end })
+        let worker = WorkGuard {
+            work: work.clone(),
+            orphans: self.clone(),
+        };
+        (
+            worker,
+            WaitGuard {
+                work,
+                orphans: self.clone(),
+                start,
+                end,
+            },
+        )
     }
 
     /// Waits until no orphan overlaps `start..end`.
@@ -76,7 +87,9 @@ impl Orphans {
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<(Arc<Work>, u64, u64)>> {
-        self.ranges.lock().expect("no code panics while it holds this lock")
+        self.ranges
+            .lock()
+            .expect("no code panics while it holds this lock")
     }
 }
 
@@ -86,7 +99,12 @@ impl Drop for WaitGuard {
             return;
         }
         let mut ranges = self.orphans.lock();
-        let still = self.work.state.compare_exchange(RUNNING, ORPHANED, Ordering::AcqRel, Ordering::Acquire);
+        let still = self.work.state.compare_exchange(
+            RUNNING,
+            ORPHANED,
+            Ordering::AcqRel,
+            Ordering::Acquire,
+        );
         if still.is_ok() {
             ranges.push((self.work.clone(), self.start, self.end));
             self.orphans.count.store(ranges.len(), Ordering::Release);
@@ -116,7 +134,10 @@ mod tests {
     fn an_orphan_holds_up_its_own_bytes_and_no_others() {
         let orphans = Arc::new(Orphans::default());
         let (work, wait) = orphans.begin(10, 20);
-        assert!(orphans.wait(0, 100).now_or_never().is_some(), "somebody waits for it: no orphan");
+        assert!(
+            orphans.wait(0, 100).now_or_never().is_some(),
+            "somebody waits for it: no orphan"
+        );
         drop(wait);
         assert!(orphans.wait(15, 16).now_or_never().is_none());
         assert!(orphans.wait(20, 30).now_or_never().is_some());

@@ -1,19 +1,61 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! [`RawDriver`]: the format that is none. Every request goes to the file as it is.
+//! [`RawDriver`]: the format that is none: a request goes to the file as it is, or moved by the option `offset`. `QEMU: block/raw-format.c`.
+//!
+//! A raw image whose format was guessed is a danger: a guest that writes another format's header into its first sector makes the next
+//! guess find that format, with any backing file it likes. So such a write is refused.
 
 use async_trait::async_trait;
 use blockcore::{
-    BlockDriver, BlockLimits, BlockStatus, Child, CreateContext, CreateOption, DriverFactory,
-    DriverInfo, IoBuf, IoBufMut, OpenContext, Options, ReadFlags, Result, StatusFlags, StatusMode,
-    TruncateRequest, WriteFlags,
+    BlockDriver, BlockError, BlockLimits, BlockStatus, Child, DriverInfo, IoBuf, IoBufMut,
+    MAX_LENGTH_BYTES, Node, PreparedReopen, ReadFlags, Registry, ReopenRequest, Result,
+    SECTOR_BYTES, StatusFlags, StatusMode, TruncateRequest, WriteFlags,
 };
 
-use crate::file_open::FileFactory;
+use crate::file::FileDriver;
 
 /// A raw image.
 #[derive(Debug)]
 pub struct RawDriver {
-    file: Child,
+    pub(crate) file: Child,
+    /// Where the image begins in the file, in bytes.
+    pub(crate) offset: u64,
+    /// The length in bytes, where the option `size` says it.
+    pub(crate) fixed_size: Option<u64>,
+    /// The drivers that guessed the format, if they did.
+    pub(crate) probed_by: Option<Registry>,
+}
+
+impl RawDriver {
+    /// Whether the first sector may be overwritten with what `buf` begins with.
+    fn check_first_sector(&self, offset: u64, buf: &IoBuf) -> Result<()> {
+        let Some(registry) = &self.probed_by else {
+            return Ok(());
+        };
+        if offset >= SECTOR_BYTES || buf.is_empty() {
+            return Ok(());
+        }
+        // Requests are aligned to sectors (see `limits`), so all of it is there.
+        let mut head = [0; SECTOR_BYTES as usize];
+        buf.copy_to_slice(0, &mut head);
+        match registry.probe(&head) {
+            Some(driver) if driver.format_name() != "raw" => {
+                Err(BlockError::from_errno(libc::EPERM))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether a range that the caller checked against the length lies in the file's part that is the image.
+    fn shift(&self, offset: u64, bytes: u64) -> Result<u64> {
+        if let Some(size) = self.fixed_size
+            && offset.checked_add(bytes).is_none_or(|end| end > size)
+        {
+            return Err(BlockError::from_errno(libc::ENOSPC));
+        }
+        offset
+            .checked_add(self.offset)
+            .ok_or_else(|| BlockError::from_errno(libc::EINVAL))
+    }
 }
 
 #[async_trait]
@@ -27,34 +69,56 @@ impl BlockDriver for RawDriver {
     }
 
     fn limits(&self) -> BlockLimits {
+        let file = self.file.limits();
+        let sector = match self.probed_by {
+            Some(_) => SECTOR_BYTES as u32,
+            None => 1,
+        };
         BlockLimits {
-            request_alignment: self.file.limits().request_alignment,
-            ..self.file.limits()
+            request_alignment: sector,
+            pwrite_zeroes_alignment: sector,
+            pdiscard_alignment: sector,
+            mem_alignment: file.mem_alignment,
+            opt_transfer: file.opt_transfer,
+            ..BlockLimits::default()
         }
     }
 
     async fn length(&self) -> Result<u64> {
-        self.file.refresh_length().await
+        let file_length = self.file.refresh_length().await?;
+        match self.fixed_size {
+            Some(size) => Ok(size),
+            // The file may have shrunk behind our back.
+            None => Ok(file_length.saturating_sub(self.offset)),
+        }
     }
 
     fn read_nowait(&self, offset: u64, buf: &mut [u8]) -> bool {
-        self.file.read_nowait(offset, buf)
+        match self.shift(offset, buf.len() as u64) {
+            Ok(at) => self.file.read_nowait(at, buf),
+            Err(_) => false,
+        }
     }
 
     async fn preadv(&self, offset: u64, buf: IoBufMut, flags: ReadFlags) -> Result<IoBufMut> {
-        self.file.preadv(offset, buf, flags).await
+        let at = self.shift(offset, buf.len() as u64)?;
+        self.file.preadv(at, buf, flags).await
     }
 
     async fn pwritev(&self, offset: u64, buf: IoBuf, flags: WriteFlags) -> Result<()> {
-        self.file.pwritev(offset, buf, flags).await
+        self.check_first_sector(offset, &buf)?;
+        let at = self.shift(offset, buf.len() as u64)?;
+        self.file.pwritev(at, buf, flags).await
     }
 
     async fn pwrite_zeroes(&self, offset: u64, bytes: u64, flags: WriteFlags) -> Result<()> {
-        self.file.pwrite_zeroes(offset, bytes, flags).await
+        let at = self.shift(offset, bytes)?;
+        self.file.pwrite_zeroes(at, bytes, flags).await
     }
 
     async fn pdiscard(&self, offset: u64, bytes: u64) -> Result<()> {
-        self.file.pdiscard(offset, bytes).await
+        let at = self.shift(offset, bytes)?;
+        self.file.pdiscard(at, bytes).await
     }
 
     async fn block_status(
@@ -66,7 +130,7 @@ impl BlockDriver for RawDriver {
         Ok(BlockStatus::mapped(
             StatusFlags::RAW,
             bytes,
-            offset,
+            offset + self.offset,
             self.file.node().clone(),
         ))
     }
@@ -80,7 +144,21 @@ impl BlockDriver for RawDriver {
     }
 
     async fn truncate(&self, request: TruncateRequest) -> Result<()> {
-        self.file.truncate(request).await
+        if self.fixed_size.is_some() {
+            return Err(BlockError::unsupported(
+                "Cannot resize fixed-size raw disks",
+            ));
+        }
+        match request.bytes.checked_add(self.offset) {
+            Some(bytes) if bytes <= MAX_LENGTH_BYTES => {
+                self.file
+                    .truncate(TruncateRequest { bytes, ..request })
+                    .await
+            }
+            _ => Err(BlockError::invalid(
+                "Disk size too large for the chosen offset",
+            )),
+        }
     }
 
     async fn allocated_size(&self) -> Result<Option<u64>> {
@@ -91,44 +169,49 @@ impl BlockDriver for RawDriver {
         self.file.driver().info().await
     }
 
+    async fn copy_range_from(
+        &self,
+        source: &Node,
+        src_offset: u64,
+        dst_offset: u64,
+        bytes: u64,
+    ) -> Result<()> {
+        let at = self.shift(dst_offset, bytes)?;
+        if self.probed_by.is_some() && dst_offset < SECTOR_BYTES {
+            return Err(BlockError::from_errno(libc::ENOTSUP));
+        }
+        let to = self.file.driver();
+        match source.driver().as_any().downcast_ref::<RawDriver>() {
+            Some(raw) => {
+                let from = raw.shift(src_offset, bytes)?;
+                to.copy_range_from(&raw.file, from, at, bytes).await
+            }
+            None if source.driver().as_any().is::<FileDriver>() => {
+                to.copy_range_from(source, src_offset, at, bytes).await
+            }
+            None => Err(BlockError::from_errno(libc::ENOTSUP)),
+        }
+    }
+
+    async fn reopen_prepare(&self, request: &mut ReopenRequest) -> Result<Box<dyn PreparedReopen>> {
+        struct Nothing;
+        impl PreparedReopen for Nothing {
+            fn commit(self: Box<Self>) {}
+        }
+        let now = [("offset", Some(self.offset)), ("size", self.fixed_size)];
+        for (key, now) in now {
+            if let Some(asked) = request.options.take_size(key)?
+                && Some(asked) != now
+            {
+                return Err(BlockError::invalid(format!(
+                    "Cannot change the option '{key}'"
+                )));
+            }
+        }
+        Ok(Box::new(Nothing))
+    }
+
     fn as_any(&self) -> &dyn std::any::Any {
         self
-    }
-}
-
-/// Opens and creates raw images.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct RawFactory;
-
-#[async_trait]
-impl DriverFactory for RawFactory {
-    fn format_name(&self) -> &'static str {
-        "raw"
-    }
-
-    fn probe(&self, _head: &[u8]) -> u32 {
-        1
-    }
-
-    async fn open(
-        &self,
-        ctx: &OpenContext<'_>,
-        _options: &mut Options,
-    ) -> Result<Box<dyn BlockDriver>> {
-        let file = ctx.take_file()?;
-        Ok(Box::new(RawDriver { file }))
-    }
-
-    fn create_options(&self) -> &'static [CreateOption] {
-        FileFactory.create_options()
-    }
-
-    async fn create(
-        &self,
-        ctx: &CreateContext<'_>,
-        filename: &str,
-        options: Options,
-    ) -> Result<()> {
-        ctx.create_file(filename, options).await?.close().await
     }
 }

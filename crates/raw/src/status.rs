@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Which parts of a host file are holes, by `SEEK_DATA` and `SEEK_HOLE`. `QEMU: find_allocation`, `raw_co_block_status`.
 
-use std::io;
-
 use blockcore::{BlockStatus, StatusFlags};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
@@ -10,12 +8,8 @@ use rustix::io::Errno;
 use crate::host::HostFile;
 
 /// The status of the range that starts at `offset`; blocks on the disk.
-pub(crate) fn status(
-    file: &HostFile,
-    offset: u64,
-    bytes: u64,
-    request_alignment: u64,
-) -> io::Result<BlockStatus> {
+pub(crate) fn status(file: &HostFile, offset: u64, bytes: u64) -> BlockStatus {
+    let request_alignment = file.direct.map_or(1, |d| d.request).into();
     let (flags, bytes) = match seek(file, SeekFrom::Data(offset)) {
         // A hole up to the end, or past it.
         Err(Errno::NXIO) => (StatusFlags::ZERO, bytes),
@@ -33,5 +27,5 @@ pub(crate) fn status(
     };
     let mut status = BlockStatus::new(flags | StatusFlags::OFFSET_VALID, bytes);
     status.map = offset;
-    Ok(status)
+    status
 }

@@ -2,15 +2,11 @@
 //! A raw image over a file: what goes in comes out, and the file on the host is the image.
 
 use blockcore::{
-    IoBuf, OpenOptions, Options, Registry, StatusFlags, StatusMode, TruncateRequest, WriteFlags,
+    IoBuf, OpenOptions, Options, StatusFlags, StatusMode, TruncateRequest, WriteFlags,
 };
 
-fn registry() -> Registry {
-    let mut registry = Registry::new();
-    registry.register(raw::FileFactory);
-    registry.register(raw::RawFactory);
-    registry
-}
+mod common;
+use common::registry;
 
 #[tokio::test]
 async fn what_is_written_is_read_and_lies_in_the_file() {

@@ -1,4 +1,58 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Who makes the system calls: the blocking pool.
+//! The I/O engines: how requests get to the kernel without a wait on an executor's thread.
+//!
+//! * [`pool`]: any call at all, on a thread of tokio's blocking pool;
+//! * [`uring`]: reads, writes and syncs by io_uring, where the kernel grants it.
+//!
+//! With both, whoever works on a buffer owns it, so a future can be dropped at any time; what then goes on is the business of
+//! [`orphan`](crate::orphan).
 
 pub(crate) mod pool;
+pub(crate) mod uring;
+
+use std::sync::Arc;
+
+use blockcore::{IoBuf, IoBufMut, Result};
+
+use crate::host::HostFile;
+use crate::orphan::Orphans;
+
+/// Who makes the calls for one file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Engine {
+    /// The blocking pool.
+    Pool,
+    /// io_uring for what it is good at, the pool for the rest.
+    Uring,
+}
+
+impl Engine {
+    /// The page cache is written by copying, which io_uring hands to kernel threads one by one: the pool does as well.
+    fn writes_by_uring(self, file: &HostFile) -> bool {
+        self == Engine::Uring && file.direct.is_some()
+    }
+}
+
+/// Fills `buf` from `offset`; what lies past the end of the file reads as zero.
+pub(crate) async fn read(file: &Arc<HostFile>, offset: u64, mut buf: IoBufMut) -> Result<IoBufMut> {
+    if file.engine == Engine::Uring {
+        return uring::read(file, offset, buf).await;
+    }
+    let file = file.clone();
+    pool::run(move || file.read(offset, &mut buf).map(|()| buf)).await
+}
+
+/// Writes all of `buf` at `offset`.
+pub(crate) async fn write(
+    file: &Arc<HostFile>,
+    orphans: &Arc<Orphans>,
+    offset: u64,
+    buf: IoBuf,
+) -> Result<()> {
+    if file.engine.writes_by_uring(file) {
+        return uring::write(file, orphans, offset, buf).await;
+    }
+    let end = offset + buf.len() as u64;
+    let file = file.clone();
+    pool::run_change(orphans, offset, end, move || file.write(offset, &buf)).await
+}

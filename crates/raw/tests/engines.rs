@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Every engine, with and without O_DIRECT, gives the same bytes: a random sequence of unaligned, scattered requests against a byte vector.
+
+mod common;
+
+use blockcore::{IoBuf, IoBufMut, OpenOptions, ReadFlags, WriteFlags};
+use bytes::Bytes;
+use common::Disk;
+use futures::future::try_join_all;
+
+/// A small generator of random numbers, so that a seed says everything.
+struct Rng(u64);
+
+impl Rng {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % n
+    }
+}
+
+const DISK_BYTES: u64 = 1 << 20;
+
+/// Bytes in several pieces whose addresses are aligned to nothing.
+fn scattered(bytes: &[u8], rng: &mut Rng) -> IoBuf {
+    let mut out = IoBuf::default();
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        let n = (1 + rng.below(9000) as usize).min(rest.len());
+        let mut piece = vec![0; 3];
+        piece.extend(&rest[..n]);
+        out.push(Bytes::from(piece).slice(3..));
+        rest = &rest[n..];
+    }
+    out
+}
+
+async fn random_requests(aio: &str, direct: bool, seed: u64) {
+    eprintln!("aio {aio} direct {direct} seed {seed}");
+    let disk = Disk::create("1M").await;
+    let options = OpenOptions::new()
+        .option("file.aio", aio)
+        .direct(direct)
+        .unmap(true);
+    let backend = disk.open(options).await;
+    let mut rng = Rng(seed);
+    let mut model = vec![0u8; DISK_BYTES as usize];
+    for step in 0..300 {
+        let at = rng.below(DISK_BYTES);
+        let n = 1 + rng.below((DISK_BYTES - at).min(60_000));
+        let range = at as usize..(at + n) as usize;
+        match rng.below(5) {
+            0 | 1 => {
+                let data = vec![1 + (step % 250) as u8; n as usize];
+                backend
+                    .pwritev(at, scattered(&data, &mut rng), WriteFlags::empty())
+                    .await
+                    .unwrap();
+                model[range].fill(data[0]);
+            }
+            2 => {
+                let flags = match rng.below(2) {
+                    0 => WriteFlags::empty(),
+                    _ => WriteFlags::MAY_UNMAP,
+                };
+                backend.pwrite_zeroes(at, n, flags).await.unwrap();
+                model[range].fill(0);
+            }
+            3 => backend.flush().await.unwrap(),
+            _ => {
+                let mut buf = IoBufMut::from(vec![9; n as usize / 2]);
+                buf.append(IoBufMut::from(vec![9; n as usize - n as usize / 2]));
+                let read = backend.preadv(at, buf, ReadFlags::empty()).await.unwrap();
+                assert!(read.to_vec() == model[range], "step {step} at {at} + {n}");
+            }
+        }
+    }
+    let blocks = (0..DISK_BYTES / 4096).map(|i| backend.read(i * 4096, 4096));
+    let all = try_join_all(blocks).await.unwrap();
+    backend.close().await.unwrap();
+    let all: Vec<u8> = all.iter().flat_map(IoBufMut::to_vec).collect();
+    assert!(all == model, "read back");
+    assert!(
+        std::fs::read(&disk.path).unwrap() == model,
+        "the host's file"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_engines_agree_with_a_model() {
+    for (aio, direct) in [
+        ("threads", false),
+        ("threads", true),
+        ("io_uring", false),
+        ("io_uring", true),
+        ("native", true),
+    ] {
+        random_requests(aio, direct, 0x5eed_1234).await;
+    }
+}
+
+/// The file ends inside a block of O_DIRECT: reads stop there, and what is behind is zero.
+#[tokio::test]
+async fn a_file_that_ends_inside_a_block_reads_as_zeroes_behind_its_end() {
+    for aio in ["threads", "io_uring"] {
+        let disk = Disk::create("0").await;
+        std::fs::write(&disk.path, vec![5u8; 1000]).unwrap();
+        for direct in [false, true] {
+            let backend = disk
+                .open(OpenOptions::new().option("file.aio", aio).direct(direct))
+                .await;
+            assert_eq!(backend.length(), 1024);
+            let mut want = vec![5u8; 1000];
+            want.extend([0; 24]);
+            assert_eq!(backend.read(0, 1024).await.unwrap().to_vec(), want);
+            backend.close().await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn native_aio_without_direct_is_refused() {
+    let disk = Disk::create("1M").await;
+    let opened = OpenOptions::new()
+        .format("raw")
+        .option("file.aio", "native")
+        .open(&common::registry(), disk.name())
+        .await;
+    assert_eq!(
+        opened.unwrap_err().text(),
+        "aio=native was specified, but it requires cache.direct=on, which was not specified."
+    );
+}
+
+/// A dropped read leaves its memory to the kernel; what is written to the file meanwhile, and later reads, are right.
+#[tokio::test]
+async fn dropped_reads_harm_nobody() {
+    let disk = Disk::create("16M").await;
+    let backend = disk.open(OpenOptions::new().direct(true)).await;
+    let data = IoBuf::from(vec![7u8; 1 << 20]);
+    for i in 0..16 {
+        backend
+            .pwritev(i << 20, data.clone(), WriteFlags::empty())
+            .await
+            .unwrap();
+    }
+    for round in 0..200u64 {
+        let read = backend.read((round % 16) << 20, 1 << 20);
+        let mut read = std::pin::pin!(read);
+        assert!(futures::poll!(read.as_mut()).is_pending());
+    }
+    assert_eq!(
+        backend.read(3 << 20, 4096).await.unwrap().to_vec(),
+        vec![7; 4096]
+    );
+    backend.close().await.unwrap();
+}
