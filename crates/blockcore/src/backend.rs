@@ -11,7 +11,7 @@ use tokio::sync::Notify;
 use crate::buffer::{IoBuf, IoBufMut};
 use crate::child::{Child, ChildRole};
 use crate::driver::{ReadFlags, TruncateRequest, WriteFlags};
-use crate::error::{BlockError, Op, Result};
+use crate::error::{BlockError, ErrorKind, Op, Result};
 use crate::limits::MAX_REQUEST_BYTES;
 use crate::node::{Node, NodeFlags};
 use crate::options::Options;
@@ -318,7 +318,11 @@ impl Backend {
             self.root.flush().await
         };
         let closed = self.root.close().await;
-        flushed.and(closed)
+        match flushed {
+            // That the image is corrupt has been said when it was found; closing it is no second failure.
+            Err(e) if e.kind() == ErrorKind::Corrupt => closed,
+            flushed => flushed.and(closed),
+        }
     }
 }
 

@@ -312,6 +312,14 @@ pub trait BlockDriver: Send + Sync + 'static {
         Ok(BlockStatus::new(StatusFlags::DATA, bytes))
     }
 
+    /// Reserves storage for a range, so that writing to it later finds room. What the range reads as, and the length, stay.
+    ///
+    /// *Called* for ranges within the length. A hint: *the driver may* do nothing. *If omitted*: nothing.
+    async fn reserve_storage(&self, offset: u64, bytes: u64) -> Result<()> {
+        let _nothing = (offset, bytes);
+        Ok(())
+    }
+
     /// Makes every write that was done before the call durable, and what makes it reachable too.
     ///
     /// *Errors*: the host's; then nothing is known about what is durable, and the driver must not forget what it has yet to

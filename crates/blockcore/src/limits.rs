@@ -5,7 +5,7 @@
 pub const MAX_REQUEST_BYTES: u64 = (i32::MAX as u64) & !511;
 
 /// The largest disk a node may have, in bytes. Leaves room below `i64::MAX` for any alignment to be added.
-pub const MAX_LENGTH_BYTES: u64 = (i64::MAX as u64) & !((1 << 32) - 1);
+pub const MAX_LENGTH_BYTES: u64 = (i64::MAX as u64) & !((1 << 30) - 1);
 
 /// Sizes and alignments that a driver asks for. `QEMU: BlockLimits`.
 ///

@@ -259,9 +259,11 @@ impl Node {
     pub async fn truncate(&self, request: TruncateRequest) -> Result<()> {
         self.check_writable(Op::Truncate)?;
         if request.bytes > MAX_LENGTH_BYTES {
-            return Err(
-                BlockError::from_errno(libc::EFBIG).message("Requested length is too large")
+            let text = format!(
+                "offset({}) exceeds maximum({MAX_LENGTH_BYTES})",
+                request.bytes
             );
+            return Err(BlockError::from_errno(libc::EFBIG).message(text));
         }
         let old = self.length();
         let from = old.min(request.bytes);

@@ -154,6 +154,22 @@ impl Node {
         Ok(())
     }
 
+    /// Reserves storage for a range within the length; see [`BlockDriver::reserve_storage`](crate::BlockDriver::reserve_storage).
+    ///
+    /// # Errors
+    /// `ReadOnly`, the driver's.
+    pub async fn reserve_storage(&self, offset: u64, bytes: u64) -> Result<()> {
+        self.check_writable(Op::Write)?;
+        let end = (offset + bytes).min(self.length());
+        if offset >= end {
+            return Ok(());
+        }
+        self.driver()
+            .reserve_storage(offset, end - offset)
+            .await
+            .map_err(|e| e.during(Op::Write).on_node(self.name()))
+    }
+
     /// Says that what a range holds is no longer needed. Does nothing where the node was opened with `discard=ignore`, and nothing to
     /// blocks that are covered in part.
     ///

@@ -16,7 +16,7 @@ use blockcore::{BlockError, ErrorKind, IoBufMut, ReadFlags, Result, WriteFlags};
 
 use crate::commit::{Growth, MovedTable};
 use crate::format::{L1E_OFFSET_MASK, L2E_OFFSET_MASK, OFLAG_COPIED};
-use crate::image::{Image, Owner};
+use crate::image::{Hex, Image, Intent, Owner};
 use crate::l2_cache::PinnedSlice;
 use crate::l2_table::Mapping;
 use crate::refcount::Refcounts;
@@ -66,6 +66,9 @@ pub(crate) struct Meta {
     /// The file reaches at least this far once the next commit is done, in bytes: L2 tables and data clusters are there whole, though
     /// what is zero in fresh ones was never written.
     pub needed_length: u64,
+    /// Host ranges, start and end in bytes, that belong to data clusters and were never written, because they are zero. The next commit reserves
+    /// storage for them: a cluster that is allocated has room on the host, as users of the format expect.
+    pub unwritten: Vec<(u64, u64)>,
     /// Where the L1 table lies, in bytes.
     pub l1_offset: u64,
     /// The refcount table is on its way to a new place.
@@ -80,6 +83,18 @@ impl Meta {
         self.needed_length = self
             .needed_length
             .max((run.cluster + run.count) << cluster_bits);
+    }
+
+    /// Notes that a fresh run was written only in part.
+    pub fn reserve_later(&mut self, run: Run, cluster_bits: u32) {
+        let (start, end) = (
+            run.cluster << cluster_bits,
+            (run.cluster + run.count) << cluster_bits,
+        );
+        match self.unwritten.last_mut() {
+            Some(last) if last.1 == start => last.1 = end,
+            _ => self.unwritten.push((start, end)),
+        }
     }
 
     /// Notes that clusters lost a reference.
@@ -128,11 +143,9 @@ impl Image {
                 continue;
             }
             let (host, bytes) = (cluster << self.cluster_bits, want << self.cluster_bits);
-            if cluster == 0 || self.owner_in(host, bytes).is_some() {
-                let text = format!(
-                    "Preventing invalid allocation at offset {host:#x}: the cluster holds metadata"
-                );
-                return Err(self.signal_corruption(&text, host));
+            // INV QCOW2-META-1: a cluster that is counted free and holds metadata all the same is never handed out.
+            if let Some(owner) = self.owner_in(host, bytes) {
+                return Err(self.refuse_overlap(host, owner));
             }
             for c in cluster..cluster + want {
                 meta.refcounts.set(&self.file, c, 1).await?;
@@ -243,7 +256,11 @@ impl Image {
             return Ok(());
         }
         if old & (self.cluster_size() - 1) != 0 {
-            let text = format!("L2 table offset {old:#x} unaligned (L1 index: {l1_index:#x})");
+            let text = format!(
+                "L2 table offset {} unaligned (L1 index: {})",
+                Hex(old),
+                Hex(l1_index as u64)
+            );
             return Err(self.signal_corruption(&text, old));
         }
         let run = self.alloc_run(meta, 1).await?;
@@ -291,7 +308,7 @@ impl Image {
         let Some(slice) = self.slice(number).await? else {
             unreachable!("the caller has made the L2 table");
         };
-        let old = self.decode(guest_cluster, slice.get(index))?;
+        let old = self.decode(guest_cluster, slice.get(index), Intent::Write)?;
         slice.set(index, entry);
         meta.dirty_slices.entry(number).or_insert(slice);
         Ok(old)

@@ -32,6 +32,12 @@ pub struct RefcountMap {
 }
 
 impl RefcountMap {
+    /// The number of clusters of the file.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> u64 {
+        self.counts.len() as u64
+    }
+
     /// The references of a cluster; 0 past the end of the file.
     pub fn get(&self, cluster: u64) -> u64 {
         self.counts

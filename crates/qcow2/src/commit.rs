@@ -58,6 +58,8 @@ struct Plan {
     /// The header's size and L1 fields, if they change, and what the L1 table leaves behind.
     size_and_l1: Option<(Vec<u8>, Vec<Freed>)>,
     freed: Vec<Freed>,
+    /// Host ranges to reserve storage for.
+    unwritten: Vec<(u64, u64)>,
 }
 
 /// A refcount table on its way to a new place. Until the header that names it is durable, both places are in use.
@@ -93,7 +95,8 @@ impl Image {
             .unwrap_or_else(|_| Err(BlockError::from_errno(125)))
     }
 
-    async fn commit_now(&self) -> Result<()> {
+    /// One commit. The caller sees to it that there is only one at a time.
+    pub(crate) async fn commit_now(&self) -> Result<()> {
         self.mark_corrupt_on_disk().await?;
         self.check_sound()?;
         let mut plan = self.take_plan().await?;
@@ -196,6 +199,7 @@ impl Image {
             ));
         }
         plan.freed = std::mem::take(&mut meta.freed);
+        plan.unwritten = std::mem::take(&mut meta.unwritten);
         Ok(plan)
     }
 
@@ -229,6 +233,12 @@ impl Image {
     }
 
     async fn write_plan(&self, plan: &Plan) -> Result<()> {
+        for &(start, end) in &plan.unwritten {
+            // A host that has no room, or no such call, is no reason to fail: nothing is lost.
+            if let Err(e) = self.file.reserve_storage(start, end - start).await {
+                tracing::debug!("no storage reserved at {start:#x}: {e}");
+            }
+        }
         for w in &plan.blocks {
             let at = w.host + w.range.start as u64;
             self.write_metadata(Owner::RefcountBlock, at, w.bytes.clone())

@@ -7,8 +7,8 @@ use std::sync::atomic::Ordering;
 use async_trait::async_trait;
 use blockcore::{
     BackingName, BlockDriver, BlockLimits, BlockStatus, CheckFix, CheckResult, Child, DriverInfo,
-    IoBuf, IoBufMut, PreparedReopen, ReadFlags, ReopenRequest, Result, SpecificInfo, StatusMode,
-    TruncateRequest, WriteFlags,
+    ErrorKind, IoBuf, IoBufMut, PreparedReopen, ReadFlags, ReopenRequest, Result, SpecificInfo,
+    StatusMode, TruncateRequest, WriteFlags,
 };
 
 use crate::image::Image;
@@ -17,6 +17,16 @@ use crate::{check, info};
 /// An open qcow2 image.
 pub struct Qcow2 {
     pub(crate) image: Arc<Image>,
+}
+
+impl Qcow2 {
+    /// Hands a result on. Corruption that was found is noted on disk first, so that the next program knows too.
+    async fn settle<T: Send>(&self, result: Result<T>) -> Result<T> {
+        if matches!(&result, Err(e) if e.kind() == ErrorKind::Corrupt) {
+            self.image.mark_corrupt_on_disk().await?;
+        }
+        result
+    }
 }
 
 #[async_trait]
@@ -57,11 +67,13 @@ impl BlockDriver for Qcow2 {
     }
 
     async fn preadv(&self, offset: u64, buf: IoBufMut, _flags: ReadFlags) -> Result<IoBufMut> {
-        self.image.read(offset, buf).await
+        let result = self.image.read(offset, buf).await;
+        self.settle(result).await
     }
 
     async fn pwritev(&self, offset: u64, buf: IoBuf, _flags: WriteFlags) -> Result<()> {
-        self.image.write(offset, buf).await
+        let result = self.image.write(offset, buf).await;
+        self.settle(result).await
     }
 
     fn supported_zero_flags(&self) -> WriteFlags {
@@ -74,15 +86,18 @@ impl BlockDriver for Qcow2 {
     }
 
     async fn pwrite_zeroes(&self, offset: u64, bytes: u64, flags: WriteFlags) -> Result<()> {
-        self.image.write_zeroes(offset, bytes, flags).await
+        let result = self.image.write_zeroes(offset, bytes, flags).await;
+        self.settle(result).await
     }
 
     async fn pdiscard(&self, offset: u64, bytes: u64) -> Result<()> {
-        self.image.discard(offset, bytes).await
+        let result = self.image.discard(offset, bytes).await;
+        self.settle(result).await
     }
 
     async fn block_status(&self, offset: u64, bytes: u64, mode: StatusMode) -> Result<BlockStatus> {
-        self.image.status(offset, bytes, mode).await
+        let result = self.image.status(offset, bytes, mode).await;
+        self.settle(result).await
     }
 
     async fn flush(&self) -> Result<()> {
@@ -167,6 +182,10 @@ impl BlockDriver for Qcow2 {
         self.image.tasks.wait_idle().await;
         if !self.image.writable.load(Ordering::Acquire) {
             return Ok(());
+        }
+        if self.image.corrupt.load(Ordering::Acquire) {
+            // What is not written yet stays so: it was made from metadata that can't be trusted.
+            return self.image.mark_corrupt_on_disk().await;
         }
         self.image.commit().await
     }

@@ -277,18 +277,20 @@ impl Header {
             u64::from(self.nb_snapshots) * 40,
             "Snapshot table",
         )?;
-        if self.size > blockcore::MAX_LENGTH_BYTES {
-            return Err(BlockError::from_errno(27).context("Could not refresh total sector count"));
-        }
         if u64::from(self.l1_size) * 8 > MAX_L1_BYTES {
             return Err(BlockError::from_errno(27).message("Active L1 table too large"));
         }
-        let needed = self.geometry().l1_entries(self.size);
-        if needed > MAX_L1_BYTES / 8 && needed > u64::from(u32::MAX) {
+        // A size near the end of the number range counts as none here; the next check but one refuses it.
+        let table_bytes = self.geometry().table_bytes();
+        let needed = self.size.wrapping_add(table_bytes - 1) / table_bytes;
+        if needed > i32::MAX as u64 {
             return Err(BlockError::from_errno(27).message("Image is too big"));
         }
         if u64::from(self.l1_size) < needed {
             return bad("L1 table is too small");
+        }
+        if self.size > blockcore::MAX_LENGTH_BYTES {
+            return Err(BlockError::from_errno(27).context("Could not refresh total sector count"));
         }
         self.check_place(
             self.l1_table_offset,
@@ -338,11 +340,6 @@ impl Header {
             return not_yet("Writing to images with persistent dirty bitmaps is not supported yet");
         }
         Ok(())
-    }
-
-    /// Where the snapshot table begins; the range is at least that of its fixed parts.
-    pub fn snapshot_table_range(&self) -> Option<(u64, u64)> {
-        (self.nb_snapshots > 0).then(|| (self.snapshots_offset, u64::from(self.nb_snapshots) * 40))
     }
 
     /// The header's cluster: header, extensions, backing file name.

@@ -23,13 +23,33 @@ use blockcore::{
 use crate::alloc::Meta;
 use crate::commit::CommitState;
 use crate::epoch::Epochs;
-use crate::format::{L1E_OFFSET_MASK, L2E_OFFSET_MASK};
+use crate::format::{L1E_OFFSET_MASK, L2E_OFFSET_MASK, OFLAG_ZERO};
 use crate::header::{CompressionType, Header, Incompatible};
 use crate::l2_cache::{L2Cache, NumberMap, PinnedSlice};
 use crate::l2_table::{BadEntry, L1Table, Mapping};
 
 /// Byte offset of the incompatible feature bits in the header.
-const INCOMPATIBLE_OFFSET: u64 = 72;
+pub(crate) const INCOMPATIBLE_OFFSET: u64 = 72;
+
+/// A number in hex as C's `%#x` shows it: zero has no prefix.
+pub(crate) struct Hex(pub u64);
+
+impl std::fmt::Display for Hex {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.0 == 0 {
+            f.write_str("0")
+        } else {
+            write!(f, "{:#x}", self.0)
+        }
+    }
+}
+
+/// What a mapping is looked up for: a wrong entry is described in other words to a reader than to a writer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Intent {
+    Read,
+    Write,
+}
 
 /// What a host cluster of metadata holds. INV QCOW2-META-1 is checked against this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,7 +142,11 @@ impl Image {
             return Ok(None);
         }
         if table & (self.cluster_size() - 1) != 0 {
-            let text = format!("L2 table offset {table:#x} unaligned (L1 index: {l1_index:#x})");
+            let text = format!(
+                "L2 table offset {} unaligned (L1 index: {})",
+                Hex(table),
+                Hex(l1_index as u64)
+            );
             return Err(self.signal_corruption(&text, table));
         }
         Ok(Some(
@@ -172,29 +196,43 @@ impl Image {
     ///
     /// # Errors
     /// Those of reading its L2 table; `Corrupt` for an entry that makes no sense.
-    pub async fn mapping(&self, guest_cluster: u64) -> Result<Mapping> {
+    pub async fn mapping(&self, guest_cluster: u64, intent: Intent) -> Result<Mapping> {
         if let Some(Ok(mapping)) = self.mapping_now(guest_cluster) {
             return Ok(mapping);
         }
         let (number, index) = self.l2.locate(guest_cluster);
         match self.slice(number).await? {
             None => Ok(Mapping::Unallocated),
-            Some(slice) => self.decode(guest_cluster, slice.get(index)),
+            Some(slice) => self.decode(guest_cluster, slice.get(index), intent),
         }
     }
 
     /// Reads an L2 entry, and marks the image corrupt where it makes no sense.
-    pub fn decode(&self, guest_cluster: u64, entry: u64) -> Result<Mapping> {
+    pub fn decode(&self, guest_cluster: u64, entry: u64, intent: Intent) -> Result<Mapping> {
         Mapping::decode(entry, self.version, self.cluster_bits).map_err(|bad| {
             let l2_index = guest_cluster & ((1 << self.l2_bits()) - 1);
             let table = self.l1.get(self.l1_index(guest_cluster)) & L1E_OFFSET_MASK;
-            let what = match bad {
-                BadEntry::ZeroBeforeV3 => "Zero cluster entry found in pre-v3 image".to_owned(),
-                BadEntry::Unaligned(host) => {
-                    format!("Cluster allocation offset {host:#x} unaligned")
+            let at = format!("(L2 offset: {}, L2 index: {})", Hex(table), Hex(l2_index));
+            let guest = Hex(guest_cluster << self.cluster_bits);
+            let text = match (bad, intent) {
+                (BadEntry::ZeroBeforeV3, _) => {
+                    format!("Zero cluster entry found in pre-v3 image {at}")
+                }
+                (BadEntry::Unaligned(host), Intent::Read) => {
+                    format!("Cluster allocation offset {} unaligned {at}", Hex(host))
+                }
+                (BadEntry::Unaligned(host), Intent::Write) => {
+                    let what = if entry & OFLAG_ZERO != 0 {
+                        "Preallocated zero"
+                    } else {
+                        "Data"
+                    };
+                    format!(
+                        "{what} cluster offset {} unaligned (guest offset: {guest})",
+                        Hex(host)
+                    )
                 }
             };
-            let text = format!("{what} (L2 offset: {table:#x}, L2 index: {l2_index:#x})");
             self.signal_corruption(&text, entry & L2E_OFFSET_MASK)
         })
     }
@@ -220,9 +258,9 @@ impl Image {
     ///
     /// # Errors
     /// As [`mapping`](Image::mapping).
-    pub async fn run(&self, offset: u64, bytes: u64) -> Result<(Mapping, u64)> {
+    pub async fn run(&self, offset: u64, bytes: u64, intent: Intent) -> Result<(Mapping, u64)> {
         let cluster = offset >> self.cluster_bits;
-        let first = self.mapping(cluster).await?;
+        let first = self.mapping(cluster, intent).await?;
         let mut covered = ((cluster + 1) << self.cluster_bits) - offset;
         let mut index = 1;
         while covered < bytes {
@@ -240,7 +278,11 @@ impl Image {
                     continue;
                 }
             }
-            if !first.continues(index, self.cluster_size(), &self.mapping(next).await?) {
+            if !first.continues(
+                index,
+                self.cluster_size(),
+                &self.mapping(next, intent).await?,
+            ) {
                 break;
             }
             covered += self.cluster_size();

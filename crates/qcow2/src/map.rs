@@ -3,7 +3,7 @@
 
 use blockcore::{BlockStatus, Result, StatusFlags, StatusMode};
 
-use crate::image::Image;
+use crate::image::{Image, Intent};
 use crate::l2_table::Mapping;
 
 impl Image {
@@ -13,7 +13,7 @@ impl Image {
     /// Those of reading L2 tables.
     pub async fn status(&self, offset: u64, bytes: u64, mode: StatusMode) -> Result<BlockStatus> {
         let _epoch = self.epochs.enter();
-        let (mapping, covered) = self.run(offset, bytes).await?;
+        let (mapping, covered) = self.run(offset, bytes, Intent::Read).await?;
         let file = || self.file.node().clone();
         let within = self.in_cluster(offset);
         Ok(match mapping {

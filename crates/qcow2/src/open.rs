@@ -9,20 +9,20 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use async_trait::async_trait;
 use blockcore::{
-    BlockDriver, Child, CreateContext, CreateOption, DriverFactory, IoBufMut, OpenContext, Options,
-    ReadFlags, Result,
+    BlockDriver, BlockError, Child, CreateContext, CreateOption, DriverFactory, IoBufMut,
+    OpenContext, Options, ReadFlags, Result,
 };
 
 use crate::alloc::Meta;
 use crate::commit::CommitState;
-use crate::create;
 use crate::driver::Qcow2;
 use crate::format::{L1E_OFFSET_MASK, MAGIC};
-use crate::header::Header;
-use crate::image::{Image, Owner};
+use crate::header::{Header, Incompatible};
+use crate::image::{INCOMPATIBLE_OFFSET, Image, Owner};
 use crate::l2_cache::L2Cache;
 use crate::l2_table::L1Table;
 use crate::refcount::Refcounts;
+use crate::{check, create, snapshot};
 
 /// Bytes in an L2 slice; a whole table where clusters are smaller.
 const SLICE_BYTES_BITS: u32 = 12;
@@ -117,6 +117,7 @@ pub(crate) async fn open_image(
         next_free: 0,
         fresh_from: end,
         needed_length: 0,
+        unwritten: Vec::new(),
         l1_offset: header.l1_table_offset,
         moving_table: None,
         growth: None,
@@ -170,7 +171,8 @@ impl Image {
             .expect("no code panics while it holds this lock")
             .clone();
         header.check_writable()?;
-        self.find_owners(&header).await;
+        self.find_owners(&header).await?;
+        self.recount_if_dirty(&header).await?;
         self.update_features(header).await
     }
 
@@ -188,7 +190,7 @@ impl Image {
         Ok(())
     }
 
-    async fn find_owners(&self, header: &Header) {
+    async fn find_owners(&self, header: &Header) -> Result<()> {
         self.owned
             .write()
             .expect("no code panics while it holds this lock")
@@ -217,8 +219,59 @@ impl Image {
         for &offset in meta.refcounts.table().iter().filter(|&&o| aligned(o)) {
             self.own(offset, cluster, Owner::RefcountBlock);
         }
-        for (offset, bytes) in header.snapshot_table_range() {
-            self.own(offset, bytes, Owner::SnapshotTable);
+        if header.nb_snapshots > 0 {
+            let table = snapshot::read_table(header, &self.file).await?;
+            self.own(header.snapshots_offset, table.bytes, Owner::SnapshotTable);
+            for s in &table.snapshots {
+                self.own(
+                    s.l1_table_offset,
+                    u64::from(s.l1_size) * 8,
+                    Owner::InactiveL1,
+                );
+            }
         }
+        Ok(())
+    }
+
+    /// An image whose last writer did not close it, and let refcounts be written late (`lazy_refcounts`): counts them again before anything is
+    /// allocated by them (INV QCOW2-ORD-1 does not hold in such an image until then).
+    async fn recount_if_dirty(&self, header: &Header) -> Result<()> {
+        if !header.incompatible.contains(Incompatible::DIRTY) {
+            return Ok(());
+        }
+        let (references, found) = check::compute_refcounts(header, &self.file).await?;
+        if found.corruptions + found.check_errors > 0 {
+            let text = "The image was not closed properly, and its tables are damaged; repairing it is not supported yet";
+            return Err(BlockError::corrupt(text));
+        }
+        {
+            let mut meta = self.meta.lock().await;
+            for cluster in 0..references.len() {
+                let wanted = references.get(cluster);
+                if meta.refcounts.get(&self.file, cluster).await? == wanted {
+                    continue;
+                }
+                if !meta.refcounts.has_block(cluster) {
+                    let text = "The image was not closed properly, and lacks a refcount block; repairing it is not supported yet";
+                    return Err(BlockError::corrupt(text));
+                }
+                if wanted > meta.refcounts.max_refcount() {
+                    return Err(BlockError::corrupt(format!(
+                        "Cluster {cluster} has {wanted} references, too many to count"
+                    )));
+                }
+                meta.refcounts.set(&self.file, cluster, wanted).await?;
+            }
+        }
+        // Only when the refcounts are durable is the image clean.
+        self.commit_now().await?;
+        let bits = header.incompatible - Incompatible::DIRTY;
+        self.write_header_bytes(INCOMPATIBLE_OFFSET, bits.bits().to_be_bytes().to_vec())
+            .await?;
+        self.header
+            .lock()
+            .expect("no code panics while it holds this lock")
+            .incompatible = bits;
+        Ok(())
     }
 }

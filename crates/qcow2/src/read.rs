@@ -10,7 +10,7 @@ use futures::stream::{FuturesOrdered, StreamExt};
 use blockcore::{IoBufMut, ReadFlags, Result};
 
 use crate::compressed;
-use crate::image::Image;
+use crate::image::{Image, Intent};
 use crate::l2_table::Mapping;
 
 impl Image {
@@ -69,7 +69,7 @@ impl Image {
     pub async fn read(&self, offset: u64, mut buf: IoBufMut) -> Result<IoBufMut> {
         let _epoch = self.epochs.enter();
         let bytes = buf.len() as u64;
-        let (mapping, first) = self.run(offset, bytes).await?;
+        let (mapping, first) = self.run(offset, bytes, Intent::Read).await?;
         if first == bytes {
             return self.read_mapped(mapping, offset, buf).await;
         }
@@ -87,7 +87,7 @@ impl Image {
             parts.push_back(self.read_mapped(mapping, at, buf.split_to(n as usize)));
             at += n;
             if !buf.is_empty() {
-                next = self.run(at, buf.len() as u64).await?;
+                next = self.run(at, buf.len() as u64, Intent::Read).await?;
             }
         }
         while let Some(part) = parts.next().await {

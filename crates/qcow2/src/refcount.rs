@@ -224,11 +224,6 @@ impl Refcounts {
         }
     }
 
-    /// Whether any block has changes.
-    pub fn is_dirty(&self) -> bool {
-        !self.dirty_entries.is_empty() || self.blocks.values().any(|b| b.dirty.is_some())
-    }
-
     /// Takes a copy of everything that is to be written. The blocks stay in memory until [`written`](Refcounts::written).
     pub fn take_dirty(&mut self) -> Vec<BlockWrite> {
         let mut writes = Vec::new();

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use blockcore::{BlockError, Result, WriteFlags, chain_is_zero};
 
 use crate::format::OFLAG_ZERO;
-use crate::image::Image;
+use crate::image::{Image, Intent};
 use crate::l2_table::Mapping;
 
 /// What becomes of one L2 entry.
@@ -110,7 +110,7 @@ impl Image {
         if first != last {
             return Ok(false);
         }
-        match self.mapping(first).await? {
+        match self.mapping(first, Intent::Write).await? {
             Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => Ok(true),
             Mapping::Data { .. } | Mapping::Compressed(_) => Ok(false),
             Mapping::Unallocated => {
@@ -198,7 +198,7 @@ impl Image {
             for cluster in at..slice_end {
                 let (_, index) = self.l2.locate(cluster);
                 let entry = table.as_ref().map_or(0, |t| t.get(index));
-                let mapping = self.decode(cluster, entry)?;
+                let mapping = self.decode(cluster, entry, Intent::Write)?;
                 match decide(mapping, entry) {
                     Remap::Keep => {}
                     Remap::Set(new) => {

@@ -10,7 +10,7 @@ use blockcore::{BlockError, IoBuf, Preallocation, Result, TruncateRequest, Write
 use crate::alloc::{Freed, Meta, Run};
 use crate::commit::Growth;
 use crate::format::{MAX_L1_BYTES, OFLAG_COPIED, OFLAG_ZERO};
-use crate::image::{Image, Owner};
+use crate::image::{Image, Intent, Owner};
 use crate::l2_table::Mapping;
 
 /// How many clusters are preallocated under one hold of the metadata lock.
@@ -49,6 +49,11 @@ impl Image {
         }
         if request.bytes == old {
             return Ok(());
+        }
+        if self.version < 3 && self.backing.as_ref().is_some_and(|b| b.length() > old) {
+            // What appears would show the backing node, and version 2 has no zero clusters to hide it.
+            let text = "Failed to zero out new clusters: Operation not supported";
+            return Err(BlockError::unsupported(text));
         }
         self.spawn(move |image| async move { image.grow(old, request).await })
             .await
@@ -115,7 +120,10 @@ impl Image {
             .min(new.next_multiple_of(self.cluster_size()));
         let backing_end = self.backing.as_ref().map_or(0, |b| b.length());
         if old < partial_end {
-            let shown = match self.mapping(old >> self.cluster_bits).await? {
+            let shown = match self
+                .mapping(old >> self.cluster_bits, Intent::Write)
+                .await?
+            {
                 Mapping::Data { .. } | Mapping::Compressed(_) => true,
                 Mapping::Unallocated => backing_end > old,
                 Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => false,
@@ -128,19 +136,12 @@ impl Image {
         let end = backing_end.min(new);
         let mut at = partial_end;
         while at < end {
-            if self.version >= 3 {
-                let mut meta = self.meta.lock().await;
-                let cluster = at >> self.cluster_bits;
-                self.ensure_l2_table(&mut meta, self.l1_index(cluster))
-                    .await?;
-                self.set_entry(&mut meta, cluster, OFLAG_ZERO).await?;
-                at += self.cluster_size();
-            } else {
-                let n = (end - at)
-                    .next_multiple_of(self.cluster_size())
-                    .min(ZERO_WRITE_BYTES.max(self.cluster_size()));
-                at += self.write_some(at, IoBuf::zeroes(n as usize)).await?;
-            }
+            let mut meta = self.meta.lock().await;
+            let cluster = at >> self.cluster_bits;
+            self.ensure_l2_table(&mut meta, self.l1_index(cluster))
+                .await?;
+            self.set_entry(&mut meta, cluster, OFLAG_ZERO).await?;
+            at += self.cluster_size();
         }
         Ok(())
     }

@@ -23,7 +23,7 @@ use futures::stream::{FuturesUnordered, StreamExt};
 
 use crate::alloc::Run;
 use crate::format::OFLAG_COPIED;
-use crate::image::Image;
+use crate::image::{Image, Intent};
 use crate::l2_table::Mapping;
 
 /// The most clusters that one allocation takes at a time, in bytes.
@@ -72,7 +72,7 @@ impl Image {
         while at < end {
             let (mapping, n) = match self.run_now(at, end - at) {
                 Some(found) => found,
-                None => self.run(at, end - at).await?,
+                None => self.run(at, end - at, Intent::Write).await?,
             };
             // INV QCOW2-META-2: a cluster that somebody else may see is never written in place.
             let Mapping::Data { host, copied: true } = mapping else {
@@ -126,7 +126,7 @@ impl Image {
 
     /// Writes the first part of `buf` that can be treated in one way, and says how long it was. The caller holds `changing` and an epoch.
     pub(crate) async fn write_some(&self, at: u64, buf: IoBuf) -> Result<u64> {
-        let (mapping, bytes) = self.run(at, buf.len() as u64).await?;
+        let (mapping, bytes) = self.run(at, buf.len() as u64, Intent::Write).await?;
         match mapping {
             Mapping::Data { host, copied: true } => {
                 self.write_in_place(
@@ -144,7 +144,7 @@ impl Image {
                     fresh: false,
                 };
                 self.fill_run(at, buf.slice(..bytes as usize), run).await?;
-                self.link_run(at >> self.cluster_bits, run).await?;
+                self.link_run(at >> self.cluster_bits, run, false).await?;
                 Ok(bytes)
             }
             _ => {
@@ -162,7 +162,7 @@ impl Image {
         let end = (at + bytes).min(table_end).min(at + ALLOCATION_BYTES_MAX);
         let mut found = at;
         while found < end {
-            match self.run(found, end - found).await? {
+            match self.run(found, end - found, Intent::Write).await? {
                 (
                     Mapping::Data { copied: true, .. }
                     | Mapping::ZeroAllocated { copied: true, .. },
@@ -176,6 +176,7 @@ impl Image {
 
     async fn write_new(&self, at: u64, buf: IoBuf) -> Result<()> {
         let first = at >> self.cluster_bits;
+        let bytes = buf.len() as u64;
         let count = (self.in_cluster(at) + buf.len() as u64).div_ceil(self.cluster_size());
         let run = {
             let mut meta = self.meta.lock().await;
@@ -188,7 +189,8 @@ impl Image {
             self.unalloc_run(&mut meta, run).await?;
             return Err(e);
         }
-        self.link_run(first, run).await
+        let sparse = run.fresh && (self.in_cluster(at) | bytes) & (self.cluster_size() - 1) != 0;
+        self.link_run(first, run, sparse).await
     }
 
     /// Writes `buf` to where it belongs in the host clusters of `run`, with what the guest clusters hold around it.
@@ -221,7 +223,9 @@ impl Image {
             return Ok(None);
         }
         let visible = self.size().saturating_sub(offset).min(bytes);
-        let mapping = self.mapping(offset >> self.cluster_bits).await?;
+        let mapping = self
+            .mapping(offset >> self.cluster_bits, Intent::Write)
+            .await?;
         let is_zero = match mapping {
             Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => true,
             Mapping::Unallocated => self.backing.as_ref().is_none_or(|b| offset >= b.length()),
@@ -242,11 +246,14 @@ impl Image {
     }
 
     /// Points the L2 entries of guest clusters at host clusters that hold their data, and frees what they pointed at before.
-    async fn link_run(&self, first: u64, run: Run) -> Result<()> {
+    async fn link_run(&self, first: u64, run: Run, sparse: bool) -> Result<()> {
         let mut meta = self.meta.lock().await;
         self.ensure_l2_table(&mut meta, self.l1_index(first))
             .await?;
         meta.needs_file_to(run, self.cluster_bits);
+        if sparse {
+            meta.reserve_later(run, self.cluster_bits);
+        }
         for i in 0..run.count {
             let host = (run.cluster + i) << self.cluster_bits;
             let old = self

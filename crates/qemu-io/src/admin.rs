@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockcore::{
-    Backend, BlockError, NodeFlags, OpenOptions, OpenPolicy, Options, Preallocation, TruncateRequest,
+    Backend, BlockError, NodeFlags, OpenOptions, OpenPolicy, Options, Preallocation,
+    TruncateRequest,
 };
 use toolkit::cache::{self, CacheMode};
 
@@ -46,7 +47,11 @@ impl Default for OpenRequest {
             options: Options::new(),
             read_only: false,
             snapshot: false,
-            cache: CacheMode { direct: false, no_flush: false, write_through: true },
+            cache: CacheMode {
+                direct: false,
+                no_flush: false,
+                write_through: true,
+            },
             unmap: true,
             aio: None,
             force_share: false,
@@ -90,9 +95,10 @@ impl OpenRequest {
 
 impl Session {
     pub(crate) async fn open(&mut self, c: Call<'_>) -> Ran {
-        let (found, words) = self.options(&c, "snCro:ki:t:d:U")?;
+        let (found, words) = self.options(&c, "snCro:ki:t:d:U");
         let mut request = OpenRequest::default();
         for option in found {
+            let option = self.checked(&c, option)?;
             let arg = option.arg.as_str();
             let set = match option.value {
                 's' => {
@@ -120,7 +126,8 @@ impl Session {
                     Ok(())
                 }
                 _ if self.image_opts => {
-                    self.output.out("--image-opts and 'open -o' are mutually exclusive\n");
+                    self.output
+                        .out("--image-opts and 'open -o' are mutually exclusive\n");
                     return Err(Failed);
                 }
                 _ => match Options::from_dotted(arg) {
@@ -186,14 +193,21 @@ impl Session {
 
     async fn open_backend(&self, mut request: OpenRequest) -> blockcore::Result<Backend> {
         if let Some(aio) = &request.aio {
-            let driver = request.format.clone().or_else(|| request.options.get_str("driver"));
+            let driver = request
+                .format
+                .clone()
+                .or_else(|| request.options.get_str("driver"));
             let key = match driver.as_deref() {
                 Some("file" | "host_device") => "aio",
                 _ => "file.aio",
             };
             request.options.set_default(key, aio.as_str());
         }
-        let overlay = if request.snapshot { Some(self.make_overlay(&mut request).await?) } else { None };
+        let overlay = if request.snapshot {
+            Some(self.make_overlay(&mut request).await?)
+        } else {
+            None
+        };
         let mut open = OpenOptions::new()
             .probe(true)
             .policy(OpenPolicy::Everything)
@@ -234,16 +248,24 @@ impl Session {
                 base.set_default("file.filename", path);
             }
         }
-        let look = OpenOptions::new().probe(true).policy(OpenPolicy::Everything).read_only(true).options(base.clone());
+        let look = OpenOptions::new()
+            .probe(true)
+            .policy(OpenPolicy::Everything)
+            .read_only(true)
+            .options(base.clone());
         let image = look.open_options(&self.registry).await?;
         let length = image.length();
         image.close().await?;
         let dir = std::env::var("TMPDIR").unwrap_or_else(|_| "/var/tmp".to_owned());
         let name = unused_name(&dir)?;
         let create = Options::new().with("size", length.to_string());
-        self.registry.create("qcow2", &name, create, self.diagnostics.clone()).await?;
+        self.registry
+            .create("qcow2", &name, create, self.diagnostics.clone())
+            .await?;
         for (key, value) in base.iter() {
-            request.options.set(&format!("backing.{key}"), value.clone());
+            request
+                .options
+                .set(&format!("backing.{key}"), value.clone());
         }
         request.options.set("file.filename", name.as_str());
         request.read_only = false;
@@ -251,20 +273,25 @@ impl Session {
     }
 
     pub(crate) async fn reopen(&mut self, c: Call<'_>) -> Ran {
-        let (found, words) = self.options(&c, "c:o:rw")?;
+        let (found, words) = self.options(&c, "c:o:rw");
         let backend = self.backend()?;
         let mut flags = backend.root().flags();
         let mut write_through = backend.is_write_through();
         let (mut mode, mut cache_given) = (None, false);
         let mut options = Options::new();
         for option in found {
+            let option = self.checked(&c, option)?;
             match option.value {
                 'c' => {
                     let Some(cache) = cache::parse(&option.arg) else {
                         self.complain(&format!("Invalid cache option: {}", option.arg));
                         return Err(Failed);
                     };
-                    flags = NodeFlags { direct: cache.direct, no_flush: cache.no_flush, ..flags };
+                    flags = NodeFlags {
+                        direct: cache.direct,
+                        no_flush: cache.no_flush,
+                        ..flags
+                    };
                     write_through = cache.write_through;
                     cache_given = true;
                 }
@@ -292,6 +319,18 @@ impl Session {
             self.complain("Cannot set both -c and the cache options");
             return Err(Failed);
         }
+        if !flags.read_only
+            && mode.is_none()
+            && matches!(options.get_str("read-only").as_deref(), Some("on"))
+        {
+            // Only -r gives the permission to write back first.
+            let text = format!(
+                "Read-only block node '{}' cannot support read-write users",
+                backend.root().name()
+            );
+            self.complain(&text);
+            return Err(Failed);
+        }
         flags.read_only = mode.unwrap_or(flags.read_only);
         let taken = [
             ("read-only", &mut flags.read_only),
@@ -312,9 +351,10 @@ impl Session {
     }
 
     pub(crate) async fn truncate(&mut self, c: Call<'_>) -> Ran {
-        let (found, words) = self.options(&c, "m:")?;
+        let (found, words) = self.options(&c, "m:");
         let mut preallocation = Preallocation::Off;
         for option in found {
+            let option = self.checked(&c, option)?;
             let Some(mode) = Preallocation::from_name(&option.arg) else {
                 self.complain(&format!("Invalid preallocation mode '{}'", option.arg));
                 return Err(Failed);
@@ -324,11 +364,16 @@ impl Session {
         // The message names the first word, whatever it is.
         let parsed = match words.first() {
             Some(text) => size(text).map_err(|e| e.replace(text, &c.args[0])),
-            None => return self.usage(&c),
+            None => size("").map_err(|e| format!("{e}{}", c.args[0])),
         };
         let bytes = parsed.or_else(|e| self.number_error(&e))?;
         let backend = self.backend()?;
-        let request = TruncateRequest { bytes, exact: false, preallocation, zero_new_area: false };
+        let request = TruncateRequest {
+            bytes,
+            exact: false,
+            preallocation,
+            zero_new_area: false,
+        };
         match self.wait(async { backend.truncate(request).await }).await {
             Ok(()) => Ok(Done::Nothing),
             Err(e) => self.complain_of("", &e),
@@ -339,7 +384,8 @@ impl Session {
         let Some(ms) = strtol(&c.args[0]).and_then(|n| u64::try_from(n).ok()) else {
             return self.fail(&format!("{} is not a valid number", c.args[0]));
         };
-        self.wait(tokio::time::sleep(Duration::from_millis(ms))).await;
+        self.wait(tokio::time::sleep(Duration::from_millis(ms)))
+            .await;
         Ok(Done::Nothing)
     }
 
@@ -347,7 +393,9 @@ impl Session {
         let text = &c.args[0];
         let number = size(text).or_else(|e| self.number_error(&e))?;
         if number > 65 {
-            return self.fail(&format!("signal argument '{text}' is too large to be a valid signal"));
+            return self.fail(&format!(
+                "signal argument '{text}' is too large to be a valid signal"
+            ));
         }
         self.output.flush();
         crate::signal::raise(number as i32);
@@ -359,7 +407,10 @@ impl Session {
         let unsupported = BlockError::from_errno(libc::ENOTSUP).strerror();
         match c.command.verb {
             Verb::Break => self.fail(&format!("Could not set breakpoint: {unsupported}")),
-            Verb::RemoveBreak => self.fail(&format!("Could not remove breakpoint {}: {unsupported}", c.args[0])),
+            Verb::RemoveBreak => self.fail(&format!(
+                "Could not remove breakpoint {}: {unsupported}",
+                c.args[0]
+            )),
             Verb::Resume => self.fail(&format!("Could not resume request: {unsupported}")),
             // Without breakpoints nothing ever gets suspended, and waiting for it would never end.
             _ => self.fail(&format!("Could not wait for a breakpoint: {unsupported}")),
@@ -368,7 +419,11 @@ impl Session {
 
     /// No node of this release has zones.
     pub(crate) fn zone(&mut self, c: Call<'_>) -> Ran {
-        let numbers = if c.command.verb == Verb::ZoneAppend { &c.args[..1] } else { c.args };
+        let numbers = if c.command.verb == Verb::ZoneAppend {
+            &c.args[..1]
+        } else {
+            c.args
+        };
         for text in numbers {
             size(text).or_else(|e| self.number_error(&e))?;
         }
@@ -383,11 +438,20 @@ fn unused_name(dir: &str) -> blockcore::Result<String> {
     let mut number = std::process::id();
     for _ in 0..1000 {
         let name = format!("{dir}/vl.{number:06}");
-        match std::fs::File::options().write(true).create_new(true).open(&name) {
+        match std::fs::File::options()
+            .write(true)
+            .create_new(true)
+            .open(&name)
+        {
             Ok(_) => return Ok(name),
-            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => number = number.wrapping_add(1),
-            Err(e) => return Err(BlockError::from_io(e).context(format!("Could not create '{name}'"))),
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
+                number = number.wrapping_add(1)
+            }
+            Err(e) => {
+                return Err(BlockError::from_io(e).context(format!("Could not create '{name}'")));
+            }
         }
     }
-    Err(BlockError::from_errno(libc::EEXIST).context(format!("Could not make a temporary file in '{dir}'")))
+    Err(BlockError::from_errno(libc::EEXIST)
+        .context(format!("Could not make a temporary file in '{dir}'")))
 }

@@ -14,8 +14,20 @@ use crate::session::{Call, Done, Failed, Ran, Session};
 
 /// A request that has ended.
 pub(crate) enum Finished {
-    Read { options: ReadOptions, offset: u64, elapsed: Duration, result: Result<IoBufMut> },
-    Write { machine: bool, quiet: bool, offset: u64, bytes: u64, elapsed: Duration, result: Result<()> },
+    Read {
+        options: ReadOptions,
+        offset: u64,
+        elapsed: Duration,
+        result: Result<IoBufMut>,
+    },
+    Write {
+        machine: bool,
+        quiet: bool,
+        offset: u64,
+        bytes: u64,
+        elapsed: Duration,
+        result: Result<()>,
+    },
 }
 
 impl Session {
@@ -23,29 +35,59 @@ impl Session {
     pub(crate) fn report(&mut self, finished: Finished) {
         match finished {
             Finished::Read { result: Err(e), .. } => {
-                self.output.out(&format!("readv failed: {}\n", e.strerror()));
+                self.output
+                    .out(&format!("readv failed: {}\n", e.strerror()));
             }
-            Finished::Read { options, offset, elapsed, result: Ok(buf) } => {
+            Finished::Read {
+                options,
+                offset,
+                elapsed,
+                result: Ok(buf),
+            } => {
                 let bytes = buf.len() as u64;
-                let report = Report { verb: "read", offset, bytes, elapsed, machine: options.machine };
+                let report = Report {
+                    verb: "read",
+                    offset,
+                    bytes,
+                    elapsed,
+                    machine: options.machine,
+                };
                 // A mismatch is printed and does not count for the exit status, as ever.
                 let _printed = self.show_read(&options, report, &buf);
             }
             Finished::Write { result: Err(e), .. } => {
-                self.output.out(&format!("aio_write failed: {}\n", e.strerror()));
+                self.output
+                    .out(&format!("aio_write failed: {}\n", e.strerror()));
             }
-            Finished::Write { machine, quiet, offset, bytes, elapsed, result: Ok(()) } => {
+            Finished::Write {
+                machine,
+                quiet,
+                offset,
+                bytes,
+                elapsed,
+                result: Ok(()),
+            } => {
                 if !quiet {
-                    self.output.out(&Report { verb: "wrote", offset, bytes, elapsed, machine }.text());
+                    self.output.out(
+                        &Report {
+                            verb: "wrote",
+                            offset,
+                            bytes,
+                            elapsed,
+                            machine,
+                        }
+                        .text(),
+                    );
                 }
             }
         }
     }
 
     pub(crate) async fn aio_read(&mut self, c: Call<'_>) -> Ran {
-        let (found, words) = self.options(&c, "CP:iqrv")?;
+        let (found, words) = self.options(&c, "CP:iqrv");
         let mut options = ReadOptions::default();
         for option in found {
+            let option = self.checked(&c, option)?;
             if option.value == 'i' {
                 return self.injected("read");
             }
@@ -57,17 +99,23 @@ impl Session {
         let started = Instant::now();
         let request = async move {
             let result = backend.preadv(offset, buf, options.flags()).await;
-            Finished::Read { options, offset, elapsed: started.elapsed(), result }
+            Finished::Read {
+                options,
+                offset,
+                elapsed: started.elapsed(),
+                result,
+            }
         };
         self.start(request.boxed());
         Ok(Done::Started)
     }
 
     pub(crate) async fn aio_write(&mut self, c: Call<'_>) -> Ran {
-        let (found, words) = self.options(&c, "CfiP:qruz")?;
+        let (found, words) = self.options(&c, "CfiP:qruz");
         let (mut machine, mut quiet, mut zero, mut byte) = (false, false, false, 0xcd);
         let mut flags = WriteFlags::empty();
         for option in found {
+            let option = self.checked(&c, option)?;
             match option.value {
                 'C' => machine = true,
                 'f' => flags |= WriteFlags::FUA,
@@ -99,7 +147,14 @@ impl Session {
             let started = Instant::now();
             let request = async move {
                 let result = backend.pwrite_zeroes(offset, bytes, flags).await;
-                Finished::Write { machine, quiet, offset, bytes, elapsed: started.elapsed(), result }
+                Finished::Write {
+                    machine,
+                    quiet,
+                    offset,
+                    bytes,
+                    elapsed: started.elapsed(),
+                    result,
+                }
             };
             self.start(request.boxed());
             return Ok(Done::Started);
@@ -111,7 +166,14 @@ impl Session {
         let started = Instant::now();
         let request = async move {
             let result = backend.pwritev(offset, data, flags).await;
-            Finished::Write { machine, quiet, offset, bytes, elapsed: started.elapsed(), result }
+            Finished::Write {
+                machine,
+                quiet,
+                offset,
+                bytes,
+                elapsed: started.elapsed(),
+                result,
+            }
         };
         self.start(request.boxed());
         Ok(Done::Started)
@@ -119,7 +181,8 @@ impl Session {
 
     /// `-i` counts a request that is never made.
     fn injected(&mut self, what: &str) -> Result<Done, Failed> {
-        self.output.out(&format!("injecting invalid {what} request\n"));
+        self.output
+            .out(&format!("injecting invalid {what} request\n"));
         Ok(Done::Nothing)
     }
 }

@@ -43,7 +43,10 @@ struct Exit(i32);
 
 /// Runs the program; `argv` begins with the program's own name. Gives back the exit status.
 pub async fn main(argv: Vec<String>) -> i32 {
-    let argv0 = argv.first().cloned().unwrap_or_else(|| "qemu-io".to_owned());
+    let argv0 = argv
+        .first()
+        .cloned()
+        .unwrap_or_else(|| "qemu-io".to_owned());
     let prog = argv0.rsplit('/').next().unwrap_or(&argv0).to_owned();
     let plan = match parse(&argv0, &prog, argv.get(1..).unwrap_or_default()) {
         Ok(plan) => plan,
@@ -73,8 +76,12 @@ pub async fn main(argv: Vec<String>) -> i32 {
 }
 
 fn parse(argv0: &str, prog: &str, words: &[String]) -> Result<Plan, Exit> {
-    let mut plan =
-        Plan { commands: Vec::new(), open: OpenRequest::default(), misalign: false, image_opts: false };
+    let mut plan = Plan {
+        commands: Vec::new(),
+        open: OpenRequest::default(),
+        misalign: false,
+        image_opts: false,
+    };
     let complain = |text: &str| {
         eprintln!("{prog}: {text}");
         Exit(1)
@@ -96,8 +103,13 @@ fn parse(argv0: &str, prog: &str, words: &[String]) -> Result<Plan, Exit> {
                 return Err(Exit(0));
             }
             'V' => {
-                println!("{prog} version 10.0.2 (blocklayer {})", env!("CARGO_PKG_VERSION"));
-                println!("Written by the blocklayer developers; the interface is that of QEMU's qemu-io.");
+                println!(
+                    "{prog} version 10.0.2 (blocklayer {})",
+                    env!("CARGO_PKG_VERSION")
+                );
+                println!(
+                    "Written by the blocklayer developers; the interface is that of QEMU's qemu-io."
+                );
                 return Err(Exit(0));
             }
             'c' => plan.commands.push(arg.to_owned()),

@@ -71,7 +71,17 @@ const fn cmd(
     args: &'static str,
     oneline: &'static str,
 ) -> Command {
-    Command { verb, name, alt, min, max, args, oneline, no_file: false, writes: false }
+    Command {
+        verb,
+        name,
+        alt,
+        min,
+        max,
+        args,
+        oneline,
+        no_file: false,
+        writes: false,
+    }
 }
 
 impl Command {
@@ -99,20 +109,127 @@ impl Command {
 
 /// All commands, in the byte order of their names.
 pub const COMMANDS: &[Command] = &[
-    cmd(Verb::Abort, "abort", "", 0, Some(0), "", "end the program with a core dump").no_file(),
-    cmd(Verb::AioFlush, "aio_flush", "", 0, Some(0), "", "wait for all requests in flight"),
-    cmd(Verb::AioRead, "aio_read", "", 2, None, "[-Ciqrv] [-P pattern] off len [len..]", "start a read and go on"),
-    cmd(Verb::AioWrite, "aio_write", "", 2, None, "[-Cfiqruz] [-P pattern] off len [len..]", "start a write and go on")
-        .writes(),
-    cmd(Verb::Alloc, "alloc", "a", 1, Some(2), "offset [count]", "count the allocated bytes of a range"),
-    cmd(Verb::Break, "break", "", 2, Some(2), "event tag", "suspend the next request at an event"),
-    cmd(Verb::Close, "close", "c", 0, Some(0), "", "close the open image"),
-    cmd(Verb::Discard, "discard", "d", 2, None, "[-Cq] off len", "give back what a range holds").writes(),
-    cmd(Verb::Flush, "flush", "f", 0, Some(0), "", "make all completed writes durable"),
-    cmd(Verb::Help, "help", "?", 0, Some(1), "[command]", "show commands, or how to use one").no_file(),
-    cmd(Verb::Info, "info", "i", 0, Some(0), "", "show facts about the open image"),
-    cmd(Verb::Length, "length", "l", 0, Some(0), "", "show the length of the disk"),
-    cmd(Verb::Map, "map", "", 0, Some(0), "", "show which ranges are allocated"),
+    cmd(
+        Verb::Abort,
+        "abort",
+        "",
+        0,
+        Some(0),
+        "",
+        "end the program with a core dump",
+    )
+    .no_file(),
+    cmd(
+        Verb::AioFlush,
+        "aio_flush",
+        "",
+        0,
+        Some(0),
+        "",
+        "wait for all requests in flight",
+    ),
+    cmd(
+        Verb::AioRead,
+        "aio_read",
+        "",
+        2,
+        None,
+        "[-Ciqrv] [-P pattern] off len [len..]",
+        "start a read and go on",
+    ),
+    cmd(
+        Verb::AioWrite,
+        "aio_write",
+        "",
+        2,
+        None,
+        "[-Cfiqruz] [-P pattern] off len [len..]",
+        "start a write and go on",
+    )
+    .writes(),
+    cmd(
+        Verb::Alloc,
+        "alloc",
+        "a",
+        1,
+        Some(2),
+        "offset [count]",
+        "count the allocated bytes of a range",
+    ),
+    cmd(
+        Verb::Break,
+        "break",
+        "",
+        2,
+        Some(2),
+        "event tag",
+        "suspend the next request at an event",
+    ),
+    cmd(
+        Verb::Close,
+        "close",
+        "c",
+        0,
+        Some(0),
+        "",
+        "close the open image",
+    ),
+    cmd(
+        Verb::Discard,
+        "discard",
+        "d",
+        2,
+        None,
+        "[-Cq] off len",
+        "give back what a range holds",
+    )
+    .writes(),
+    cmd(
+        Verb::Flush,
+        "flush",
+        "f",
+        0,
+        Some(0),
+        "",
+        "make all completed writes durable",
+    ),
+    cmd(
+        Verb::Help,
+        "help",
+        "?",
+        0,
+        Some(1),
+        "[command]",
+        "show commands, or how to use one",
+    )
+    .no_file(),
+    cmd(
+        Verb::Info,
+        "info",
+        "i",
+        0,
+        Some(0),
+        "",
+        "show facts about the open image",
+    ),
+    cmd(
+        Verb::Length,
+        "length",
+        "l",
+        0,
+        Some(0),
+        "",
+        "show the length of the disk",
+    ),
+    cmd(
+        Verb::Map,
+        "map",
+        "",
+        0,
+        Some(0),
+        "",
+        "show which ranges are allocated",
+    ),
     cmd(
         Verb::Open,
         "open",
@@ -133,15 +250,81 @@ pub const COMMANDS: &[Command] = &[
         "[-abCqrv] [-P pattern [-s off] [-l len]] off len",
         "read a range",
     ),
-    cmd(Verb::Readv, "readv", "", 2, None, "[-Cqrv] [-P pattern] off len [len..]", "read a range to several buffers"),
-    cmd(Verb::RemoveBreak, "remove_break", "", 1, Some(1), "tag", "remove a breakpoint"),
-    cmd(Verb::Reopen, "reopen", "", 0, None, "[(-r|-w)] [-c cache] [-o options]", "change how the image is open"),
-    cmd(Verb::Resume, "resume", "", 1, Some(1), "tag", "let a suspended request go on"),
-    cmd(Verb::Sigraise, "sigraise", "", 1, Some(1), "signal", "send a signal to this program").no_file(),
-    cmd(Verb::Sleep, "sleep", "", 1, Some(1), "", "wait for some milliseconds").no_file(),
-    cmd(Verb::Truncate, "truncate", "t", 1, Some(3), "[-m prealloc_mode] off", "change the length of the disk")
-        .writes(),
-    cmd(Verb::WaitBreak, "wait_break", "", 1, Some(1), "tag", "wait until a request is suspended"),
+    cmd(
+        Verb::Readv,
+        "readv",
+        "",
+        2,
+        None,
+        "[-Cqrv] [-P pattern] off len [len..]",
+        "read a range to several buffers",
+    ),
+    cmd(
+        Verb::RemoveBreak,
+        "remove_break",
+        "",
+        1,
+        Some(1),
+        "tag",
+        "remove a breakpoint",
+    ),
+    cmd(
+        Verb::Reopen,
+        "reopen",
+        "",
+        0,
+        None,
+        "[(-r|-w)] [-c cache] [-o options]",
+        "change how the image is open",
+    ),
+    cmd(
+        Verb::Resume,
+        "resume",
+        "",
+        1,
+        Some(1),
+        "tag",
+        "let a suspended request go on",
+    ),
+    cmd(
+        Verb::Sigraise,
+        "sigraise",
+        "",
+        1,
+        Some(1),
+        "signal",
+        "send a signal to this program",
+    )
+    .no_file(),
+    cmd(
+        Verb::Sleep,
+        "sleep",
+        "",
+        1,
+        Some(1),
+        "",
+        "wait for some milliseconds",
+    )
+    .no_file(),
+    cmd(
+        Verb::Truncate,
+        "truncate",
+        "t",
+        1,
+        Some(3),
+        "[-m prealloc_mode] off",
+        "change the length of the disk",
+    )
+    .writes(),
+    cmd(
+        Verb::WaitBreak,
+        "wait_break",
+        "",
+        1,
+        Some(1),
+        "tag",
+        "wait until a request is suspended",
+    ),
     cmd(
         Verb::Write,
         "write",
@@ -152,17 +335,80 @@ pub const COMMANDS: &[Command] = &[
         "write a range",
     )
     .writes(),
-    cmd(Verb::Writev, "writev", "", 2, None, "[-Cfqr] [-P pattern] off len [len..]", "write a range from several buffers")
-        .writes(),
-    cmd(Verb::ZoneAppend, "zone_append", "zap", 3, Some(4), "offset len [len..]", "append to a zone").writes(),
-    cmd(Verb::ZoneClose, "zone_close", "zc", 2, Some(2), "offset len", "close zones").writes(),
-    cmd(Verb::ZoneFinish, "zone_finish", "zf", 2, Some(2), "offset len", "finish zones").writes(),
-    cmd(Verb::ZoneOpen, "zone_open", "zo", 2, Some(2), "offset len", "open zones").writes(),
-    cmd(Verb::ZoneReport, "zone_report", "zrp", 2, Some(2), "offset number", "show zones"),
-    cmd(Verb::ZoneReset, "zone_reset", "zrs", 2, Some(2), "offset len", "reset zones").writes(),
+    cmd(
+        Verb::Writev,
+        "writev",
+        "",
+        2,
+        None,
+        "[-Cfqr] [-P pattern] off len [len..]",
+        "write a range from several buffers",
+    )
+    .writes(),
+    cmd(
+        Verb::ZoneAppend,
+        "zone_append",
+        "zap",
+        3,
+        Some(4),
+        "offset len [len..]",
+        "append to a zone",
+    )
+    .writes(),
+    cmd(
+        Verb::ZoneClose,
+        "zone_close",
+        "zc",
+        2,
+        Some(2),
+        "offset len",
+        "close zones",
+    )
+    .writes(),
+    cmd(
+        Verb::ZoneFinish,
+        "zone_finish",
+        "zf",
+        2,
+        Some(2),
+        "offset len",
+        "finish zones",
+    )
+    .writes(),
+    cmd(
+        Verb::ZoneOpen,
+        "zone_open",
+        "zo",
+        2,
+        Some(2),
+        "offset len",
+        "open zones",
+    )
+    .writes(),
+    cmd(
+        Verb::ZoneReport,
+        "zone_report",
+        "zrp",
+        2,
+        Some(2),
+        "offset number",
+        "show zones",
+    ),
+    cmd(
+        Verb::ZoneReset,
+        "zone_reset",
+        "zrs",
+        2,
+        Some(2),
+        "offset len",
+        "reset zones",
+    )
+    .writes(),
 ];
 
 /// The command of a name or short name.
 pub fn find(name: &str) -> Option<&'static Command> {
-    COMMANDS.iter().find(|c| c.name == name || (!c.alt.is_empty() && c.alt == name))
+    COMMANDS
+        .iter()
+        .find(|c| c.name == name || (!c.alt.is_empty() && c.alt == name))
 }

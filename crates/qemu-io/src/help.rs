@@ -10,7 +10,8 @@ impl Session {
             for command in COMMANDS {
                 self.output.out(&command.usage(command.name));
             }
-            self.output.out("\nUse 'help commandname' for extended help.\n");
+            self.output
+                .out("\nUse 'help commandname' for extended help.\n");
             return Ok(Done::Nothing);
         };
         let Some(command) = find(name) else {

@@ -16,7 +16,9 @@ pub fn size(text: &str) -> Result<u64, String> {
 /// Reads a pattern byte: decimal, `0x..` or octal `0..`, up to 255.
 pub fn pattern(text: &str) -> Result<u8, String> {
     let value = strtol(text).filter(|n| (0..=255).contains(n));
-    value.map(|n| n as u8).ok_or_else(|| format!("{text} is not a valid pattern byte"))
+    value
+        .map(|n| n as u8)
+        .ok_or_else(|| format!("{text} is not a valid pattern byte"))
 }
 
 /// A whole number by the rules of C's `strtol` with base 0; `None` if anything is behind it, or nothing there.
@@ -27,7 +29,10 @@ pub fn strtol(text: &str) -> Option<i64> {
         b'+' => (false, &text[1..]),
         _ => (false, text),
     };
-    let (digits, base) = match digits.strip_prefix("0x").or_else(|| digits.strip_prefix("0X")) {
+    let (digits, base) = match digits
+        .strip_prefix("0x")
+        .or_else(|| digits.strip_prefix("0X"))
+    {
         Some(hex) => (hex, 16),
         None if digits.len() > 1 && digits.starts_with('0') => (&digits[1..], 8),
         None => (digits, 10),
@@ -42,10 +47,16 @@ pub fn strtol(text: &str) -> Option<i64> {
 /// A number of bytes for people: `1.500 KiB`, `1 MiB`, `512 bytes`.
 pub fn human(value: f64) -> String {
     const UNITS: [&str; 6] = ["EiB", "PiB", "TiB", "GiB", "MiB", "KiB"];
-    let unit = UNITS.iter().enumerate().find(|(i, _)| value >= (1u64 << (60 - 10 * i)) as f64);
+    let unit = UNITS
+        .iter()
+        .enumerate()
+        .find(|(i, _)| value >= (1u64 << (60 - 10 * i)) as f64);
     let (number, unit) = match unit {
         Some((_, name)) if value.is_infinite() => ("inf".to_owned(), *name),
-        Some((i, name)) => (format!("{:.3}", value / (1u64 << (60 - 10 * i)) as f64), *name),
+        Some((i, name)) => (
+            format!("{:.3}", value / (1u64 << (60 - 10 * i)) as f64),
+            *name,
+        ),
         None => (format!("{value:.6}"), "bytes"),
     };
     // Only the digits in front of ".000" are wanted, also where others follow.
@@ -61,7 +72,12 @@ pub fn time(elapsed: Duration, clock: bool) -> String {
     if seconds == 0 && !clock {
         return format!("{:05.2} sec", micros as f64 / 1e6);
     }
-    format!("{}:{:02}:{:02}.{hundredths:02}", seconds / 3600, seconds / 60 % 60, seconds % 60)
+    format!(
+        "{}:{:02}:{:02}.{hundredths:02}",
+        seconds / 3600,
+        seconds / 60 % 60,
+        seconds % 60
+    )
 }
 
 #[cfg(test)]
@@ -86,7 +102,10 @@ mod tests {
         assert_eq!(pattern("010"), Ok(8));
         assert_eq!(pattern("205"), Ok(205));
         for bad in ["256", "-1", "x", "", "0x", "1k", "08"] {
-            assert_eq!(pattern(bad), Err(format!("{bad} is not a valid pattern byte")));
+            assert_eq!(
+                pattern(bad),
+                Err(format!("{bad} is not a valid pattern byte"))
+            );
         }
     }
 }

@@ -30,12 +30,18 @@ const BUFFER_BYTES: usize = 4096;
 impl Output {
     /// The process's own streams.
     pub fn process() -> Output {
-        Output::Process { pending: Vec::new(), terminal: std::io::stdout().is_terminal() }
+        Output::Process {
+            pending: Vec::new(),
+            terminal: std::io::stdout().is_terminal(),
+        }
     }
 
     /// Memory.
     pub fn captured() -> Output {
-        Output::Captured { out: String::new(), err: String::new() }
+        Output::Captured {
+            out: String::new(),
+            err: String::new(),
+        }
     }
 
     /// Writes to standard output.

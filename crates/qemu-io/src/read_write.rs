@@ -25,13 +25,22 @@ pub(crate) struct ReadOptions {
 
 impl ReadOptions {
     pub fn flags(&self) -> ReadFlags {
-        if self.registered { ReadFlags::REGISTERED_BUF } else { ReadFlags::empty() }
+        if self.registered {
+            ReadFlags::REGISTERED_BUF
+        } else {
+            ReadFlags::empty()
+        }
     }
 }
 
 impl Session {
     /// Verifies, dumps and reports what was read. `Err` if the pattern isn't there.
-    pub(crate) fn show_read(&mut self, o: &ReadOptions, report: Report, buf: &IoBufMut) -> Result<(), Failed> {
+    pub(crate) fn show_read(
+        &mut self,
+        o: &ReadOptions,
+        report: Report,
+        buf: &IoBufMut,
+    ) -> Result<(), Failed> {
         let mut result = Ok(());
         if let Some(byte) = o.pattern {
             let (at, len) = o.part.unwrap_or((0, buf.len() as u64));
@@ -42,7 +51,9 @@ impl Session {
             };
             if !matches {
                 let at = report.offset + at;
-                self.output.out(&format!("Pattern verification failed at offset {at}, {len} bytes\n"));
+                self.output.out(&format!(
+                    "Pattern verification failed at offset {at}, {len} bytes\n"
+                ));
                 result = Err(Failed);
             }
         }
@@ -56,10 +67,11 @@ impl Session {
     }
 
     pub(crate) async fn read(&mut self, c: Call<'_>) -> Ran {
-        let (options, words) = self.options(&c, "bCl:pP:qrs:v")?;
+        let (options, words) = self.options(&c, "bCl:pP:qrs:v");
         let mut o = ReadOptions::default();
         let (mut vmstate, mut part_len, mut part_at) = (false, None, None);
         for option in options {
+            let option = self.checked(&c, option)?;
             match option.value {
                 'b' => vmstate = true,
                 'C' => o.machine = true,
@@ -72,11 +84,15 @@ impl Session {
                 _ => {}
             }
         }
-        let [offset, length] = words.as_slice() else { return self.usage(&c) };
+        let [offset, length] = words.as_slice() else {
+            return self.usage(&c);
+        };
         let offset = size(offset).or_else(|e| self.number_error(&e))?;
         let bytes = size(length).or_else(|e| self.number_error(&e))?;
         if bytes > REQUEST_BYTES_MAX {
-            return self.fail(&format!("length cannot exceed {REQUEST_BYTES_MAX}, given {length}"));
+            return self.fail(&format!(
+                "length cannot exceed {REQUEST_BYTES_MAX}, given {length}"
+            ));
         }
         if o.pattern.is_none() && (part_len.is_some() || part_at.is_some()) {
             return self.usage(&c);
@@ -90,7 +106,8 @@ impl Session {
         if vmstate {
             self.check_sectors(offset, bytes)?;
             if o.registered {
-                return self.fail("I/O buffer registration is not supported when reading from vmstate");
+                return self
+                    .fail("I/O buffer registration is not supported when reading from vmstate");
             }
         }
         let buf = self.read_buffer(bytes as usize);
@@ -98,24 +115,33 @@ impl Session {
         let started = Instant::now();
         let result = if vmstate {
             let root = backend.root().clone();
-            self.wait(async move { root.driver().load_vmstate(offset, buf).await }).await
+            self.wait(async move { root.driver().load_vmstate(offset, buf).await })
+                .await
         } else {
-            self.wait(async { backend.preadv(offset, buf, o.flags()).await }).await
+            self.wait(async { backend.preadv(offset, buf, o.flags()).await })
+                .await
         };
         let elapsed = started.elapsed();
         let buf = match result {
             Ok(buf) => buf,
             Err(e) => return self.fail(&format!("read failed: {}", e.strerror())),
         };
-        let report = Report { verb: "read", offset, bytes, elapsed, machine: o.machine };
+        let report = Report {
+            verb: "read",
+            offset,
+            bytes,
+            elapsed,
+            machine: o.machine,
+        };
         self.show_read(&o, report, &buf)?;
         Ok(Done::Io { offset, bytes })
     }
 
     pub(crate) async fn readv(&mut self, c: Call<'_>) -> Ran {
-        let (options, words) = self.options(&c, "CP:qrv")?;
+        let (options, words) = self.options(&c, "CP:qrv");
         let mut o = ReadOptions::default();
         for option in options {
+            let option = self.checked(&c, option)?;
             self.read_option(&mut o, option.value, &option.arg)?;
         }
         let (offset, lengths) = self.vector(&c, &words)?;
@@ -123,18 +149,35 @@ impl Session {
         let bytes = buf.len() as u64;
         let backend = self.backend()?;
         let started = Instant::now();
-        let result = self.wait(async { backend.preadv(offset, buf, o.flags()).await }).await;
+        let result = self
+            .wait(async { backend.preadv(offset, buf, o.flags()).await })
+            .await;
         let elapsed = started.elapsed();
         let buf = match result {
             Ok(buf) => buf,
             Err(e) => return self.fail(&format!("readv failed: {}", e.strerror())),
         };
-        self.show_read(&o, Report { verb: "read", offset, bytes, elapsed, machine: o.machine }, &buf)?;
+        self.show_read(
+            &o,
+            Report {
+                verb: "read",
+                offset,
+                bytes,
+                elapsed,
+                machine: o.machine,
+            },
+            &buf,
+        )?;
         Ok(Done::Io { offset, bytes })
     }
 
     /// The options that `readv` and `aio_read` share.
-    pub(crate) fn read_option(&mut self, o: &mut ReadOptions, letter: char, arg: &str) -> Result<(), Failed> {
+    pub(crate) fn read_option(
+        &mut self,
+        o: &mut ReadOptions,
+        letter: char,
+        arg: &str,
+    ) -> Result<(), Failed> {
         match letter {
             'C' => o.machine = true,
             'P' => o.pattern = Some(pattern(arg).or_else(|e| self.number_error(&e))?),
@@ -147,8 +190,14 @@ impl Session {
     }
 
     /// The offset and the lengths of a vectored request.
-    pub(crate) fn vector(&mut self, c: &Call<'_>, words: &[String]) -> Result<(u64, Vec<u64>), Failed> {
-        let [offset, lengths @ ..] = words else { return self.usage(c).and(Err(Failed)) };
+    pub(crate) fn vector(
+        &mut self,
+        c: &Call<'_>,
+        words: &[String],
+    ) -> Result<(u64, Vec<u64>), Failed> {
+        let [offset, lengths @ ..] = words else {
+            return self.usage(c).and(Err(Failed));
+        };
         if lengths.is_empty() {
             return self.usage(c).and(Err(Failed));
         }
@@ -158,12 +207,16 @@ impl Session {
         for text in lengths {
             let len = size(text).or_else(|e| self.number_error(&e))?;
             if len > REQUEST_BYTES_MAX {
-                self.output.out(&format!("Argument '{text}' exceeds maximum size {REQUEST_BYTES_MAX}\n"));
+                self.output.out(&format!(
+                    "Argument '{text}' exceeds maximum size {REQUEST_BYTES_MAX}\n"
+                ));
                 return Err(Failed);
             }
             total += len;
             if total > REQUEST_BYTES_MAX {
-                let line = format!("The total number of bytes exceed the maximum size {REQUEST_BYTES_MAX}\n");
+                let line = format!(
+                    "The total number of bytes exceed the maximum size {REQUEST_BYTES_MAX}\n"
+                );
                 self.output.out(&line);
                 return Err(Failed);
             }
@@ -197,10 +250,12 @@ impl Session {
     }
 
     pub(crate) async fn write(&mut self, c: Call<'_>) -> Ran {
-        let (options, words) = self.options(&c, "bcCfnpP:qrs:uz")?;
-        let (mut vmstate, mut compressed, mut machine, mut quiet, mut zero) = (false, false, false, false, false);
+        let (options, words) = self.options(&c, "bcCfnpP:qrs:uz");
+        let (mut vmstate, mut compressed, mut machine, mut quiet, mut zero) =
+            (false, false, false, false, false);
         let (mut byte, mut source, mut flags) = (None, None, WriteFlags::empty());
         for option in options {
+            let option = self.checked(&c, option)?;
             match option.value {
                 'b' => vmstate = true,
                 'c' => compressed = true,
@@ -216,7 +271,9 @@ impl Session {
                 _ => {}
             }
         }
-        let [offset_text, length] = words.as_slice() else { return self.usage(&c) };
+        let [offset_text, length] = words.as_slice() else {
+            return self.usage(&c);
+        };
         if vmstate && zero {
             return self.fail("-b and -z cannot be specified at the same time");
         }
@@ -235,7 +292,9 @@ impl Session {
         let offset = size(offset_text).or_else(|e| self.number_error(&e))?;
         let bytes = size(length).or_else(|e| self.number_error(&e))?;
         if bytes > REQUEST_BYTES_MAX && !flags.contains(WriteFlags::NO_FALLBACK) {
-            return self.fail(&format!("length cannot exceed {REQUEST_BYTES_MAX} without -n, given {length}"));
+            return self.fail(&format!(
+                "length cannot exceed {REQUEST_BYTES_MAX} without -n, given {length}"
+            ));
         }
         if vmstate || compressed {
             self.check_sectors(offset, bytes)?;
@@ -268,7 +327,16 @@ impl Session {
             return self.fail(&format!("write failed: {}", e.strerror()));
         }
         if !quiet {
-            self.output.out(&Report { verb: "wrote", offset, bytes, elapsed, machine }.text());
+            self.output.out(
+                &Report {
+                    verb: "wrote",
+                    offset,
+                    bytes,
+                    elapsed,
+                    machine,
+                }
+                .text(),
+            );
         }
         Ok(Done::Io { offset, bytes })
     }
@@ -298,9 +366,11 @@ impl Session {
     }
 
     pub(crate) async fn writev(&mut self, c: Call<'_>) -> Ran {
-        let (options, words) = self.options(&c, "CfqrP:")?;
-        let (mut machine, mut quiet, mut byte, mut flags) = (false, false, 0xcd, WriteFlags::empty());
+        let (options, words) = self.options(&c, "CfqrP:");
+        let (mut machine, mut quiet, mut byte, mut flags) =
+            (false, false, 0xcd, WriteFlags::empty());
         for option in options {
+            let option = self.checked(&c, option)?;
             match option.value {
                 'C' => machine = true,
                 'f' => flags |= WriteFlags::FUA,
@@ -315,36 +385,67 @@ impl Session {
         let bytes = data.len() as u64;
         let backend = self.backend()?;
         let started = Instant::now();
-        let result = self.wait(async { backend.pwritev(offset, data, flags).await }).await;
+        let result = self
+            .wait(async { backend.pwritev(offset, data, flags).await })
+            .await;
         let elapsed = started.elapsed();
         if let Err(e) = result {
             return self.fail(&format!("writev failed: {}", e.strerror()));
         }
         if !quiet {
-            self.output.out(&Report { verb: "wrote", offset, bytes, elapsed, machine }.text());
+            self.output.out(
+                &Report {
+                    verb: "wrote",
+                    offset,
+                    bytes,
+                    elapsed,
+                    machine,
+                }
+                .text(),
+            );
         }
         Ok(Done::Io { offset, bytes })
     }
 
     pub(crate) async fn discard(&mut self, c: Call<'_>) -> Ran {
-        let (options, words) = self.options(&c, "Cq")?;
-        let machine = options.iter().any(|o| o.value == 'C');
-        let quiet = options.iter().any(|o| o.value == 'q');
-        let [offset, length] = words.as_slice() else { return self.usage(&c) };
+        let (options, words) = self.options(&c, "Cq");
+        let (mut machine, mut quiet) = (false, false);
+        for option in options {
+            match self.checked(&c, option)?.value {
+                'C' => machine = true,
+                _ => quiet = true,
+            }
+        }
+        let [offset, length] = words.as_slice() else {
+            return self.usage(&c);
+        };
         let offset = size(offset).or_else(|e| self.number_error(&e))?;
         let bytes = size(length).or_else(|e| self.number_error(&e))?;
         if bytes > REQUEST_BYTES_MAX {
-            return self.fail(&format!("length cannot exceed {REQUEST_BYTES_MAX}, given {length}"));
+            return self.fail(&format!(
+                "length cannot exceed {REQUEST_BYTES_MAX}, given {length}"
+            ));
         }
         let backend = self.backend()?;
         let started = Instant::now();
-        let result = self.wait(async { backend.pdiscard(offset, bytes).await }).await;
+        let result = self
+            .wait(async { backend.pdiscard(offset, bytes).await })
+            .await;
         let elapsed = started.elapsed();
         if let Err(e) = result {
             return self.fail(&format!("discard failed: {}", e.strerror()));
         }
         if !quiet {
-            self.output.out(&Report { verb: "discard", offset, bytes, elapsed, machine }.text());
+            self.output.out(
+                &Report {
+                    verb: "discard",
+                    offset,
+                    bytes,
+                    elapsed,
+                    machine,
+                }
+                .text(),
+            );
         }
         Ok(Done::Io { offset, bytes })
     }
@@ -372,7 +473,9 @@ impl Session {
     fn check_sectors(&mut self, offset: u64, bytes: u64) -> Result<(), Failed> {
         for (value, what) in [(offset, "offset"), (bytes, "count")] {
             if !value.is_multiple_of(512) {
-                self.output.out(&format!("{value} is not a sector-aligned value for '{what}'\n"));
+                self.output.out(&format!(
+                    "{value} is not a sector-aligned value for '{what}'\n"
+                ));
                 return Err(Failed);
             }
         }
@@ -383,6 +486,8 @@ impl Session {
 fn read_at_most(name: &str, len: usize) -> std::io::Result<Vec<u8>> {
     use std::io::Read;
     let mut content = Vec::new();
-    std::fs::File::open(name)?.take(len.max(1) as u64).read_to_end(&mut content)?;
+    std::fs::File::open(name)?
+        .take(len.max(1) as u64)
+        .read_to_end(&mut content)?;
     Ok(content)
 }

@@ -19,7 +19,11 @@ const PIECE_BYTES: usize = 1023;
 
 /// Runs what standard input has, and says whether any command failed.
 pub(crate) async fn run(session: &mut Session) -> bool {
-    if std::io::stdin().is_terminal() { run_terminal(session).await } else { run_pipe(session).await }
+    if std::io::stdin().is_terminal() {
+        run_terminal(session).await
+    } else {
+        run_pipe(session).await
+    }
 }
 
 async fn run_pipe(session: &mut Session) -> bool {
@@ -49,7 +53,9 @@ async fn run_pipe(session: &mut Session) -> bool {
     loop {
         session.output.out(&format!("{}> ", session.prog));
         session.flush_output();
-        let Some(line) = session.wait(lines.recv()).await else { return failed };
+        let Some(line) = session.wait(lines.recv()).await else {
+            return failed;
+        };
         let outcome = session.run(&line).await;
         failed |= outcome.result.is_err();
         if outcome.result == Ok(Done::Quit) {
@@ -80,9 +86,16 @@ async fn run_terminal(session: &mut Session) -> bool {
     let (ask, asked) = std::sync::mpsc::channel::<()>();
     let (answer, mut answers) = mpsc::channel::<Option<String>>(1);
     std::thread::spawn(move || {
-        let config = Config::builder().completion_type(CompletionType::List).auto_add_history(true).build();
-        let Ok(mut editor) = Editor::<Completion, DefaultHistory>::with_config(config) else { return };
-        editor.set_helper(Some(Completion { files: FilenameCompleter::new() }));
+        let config = Config::builder()
+            .completion_type(CompletionType::List)
+            .auto_add_history(true)
+            .build();
+        let Ok(mut editor) = Editor::<Completion, DefaultHistory>::with_config(config) else {
+            return;
+        };
+        editor.set_helper(Some(Completion {
+            files: FilenameCompleter::new(),
+        }));
         while asked.recv().is_ok() {
             let line = match editor.readline(&prompt) {
                 Ok(line) => Some(line),
@@ -100,7 +113,9 @@ async fn run_terminal(session: &mut Session) -> bool {
         if ask.send(()).is_err() {
             return failed;
         }
-        let Some(Some(line)) = session.wait(answers.recv()).await else { return failed };
+        let Some(Some(line)) = session.wait(answers.recv()).await else {
+            return failed;
+        };
         let outcome = session.run(&line).await;
         failed |= outcome.result.is_err();
         if outcome.result == Ok(Done::Quit) {
@@ -118,13 +133,24 @@ struct Completion {
 impl Completer for Completion {
     type Candidate = Pair;
 
-    fn complete(&self, line: &str, at: usize, context: &Context<'_>) -> rustyline::Result<(usize, Vec<Pair>)> {
+    fn complete(
+        &self,
+        line: &str,
+        at: usize,
+        context: &Context<'_>,
+    ) -> rustyline::Result<(usize, Vec<Pair>)> {
         let before = &line[..at];
         if before.contains(' ') {
             return self.files.complete(line, at, context);
         }
-        let names = COMMANDS.iter().map(|c| c.name).filter(|n| n.starts_with(before));
-        let pair = |n: &str| Pair { display: n.to_owned(), replacement: format!("{n} ") };
+        let names = COMMANDS
+            .iter()
+            .map(|c| c.name)
+            .filter(|n| n.starts_with(before));
+        let pair = |n: &str| Pair {
+            display: n.to_owned(),
+            replacement: format!("{n} "),
+        };
         Ok((0, names.map(pair).collect()))
     }
 }
@@ -136,7 +162,10 @@ mod tests {
     #[test]
     fn long_lines_are_cut_as_the_old_buffer_cut_them() {
         let line = "x".repeat(2500);
-        assert_eq!(pieces(&line).iter().map(|p| p.len()).collect::<Vec<_>>(), [1023, 1023, 454]);
+        assert_eq!(
+            pieces(&line).iter().map(|p| p.len()).collect::<Vec<_>>(),
+            [1023, 1023, 454]
+        );
         assert_eq!(pieces(""), [""]);
     }
 }

@@ -29,7 +29,12 @@ impl Report {
         let bytes = self.bytes as f64;
         if self.machine {
             let elapsed = time(self.elapsed, true);
-            return format!("{},1,{elapsed},{:.3},{:.3}\n", self.bytes, per_second(bytes), per_second(1.0));
+            return format!(
+                "{},1,{elapsed},{:.3},{:.3}\n",
+                self.bytes,
+                per_second(bytes),
+                per_second(1.0)
+            );
         }
         let elapsed = time(self.elapsed, false);
         let n = self.bytes;
@@ -53,7 +58,13 @@ pub fn hexdump(offset: u64, data: &[u8]) -> String {
             write!(out, "{b:02x} ").expect("a String takes everything");
         }
         out.push(' ');
-        out.extend(line.iter().map(|&b| if b.is_ascii_alphanumeric() { b as char } else { '.' }));
+        out.extend(line.iter().map(|&b| {
+            if b.is_ascii_alphanumeric() {
+                b as char
+            } else {
+                '.'
+            }
+        }));
         out.push('\n');
     }
     out

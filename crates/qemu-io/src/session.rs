@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use blockcore::{Backend, BlockError, Diagnostics, IoBufMut, Registry};
 use futures::future::{BoxFuture, FutureExt};
 use futures::stream::{FuturesUnordered, StreamExt};
-use toolkit::getopt::{Getopt, Opt};
+use toolkit::getopt::{Getopt, GetoptError, Opt};
 
 use crate::aio::Finished;
 use crate::command::{Command, Verb, find};
@@ -109,7 +109,9 @@ impl Session {
         let warnings = Arc::new(Mutex::new(Vec::new()));
         let sink = warnings.clone();
         let diagnostics = Diagnostics::new(move |line| {
-            sink.lock().expect("no code panics while it holds this lock").push(line.to_owned());
+            sink.lock()
+                .expect("no code panics while it holds this lock")
+                .push(line.to_owned());
         });
         Session {
             prog: "qemu-io".to_owned(),
@@ -127,14 +129,22 @@ impl Session {
 
     /// Runs one command line.
     pub async fn run(&mut self, line: &str) -> Outcome {
-        let words: Vec<String> = line.split(' ').filter(|w| !w.is_empty()).map(str::to_owned).collect();
+        let words: Vec<String> = line
+            .split(' ')
+            .filter(|w| !w.is_empty())
+            .map(str::to_owned)
+            .collect();
         let result = match words.split_first() {
             None => Ok(Done::Nothing),
             Some((name, args)) => self.run_command(name, args).await,
         };
         self.print_warnings();
         let (stdout, stderr) = self.output.take();
-        Outcome { result, stdout, stderr }
+        Outcome {
+            result,
+            stdout,
+            stderr,
+        }
     }
 
     async fn run_command(&mut self, name: &str, args: &[String]) -> Ran {
@@ -147,7 +157,12 @@ impl Session {
             return Err(Failed);
         }
         self.check_count(command, name, args.len())?;
-        if command.writes && self.backend.as_ref().is_some_and(|b| b.root().is_read_only()) {
+        if command.writes
+            && self
+                .backend
+                .as_ref()
+                .is_some_and(|b| b.root().is_read_only())
+        {
             self.complain("Block node is read-only");
             return Err(Failed);
         }
@@ -163,12 +178,18 @@ impl Session {
             Some(max) if max == command.min => max.to_string(),
             Some(max) => format!("between {} and {max}", command.min),
         };
-        self.output.err(&format!("bad argument count {count} to {name}, expected {expected} arguments"));
+        self.output.err(&format!(
+            "bad argument count {count} to {name}, expected {expected} arguments"
+        ));
         Err(Failed)
     }
 
     async fn dispatch(&mut self, command: &'static Command, name: &str, args: &[String]) -> Ran {
-        let c = Call { command, name, args };
+        let c = Call {
+            command,
+            name,
+            args,
+        };
         match command.verb {
             Verb::Abort => std::process::abort(),
             Verb::AioFlush => {
@@ -234,22 +255,36 @@ impl Session {
         Err(Failed)
     }
 
-    /// The options of a call, and its positionals; a wrong option is complained of.
-    pub(crate) fn options(&mut self, c: &Call<'_>, short: &str) -> Result<(Vec<Opt>, Vec<String>), Failed> {
+    /// The options of a call up to the first wrong one, and its positionals. Commands look at them one by one with
+    /// [`checked`](Session::checked), since an earlier mistake is reported first.
+    pub(crate) fn options(
+        &self,
+        c: &Call<'_>,
+        short: &str,
+    ) -> (Vec<Result<Opt, GetoptError>>, Vec<String>) {
         let mut options = Getopt::new(c.args, short, &[]);
         let mut found = Vec::new();
         while let Some(option) = options.next() {
-            match option {
-                Ok(option) => found.push(option),
-                Err(e) => {
-                    let line = format!("{}: {}", c.name, e.text());
-                    self.output.err(&line);
-                    self.output.out(&c.command.usage(c.command.name));
-                    return Err(Failed);
-                }
+            let wrong = option.is_err();
+            found.push(option);
+            if wrong {
+                break;
             }
         }
-        Ok((found, options.positionals()))
+        (found, options.positionals())
+    }
+
+    /// An option, or a complaint about a wrong one.
+    pub(crate) fn checked(
+        &mut self,
+        c: &Call<'_>,
+        option: Result<Opt, GetoptError>,
+    ) -> Result<Opt, Failed> {
+        option.map_err(|e| {
+            self.output.err(&format!("{}: {}", c.name, e.text()));
+            self.output.out(&c.command.usage(c.command.name));
+            Failed
+        })
     }
 
     /// A buffer to read to.
@@ -266,7 +301,12 @@ impl Session {
 
     /// Lines for people that came from below.
     pub(crate) fn print_warnings(&mut self) {
-        let lines = std::mem::take(&mut *self.warnings.lock().expect("no code panics while it holds this lock"));
+        let lines = std::mem::take(
+            &mut *self
+                .warnings
+                .lock()
+                .expect("no code panics while it holds this lock"),
+        );
         for line in lines {
             self.output.err(&line);
         }

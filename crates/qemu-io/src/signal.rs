@@ -8,5 +8,10 @@ use std::process::Command;
 /// Sends signal `number` to this process; 0 does nothing.
 pub(crate) fn raise(number: i32) {
     // A `kill` that can't be run is as good as a signal that is ignored.
-    drop(Command::new("kill").arg(format!("-{number}")).arg(std::process::id().to_string()).status());
+    drop(
+        Command::new("kill")
+            .arg(format!("-{number}"))
+            .arg(std::process::id().to_string())
+            .status(),
+    );
 }

@@ -20,11 +20,15 @@ impl Session {
             None => 512,
         };
         let backend = self.backend()?;
-        let counted = self.wait(async { count_allocated(&backend, offset, count).await }).await;
+        let counted = self
+            .wait(async { count_allocated(&backend, offset, count).await })
+            .await;
         match counted {
             Ok((allocated, of)) => {
                 let place = human(offset as f64);
-                self.output.out(&format!("{allocated}/{of} bytes allocated at offset {place}\n"));
+                self.output.out(&format!(
+                    "{allocated}/{of} bytes allocated at offset {place}\n"
+                ));
                 Ok(Done::Allocated { allocated, of })
             }
             Err(e) => self.fail(&format!("is_allocated failed: {}", e.strerror())),
@@ -36,7 +40,9 @@ impl Session {
         let length = backend.length();
         let mut at = 0;
         while at < length {
-            let run = self.wait(async { allocation_run(&backend, at, length).await }).await;
+            let run = self
+                .wait(async { allocation_run(&backend, at, length).await })
+                .await;
             let (allocated, bytes) = match run {
                 Ok(run) => run,
                 Err(e) => return self.complain_of("Failed to get allocation status: ", &e),
@@ -45,9 +51,15 @@ impl Session {
                 self.complain("Unexpected end of image");
                 return Err(Failed);
             }
-            let what = if allocated { "    allocated" } else { "not allocated" };
+            let what = if allocated {
+                "    allocated"
+            } else {
+                "not allocated"
+            };
             let (run, place) = (human(bytes as f64), human(at as f64));
-            self.output.out(&format!("{run} ({bytes:#x}) bytes {what} at offset {place} ({at:#x})\n"));
+            self.output.out(&format!(
+                "{run} ({bytes:#x}) bytes {what} at offset {place} ({at:#x})\n"
+            ));
             at += bytes;
         }
         Ok(Done::Nothing)
@@ -56,13 +68,23 @@ impl Session {
     pub(crate) async fn info(&mut self) -> Ran {
         let backend = self.backend()?;
         let driver = backend.root().driver();
-        self.output.out(&format!("format name: {}\n", driver.format_name()));
+        self.output
+            .out(&format!("format name: {}\n", driver.format_name()));
         if driver.is_protocol() {
-            self.output.out(&format!("format name: {}\n", driver.format_name()));
+            self.output
+                .out(&format!("format name: {}\n", driver.format_name()));
         }
-        let Ok(info) = driver.info().await else { return Err(Failed) };
-        self.output.out(&format!("cluster size: {}\n", human(info.cluster_size as f64)));
-        self.output.out(&format!("vm state offset: {}\n", human(info.vm_state_offset as f64)));
+        let Ok(info) = driver.info().await else {
+            return Err(Failed);
+        };
+        self.output.out(&format!(
+            "cluster size: {}\n",
+            human(info.cluster_size as f64)
+        ));
+        self.output.out(&format!(
+            "vm state offset: {}\n",
+            human(info.vm_state_offset as f64)
+        ));
         match driver.specific_info().await {
             Err(e) => return self.complain_of("", &e),
             Ok(None) => {}
@@ -81,7 +103,9 @@ impl Session {
 async fn count_allocated(backend: &Backend, offset: u64, count: u64) -> Result<(u64, u64)> {
     let (mut at, mut left, mut sum) = (offset, count, 0);
     while left > 0 {
-        let status = backend.block_status(at, left, StatusMode::AllocationOnly).await?;
+        let status = backend
+            .block_status(at, left, StatusMode::AllocationOnly)
+            .await?;
         if status.bytes == 0 {
             return Ok((sum, count - left));
         }
@@ -96,10 +120,14 @@ async fn count_allocated(backend: &Backend, offset: u64, count: u64) -> Result<(
 
 /// Whether the top layer holds what lies at `at`, and for how many bytes that goes on.
 async fn allocation_run(backend: &Backend, at: u64, end: u64) -> Result<(bool, u64)> {
-    let first = backend.block_status(at, end - at, StatusMode::AllocationOnly).await?;
+    let first = backend
+        .block_status(at, end - at, StatusMode::AllocationOnly)
+        .await?;
     let mut bytes = first.bytes;
     while bytes > 0 && at + bytes < end {
-        let next = backend.block_status(at + bytes, end - at - bytes, StatusMode::AllocationOnly).await?;
+        let next = backend
+            .block_status(at + bytes, end - at - bytes, StatusMode::AllocationOnly)
+            .await?;
         if next.is_allocated() != first.is_allocated() || next.bytes == 0 {
             break;
         }
