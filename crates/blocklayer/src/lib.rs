@@ -7,6 +7,8 @@ pub use blockcore::*;
 
 #[cfg(feature = "jobs")]
 pub use blockjob as job;
+#[cfg(feature = "filters")]
+pub use filters;
 #[cfg(feature = "qcow2")]
 pub use qcow2;
 #[cfg(feature = "raw")]
@@ -24,5 +26,7 @@ pub fn registry() -> Registry {
     }
     #[cfg(feature = "qcow2")]
     registry.register(qcow2::Qcow2Factory);
+    #[cfg(feature = "filters")]
+    registry.register(filters::NullFactory);
     registry
 }

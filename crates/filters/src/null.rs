@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `null-co`: a disk that forgets what is written, for measuring what lies above it. `QEMU: block/null.c`.
+//!
+//! Options: `size` (1 GiB), `latency-ns` (how long a request takes; 0), `read-zeroes` (whether reads give zeroes; off: they leave the
+//! buffer as it is, which costs nothing).
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use blockcore::{
+    BlockDriver, BlockError, BlockStatus, CreateContext, DriverFactory, IoBuf, IoBufMut,
+    OpenContext, Options, ReadFlags, Result, StatusFlags, StatusMode, WriteFlags,
+};
+
+const DEFAULT_BYTES: u64 = 1 << 30;
+
+/// A disk that keeps nothing.
+#[derive(Clone, Copy, Debug)]
+pub struct NullDriver {
+    bytes: u64,
+    latency: Duration,
+    read_zeroes: bool,
+}
+
+impl NullDriver {
+    async fn take_time(&self) {
+        if !self.latency.is_zero() {
+            tokio::time::sleep(self.latency).await;
+        }
+    }
+}
+
+#[async_trait]
+impl BlockDriver for NullDriver {
+    fn format_name(&self) -> &'static str {
+        "null-co"
+    }
+
+    fn is_protocol(&self) -> bool {
+        true
+    }
+
+    async fn length(&self) -> Result<u64> {
+        Ok(self.bytes)
+    }
+
+    fn read_nowait(&self, _offset: u64, buf: &mut [u8]) -> bool {
+        if self.read_zeroes {
+            buf.fill(0);
+        }
+        self.latency.is_zero()
+    }
+
+    async fn preadv(&self, _offset: u64, mut buf: IoBufMut, _flags: ReadFlags) -> Result<IoBufMut> {
+        self.take_time().await;
+        if self.read_zeroes {
+            buf.fill(0);
+        }
+        Ok(buf)
+    }
+
+    async fn pwritev(&self, _offset: u64, _buf: IoBuf, _flags: WriteFlags) -> Result<()> {
+        self.take_time().await;
+        Ok(())
+    }
+
+    fn supported_write_flags(&self) -> WriteFlags {
+        WriteFlags::FUA
+    }
+
+    async fn block_status(
+        &self,
+        offset: u64,
+        bytes: u64,
+        _mode: StatusMode,
+    ) -> Result<BlockStatus> {
+        let mut flags = StatusFlags::OFFSET_VALID;
+        flags.set(StatusFlags::ZERO, self.read_zeroes);
+        let mut status = BlockStatus::new(flags, bytes);
+        status.map = offset;
+        Ok(status)
+    }
+
+    async fn flush(&self) -> Result<()> {
+        self.take_time().await;
+        Ok(())
+    }
+
+    async fn allocated_size(&self) -> Result<Option<u64>> {
+        Ok(Some(0))
+    }
+
+    fn as_any(&self) -> &dyn std::any::Any {
+        self
+    }
+}
+
+/// Opens `null-co://`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NullFactory;
+
+#[async_trait]
+impl DriverFactory for NullFactory {
+    fn format_name(&self) -> &'static str {
+        "null-co"
+    }
+
+    fn protocol_name(&self) -> Option<&'static str> {
+        Some("null-co")
+    }
+
+    async fn open(
+        &self,
+        ctx: &OpenContext<'_>,
+        options: &mut Options,
+    ) -> Result<Box<dyn BlockDriver>> {
+        // A name comes without its prefix; as an option of its own it is none of this driver's.
+        if options.get_str("filename").as_deref() == Some(ctx.filename()) {
+            let name = options.take_str("filename").unwrap_or_default();
+            if !matches!(name.as_str(), "//" | "null-co://") {
+                return Err(BlockError::invalid(
+                    "The only allowed filename for this driver is 'null-co://'",
+                ));
+            }
+        }
+        let latency = options.take_str("latency-ns");
+        let latency = match latency.map(|text| text.parse::<u64>()) {
+            None => 0,
+            Some(Ok(ns)) => ns,
+            Some(Err(_)) => return Err(BlockError::invalid("latency-ns is invalid")),
+        };
+        Ok(Box::new(NullDriver {
+            bytes: options.take_size("size")?.unwrap_or(DEFAULT_BYTES),
+            latency: Duration::from_nanos(latency),
+            read_zeroes: options.take_bool("read-zeroes")?.unwrap_or(false),
+        }))
+    }
+
+    async fn create(&self, _ctx: &CreateContext<'_>, _name: &str, _options: Options) -> Result<()> {
+        Err(BlockError::unsupported(
+            "Protocol driver 'null-co' does not support image creation",
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use blockcore::{OpenOptions, Registry};
+
+    fn registry() -> Registry {
+        let mut registry = Registry::new();
+        registry.register(NullFactory);
+        registry
+    }
+
+    #[tokio::test]
+    async fn it_forgets_what_is_written_and_reads_zeroes_if_told_to() {
+        let disk = OpenOptions::new()
+            .option("driver", "null-co")
+            .option("size", "1M")
+            .option("read-zeroes", "on")
+            .open_options(&registry())
+            .await
+            .unwrap();
+        assert_eq!(disk.length(), 1 << 20);
+        disk.pwritev(0, IoBuf::from(vec![1; 512]), WriteFlags::FUA)
+            .await
+            .unwrap();
+        disk.pwrite_zeroes(512, 512, WriteFlags::empty())
+            .await
+            .unwrap();
+        let buf = IoBufMut::from(vec![3; 512]);
+        let read = disk.preadv(0, buf, ReadFlags::empty()).await.unwrap();
+        assert!(read.is_zero());
+        disk.close().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn only_its_own_name_opens_it() {
+        let open = |name: &'static str| async move {
+            OpenOptions::new()
+                .format("null-co")
+                .open(&registry(), name)
+                .await
+        };
+        assert_eq!(open("null-co://").await.unwrap().length(), DEFAULT_BYTES);
+        assert_eq!(
+            open("null-co://x").await.unwrap_err().text(),
+            "The only allowed filename for this driver is 'null-co://'"
+        );
+    }
+}
