@@ -197,6 +197,7 @@ pub struct OpenOptions {
     options: Options,
     policy: OpenPolicy,
     probe: bool,
+    no_backing: bool,
     diagnostics: Diagnostics,
 }
 
@@ -272,6 +273,13 @@ impl OpenOptions {
         self
     }
 
+    /// Opens no backing files, so that an image can be looked at alone. What it doesn't hold itself then reads as zero, and so it can't be opened for
+    /// writing: copy-on-write would take those zeroes for the truth.
+    pub fn no_backing(mut self, on: bool) -> Self {
+        self.no_backing = on;
+        self
+    }
+
     /// What may be opened that images name.
     pub fn policy(mut self, policy: OpenPolicy) -> Self {
         self.policy = policy;
@@ -301,12 +309,18 @@ impl OpenOptions {
     }
 
     async fn open_as(mut self, registry: &Registry, filename: Option<String>) -> Result<Backend> {
+        if self.no_backing && !self.flags.read_only {
+            return Err(BlockError::invalid(
+                "Without its backing files an image can only be opened read-only",
+            ));
+        }
         if let Some(format) = self.format {
             self.options.set("driver", format);
         }
         let shared = Shared {
             registry,
             probe: self.probe,
+            no_backing: self.no_backing,
             policy: self.policy,
             diagnostics: self.diagnostics,
         };
@@ -342,6 +356,7 @@ impl OpenOptions {
 struct Shared<'a> {
     registry: &'a Registry,
     probe: bool,
+    no_backing: bool,
     policy: OpenPolicy,
     diagnostics: Diagnostics,
 }
@@ -478,6 +493,9 @@ impl OpenContext<'_> {
                 let text = format!("Cannot find device='{other}' nor node-name='{other}'");
                 return Err(BlockError::unsupported(text).context("Could not open backing file"));
             }
+        }
+        if self.shared.no_backing {
+            return Ok(None);
         }
         let named = own.contains("filename")
             || own.contains("file.filename")
@@ -813,6 +831,7 @@ impl CreateContext<'_> {
         let shared = Shared {
             registry: self.registry,
             probe: false,
+            no_backing: false,
             policy: OpenPolicy::Deny,
             diagnostics: self.diagnostics.clone(),
         };

@@ -6,7 +6,7 @@
 
 use blockcore::{
     BlockError, CreateOption, Diagnostics, ErrorKind, OpenOptions, OpenPolicy, OptionKind,
-    OptionValue, Options, Registry, Result, name::resolve_beside, size::parse_size,
+    Options, Registry, Result, name::resolve_beside, size::parse_size,
 };
 
 /// What a user asks for.
@@ -69,12 +69,9 @@ pub fn known_options(
             "Protocol driver '{name}' does not support image creation"
         )));
     }
-    // A format makes its file itself, so what the protocol could do beside is not the user's to say, but for a format that is its file.
-    if driver.create_options().iter().any(|o| o.name == "size") && format == "raw" {
-        for option in protocol.create_options() {
-            if known.iter().all(|k| k.name != option.name) {
-                known.push(*option);
-            }
+    for option in protocol.create_options() {
+        if known.iter().all(|k| k.name != option.name) {
+            known.push(*option);
         }
     }
     Ok(known)
@@ -115,7 +112,7 @@ impl CreatePlan {
         }
         if let Some(format) = &request.backing_format {
             if !knows("backing_fmt") {
-                return Err(not_for("Backing format"));
+                return Err(not_for("Backing file format"));
             }
             options.set("backing_fmt", format.as_str());
         }
@@ -250,13 +247,6 @@ async fn check_backing(
         ));
     }
     let format = options.get_str("backing_fmt");
-    if let Some(format) = &format
-        && registry.driver(format).is_err()
-    {
-        return Err(BlockError::invalid(format!(
-            "Unknown backing file format '{format}'"
-        )));
-    }
     let no_format = || BlockError::invalid("Backing file specified without backing format");
     if unchecked {
         return if format.is_none() {

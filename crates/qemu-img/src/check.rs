@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `qemu-img check`. Exit status: 0 nothing found, 1 the check could not be made, 2 corruptions, 3 leaks only, 63 a format that has no check.
+
+use blockcore::{CheckFix, CheckResult};
+use serde_json::{Map, Value};
+use toolkit::getopt::{Arg, Long, long};
+
+use crate::Tool;
+use crate::console::{Failed, Outcome};
+use crate::image::Image;
+use crate::json::pretty;
+use crate::options::{IMAGE_OPTS, OBJECT, OUTPUT, Output, Words};
+
+const LONG: &[Long] = &[
+    long("help", Arg::No, 'h'),
+    long("quiet", Arg::No, 'q'),
+    long("format", Arg::Required, 'f'),
+    long("image-opts", Arg::No, IMAGE_OPTS),
+    long("cache", Arg::Required, 'T'),
+    long("force-share", Arg::No, 'U'),
+    long("output", Arg::Required, OUTPUT),
+    long("repair", Arg::Required, 'r'),
+    long("object", Arg::Required, OBJECT),
+];
+
+impl Tool {
+    pub(crate) async fn check(&self, args: &[String]) -> Outcome {
+        let (mut format, mut image_opts, mut quiet) = (None, false, false);
+        let (mut force_share, mut output) = (false, Output::Human);
+        let (mut cache, mut repair) = ("writeback".to_owned(), false);
+        let mut words = Words::new(self, "check", args, "f:hr:qT:U", LONG);
+        while let Some(option) = words.next()? {
+            match option.value {
+                'q' => quiet = true,
+                'f' => format = Some(option.arg),
+                'T' => cache = option.arg,
+                'U' => force_share = true,
+                OUTPUT => output = words.output(&option.arg)?,
+                'r' if matches!(option.arg.as_str(), "leaks" | "all") => repair = true,
+                'r' => {
+                    let text = format!(
+                        "--repair (-r) expects 'leaks' or 'all' not '{}'",
+                        option.arg
+                    );
+                    return Err(self.console.usage_error("check", &text));
+                }
+                _ => image_opts = true,
+            }
+        }
+        let name = words.one_positional()?;
+        self.check_image_opts(image_opts, format.as_deref())?;
+        if repair {
+            return Err(self.console.fail("--repair (-r) is not supported yet"));
+        }
+        let image = Image {
+            cache: self.cache_mode(&cache, &format!("Invalid source cache option: {cache}"))?,
+            force_share,
+            ..Image::new(name.as_str(), format, image_opts)
+        };
+        let disk = self.open(image).await?;
+        let found = disk.root().driver().check(CheckFix::None).await;
+        let (format, filename) = (disk.root().format_name(), disk.root().filename().to_owned());
+        self.close(disk).await?;
+        let found = match found {
+            Ok(found) => found,
+            Err(e) if e.errno() == libc::ENOTSUP => {
+                self.console.error(&e.text());
+                return Err(Failed(63));
+            }
+            Err(e) => {
+                return Err(self
+                    .console
+                    .fail(&format!("Check failed: {}", e.strerror())));
+            }
+        };
+        for line in &found.messages {
+            self.console.raw_error(line);
+        }
+        match output {
+            Output::Human if quiet => {}
+            Output::Human => self.console.print(&report(&found)),
+            Output::Json => {
+                let json = json_report(&found, &filename, format);
+                self.console.line(&pretty(&json));
+            }
+        }
+        match (found.check_errors, found.corruptions, found.leaks) {
+            (0, 0, 0) => Ok(()),
+            (0, 0, _) => Err(Failed(3)),
+            (0, _, _) => Err(Failed(2)),
+            _ => Err(Failed(1)),
+        }
+    }
+}
+
+fn report(found: &CheckResult) -> String {
+    let mut out = String::new();
+    if found.corruptions == 0 && found.leaks == 0 && found.check_errors == 0 {
+        out.push_str("No errors were found on the image.\n");
+    }
+    if found.corruptions > 0 {
+        out.push_str(&format!(
+            "\n{} errors were found on the image.\nData may be corrupted, or further writes to the image may corrupt it.\n",
+            found.corruptions
+        ));
+    }
+    if found.leaks > 0 {
+        out.push_str(&format!(
+            "\n{} leaked clusters were found on the image.\nThis means waste of disk space, but no harm to data.\n",
+            found.leaks
+        ));
+    }
+    if found.check_errors > 0 {
+        out.push_str(&format!(
+            "\n{} internal errors have occurred during the check.\n",
+            found.check_errors
+        ));
+    }
+    if found.total_clusters > 0 && found.allocated_clusters > 0 {
+        let percent = |part: u64, whole: u64| part as f64 * 100.0 / whole as f64;
+        out.push_str(&format!(
+            "{}/{} = {:.2}% allocated, {:.2}% fragmented, {:.2}% compressed clusters\n",
+            found.allocated_clusters,
+            found.total_clusters,
+            percent(found.allocated_clusters, found.total_clusters),
+            percent(found.fragmented_clusters, found.allocated_clusters),
+            percent(found.compressed_clusters, found.allocated_clusters)
+        ));
+    }
+    if found.image_end_offset > 0 {
+        out.push_str(&format!("Image end offset: {}\n", found.image_end_offset));
+    }
+    out
+}
+
+/// The members come in the order in which QEMU's tool has them; counts of 0 are left out.
+fn json_report(found: &CheckResult, filename: &str, format: &str) -> Value {
+    let mut out = Map::new();
+    let mut put = |key: &str, n: u64, always: bool| {
+        if always || n > 0 {
+            out.insert(key.to_owned(), n.into());
+        }
+    };
+    put("image-end-offset", found.image_end_offset, false);
+    put("compressed-clusters", found.compressed_clusters, false);
+    put("total-clusters", found.total_clusters, false);
+    put("corruptions", found.corruptions, false);
+    put("check-errors", found.check_errors, true);
+    put("leaks", found.leaks, false);
+    put("allocated-clusters", found.allocated_clusters, false);
+    out.insert("filename".to_owned(), filename.into());
+    out.insert("format".to_owned(), format.into());
+    if found.fragmented_clusters > 0 {
+        out.insert(
+            "fragmented-clusters".to_owned(),
+            found.fragmented_clusters.into(),
+        );
+    }
+    Value::Object(out)
+}

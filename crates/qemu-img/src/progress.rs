@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `-p`: the share that is done, printed in place.
+
+use std::sync::Mutex;
+
+use blockjob::{Job, Progress};
+
+use crate::console::Console;
+
+/// The least step that is printed, in percent.
+const STEP_PERCENT: f64 = 1.0;
+
+fn print(console: &Console, percent: f64) {
+    console.print(&format!("    ({percent:3.2}/100%)\r"));
+    console.flush();
+}
+
+/// A job; with `shown`, one whose progress is printed.
+pub(crate) fn job(console: &Console, shown: bool) -> Job {
+    if !shown {
+        return Job::new();
+    }
+    print(console, 0.0);
+    let console = console.clone();
+    let last = Mutex::new(0.0);
+    Job::observed(move |progress: Progress| {
+        let percent = if progress.done == 0 {
+            0.0
+        } else {
+            progress.fraction() * 100.0
+        };
+        let mut last = last.lock().expect("no code panics while it holds this lock");
+        if percent - *last >= STEP_PERCENT || (percent >= 100.0 && *last < 100.0) {
+            *last = percent;
+            print(&console, percent);
+        }
+    })
+}
+
+/// The last step, whatever was printed before.
+pub(crate) fn complete(console: &Console, shown: bool) {
+    if shown {
+        print(console, 100.0);
+    }
+}
+
+/// Leaves the line.
+pub(crate) fn end(console: &Console, shown: bool) {
+    if shown {
+        console.line("");
+    }
+}
