@@ -497,9 +497,7 @@ impl OpenContext<'_> {
         if self.shared.no_backing {
             return Ok(None);
         }
-        let named = own.contains("filename")
-            || own.contains("file.filename")
-            || own.contains("file.driver");
+        let named = own.contains("file.filename") || own.contains("file.driver");
         let (filename, by_image) = match header {
             Some(h) if !named && !h.filename.is_empty() => {
                 if let Some(format) = &h.format {
@@ -555,6 +553,9 @@ async fn open_node(shared: &Shared<'_>, mut request: NodeRequest) -> Result<Arc<
     let options = &mut request.options;
     let flags = take_node_flags(options, request.flags)?;
     let node_name = options.take_str("node-name");
+    if let Some(name) = &node_name {
+        check_node_name(name)?;
+    }
     let driver_name = options.take_str("driver");
     let driver = driver_name
         .as_deref()
@@ -570,7 +571,11 @@ async fn open_node(shared: &Shared<'_>, mut request: NodeRequest) -> Result<Arc<
         file: Mutex::new(None),
     };
     let is_protocol = |d: &Arc<dyn DriverFactory>| d.protocol_name().is_some();
-    let driver = if request.kind == NodeKind::Protocol || driver.as_ref().is_some_and(is_protocol) {
+    // A format may lie in a format: only a file that says nothing of its driver is a protocol by its place.
+    let on_protocol = driver
+        .as_ref()
+        .map_or(request.kind == NodeKind::Protocol, is_protocol);
+    let driver = if on_protocol {
         protocol_driver(shared, driver, request.filename, options, &mut ctx)?
     } else {
         let file = open_format_file(shared, request.filename, options, &ctx).await?;
@@ -593,6 +598,14 @@ async fn open_node(shared: &Shared<'_>, mut request: NodeRequest) -> Result<Arc<
             }
         };
         if let Some(file) = &file {
+            if file.node().is_read_only() && !flags.read_only {
+                // Only options of its own can have made it so. The writes would all fail.
+                file.close().await?;
+                return Err(BlockError::new(
+                    ErrorKind::ReadOnly,
+                    "Block node is read-only",
+                ));
+            }
             let wanted = driver.child_permissions(request.permissions, flags.read_only);
             let wanted = if flags.force_share {
                 wanted.sharing_all()
@@ -713,7 +726,6 @@ async fn open_format_file(
         let text = format!("Cannot find device='{reference}' nor node-name='{reference}'");
         return Err(BlockError::new(ErrorKind::NotFound, text));
     }
-    let filename = filename.or_else(|| options.take_str("filename"));
     if own.is_empty() && filename.is_none() {
         return Ok(None);
     }
@@ -752,6 +764,21 @@ async fn probe_format(shared: &Shared<'_>, file: &Child) -> Result<Arc<dyn Drive
     driver.ok_or_else(|| {
         BlockError::invalid("Could not determine image format: No compatible driver found")
     })
+}
+
+/// A node's name is a letter, then letters, digits, `-`, `.` and `_`; 31 bytes at most. `QEMU: id_wellformed`.
+fn check_node_name(name: &str) -> Result<()> {
+    let is_good = name.starts_with(|c: char| c.is_ascii_alphabetic())
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b));
+    if !is_good {
+        return Err(BlockError::invalid(format!("Invalid node-name: '{name}'")));
+    }
+    if name.len() > 31 {
+        return Err(BlockError::invalid("Node name too long"));
+    }
+    Ok(())
 }
 
 /// Takes the options that every node has.
