@@ -128,31 +128,39 @@ impl Image {
     /// Those of reading refcount blocks; `NoSpace` at the limits of the format; `Corrupt` where a free cluster holds metadata.
     pub async fn alloc_run(&self, meta: &mut Meta, want: u64) -> Result<Run> {
         self.check_sound()?;
-        loop {
-            let cluster = self.find_free(meta, want).await?;
-            if (cluster + want) << self.cluster_bits > L2E_OFFSET_MASK {
-                return Err(BlockError::new(
-                    ErrorKind::NoSpace,
-                    "The image file can't grow further",
-                )
-                .errno_is(27));
-            }
-            if let Some(missing) = self.missing_block(meta, cluster, want) {
-                self.add_refcount_block(meta, missing).await?;
-                // The new block has taken a cluster, maybe one of these.
-                continue;
-            }
-            let (host, bytes) = (cluster << self.cluster_bits, want << self.cluster_bits);
-            // INV QCOW2-META-1: a cluster that is counted free and holds metadata all the same is never handed out.
-            if let Some(owner) = self.owner_in(host, bytes) {
-                return Err(self.refuse_overlap(host, owner));
-            }
-            for c in cluster..cluster + want {
-                meta.refcounts.set(&self.file, c, 1).await?;
-            }
-            meta.next_free = cluster + want;
-            return Ok(self.use_run(meta, cluster, want));
+        let mut cluster = self.find_free(meta, want).await?;
+        let mut taken = want;
+        if self.missing_blocks(meta, cluster, want).next().is_some() {
+            // The new blocks go right behind the run, so that a run may be longer than what one block counts. They count themselves, too.
+            let blocks_max = want / (meta.refcounts.block_entries() - 1) + 3;
+            cluster = self.find_free(meta, want + blocks_max).await?;
+            taken = want + self.blocks_for(meta, cluster, want);
         }
+        if (cluster + taken) << self.cluster_bits > L2E_OFFSET_MASK {
+            let text = "The image file can't grow further";
+            return Err(BlockError::new(ErrorKind::NoSpace, text).errno_is(27));
+        }
+        let (host, bytes) = (cluster << self.cluster_bits, taken << self.cluster_bits);
+        // INV QCOW2-META-1: a cluster that is counted free and holds metadata all the same is never handed out.
+        if let Some(owner) = self.owner_in(host, bytes) {
+            return Err(self.refuse_overlap(host, owner));
+        }
+        let missing: Vec<u64> = self.missing_blocks(meta, cluster, taken).collect();
+        for (block, place) in missing.into_iter().zip(cluster + want..) {
+            meta.refcounts
+                .add_block(block, place << self.cluster_bits)?;
+            self.own(
+                place << self.cluster_bits,
+                self.cluster_size(),
+                Owner::RefcountBlock,
+            );
+        }
+        for c in cluster..cluster + taken {
+            meta.refcounts.set(&self.file, c, 1).await?;
+        }
+        meta.next_free = cluster + taken;
+        let run = self.use_run(meta, cluster, taken);
+        Ok(Run { count: want, ..run })
     }
 
     fn use_run(&self, meta: &mut Meta, cluster: u64, count: u64) -> Run {
@@ -162,6 +170,18 @@ impl Image {
             cluster,
             count,
             fresh,
+        }
+    }
+
+    /// How many refcount blocks a run of `want` clusters lacks, when they follow right behind it.
+    fn blocks_for(&self, meta: &Meta, cluster: u64, want: u64) -> u64 {
+        let mut blocks = 0;
+        loop {
+            let lacking = self.missing_blocks(meta, cluster, want + blocks).count() as u64;
+            if lacking == blocks {
+                return blocks;
+            }
+            blocks = lacking;
         }
     }
 
@@ -184,26 +204,11 @@ impl Image {
         Ok(first)
     }
 
-    fn missing_block(&self, meta: &Meta, cluster: u64, count: u64) -> Option<u64> {
+    /// The numbers of the refcount blocks that a range of clusters lacks.
+    fn missing_blocks(&self, meta: &Meta, cluster: u64, count: u64) -> impl Iterator<Item = u64> {
         let entries = meta.refcounts.block_entries();
-        let mut blocks = cluster / entries..=(cluster + count - 1) / entries;
-        blocks.find(|b| !meta.refcounts.has_block(b * entries))
-    }
-
-    /// Makes the refcount block `number`, in the first cluster that it counts itself.
-    async fn add_refcount_block(&self, meta: &mut Meta, number: u64) -> Result<()> {
-        let cluster = (number * meta.refcounts.block_entries()).max(1);
-        let host = cluster << self.cluster_bits;
-        if self.owner_in(host, self.cluster_size()).is_some() || cluster == 1 {
-            let text =
-                format!("Preventing invalid allocation of refcount block at offset {host:#x}");
-            return Err(self.signal_corruption(&text, host));
-        }
-        meta.refcounts.add_block(number, host)?;
-        meta.refcounts.set(&self.file, cluster, 1).await?;
-        self.own(host, self.cluster_size(), Owner::RefcountBlock);
-        let _used = self.use_run(meta, cluster, 1);
-        Ok(())
+        let blocks = cluster / entries..=(cluster + count - 1) / entries;
+        blocks.filter(move |b| !meta.refcounts.has_block(b * entries))
     }
 
     /// Gives back clusters that nothing ever pointed at. They can be handed out again at once.
