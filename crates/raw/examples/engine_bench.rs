@@ -85,32 +85,47 @@ fn main() -> blockcore::Result<()> {
     };
     let seconds = args.next().and_then(|s| s.parse().ok()).unwrap_or(3);
     let time = Duration::from_secs(seconds);
-    let current = || tokio::runtime::Builder::new_current_thread().build();
+    let current = || {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+    };
     let multi = || {
         tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
+            .enable_all()
             .build()
     };
     println!("cache   engine     depth  one task   tasks (2 threads)");
-    for (direct, aio) in [
-        (false, None),
-        (true, Some("threads")),
-        (true, Some("io_uring")),
+    for (direct, aio, reactor) in [
+        (false, None, false),
+        (true, Some("threads"), false),
+        (true, Some("io_uring"), false),
+        (true, Some("io_uring"), true),
     ] {
         for depth in [1, 32] {
             let one = current()?.block_on(async {
+                if reactor {
+                    raw::use_this_runtime()?;
+                }
                 let disk = open(&file, aio, direct).await?;
                 let rate = sequential(&disk, depth, time).await?;
                 disk.close().await?;
                 Ok::<f64, blockcore::BlockError>(rate)
             })?;
-            let many = multi()?
-                .block_on(async { by_tasks(open(&file, aio, direct).await?, depth, time).await })?;
+            let many = multi()?.block_on(async {
+                if reactor {
+                    raw::use_this_runtime()?;
+                }
+                by_tasks(open(&file, aio, direct).await?, depth, time).await
+            })?;
             let cache = if direct { "none" } else { "cached" };
-            println!(
-                "{cache:7} {:10} {depth:5} {one:9.0}   {many:9.0}",
+            let engine = if reactor {
+                "reactor"
+            } else {
                 aio.unwrap_or("auto")
-            );
+            };
+            println!("{cache:7} {engine:10} {depth:5} {one:9.0}   {many:9.0}");
         }
     }
     Ok(())

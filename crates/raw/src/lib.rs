@@ -18,6 +18,7 @@ mod reopen;
 mod status;
 mod truncate;
 
+pub use engine::uring::use_this_runtime;
 pub use file::FileDriver;
 pub use file_open::{FileFactory, HostDeviceFactory};
 pub use raw::RawDriver;

@@ -36,7 +36,7 @@ fn scattered(bytes: &[u8], rng: &mut Rng) -> IoBuf {
     out
 }
 
-async fn random_requests(aio: &str, direct: bool, seed: u64) {
+async fn random_requests(aio: &'static str, direct: bool, seed: u64) {
     eprintln!("aio {aio} direct {direct} seed {seed}");
     let disk = Disk::create("1M").await;
     let options = OpenOptions::new()
@@ -97,6 +97,49 @@ async fn all_engines_agree_with_a_model() {
         ("native", true),
     ] {
         random_requests(aio, direct, 0x5eed_1234).await;
+    }
+}
+
+/// The same where the runtime works the ring itself.
+#[tokio::test]
+async fn a_runtime_of_one_thread_can_work_the_ring() {
+    raw::use_this_runtime().unwrap();
+    random_requests("io_uring", true, 0x5eed_5678).await;
+    random_requests("io_uring", false, 0x5eed_5679).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_runtime_of_several_threads_can_work_the_ring() {
+    raw::use_this_runtime().unwrap();
+    let some = (0..4).map(|i| tokio::spawn(random_requests("io_uring", true, 0x5eed_9abc + i)));
+    try_join_all(some).await.unwrap();
+}
+
+/// A runtime that shuts down with requests in the kernel waits for them: their memory is its own till then.
+#[test]
+fn a_runtime_that_works_the_ring_can_shut_down_in_the_middle() {
+    for round in 0..20 {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let disk = runtime.block_on(async {
+            raw::use_this_runtime().unwrap();
+            let disk = Disk::create("4M").await;
+            let backend = disk.open(OpenOptions::new().direct(true)).await;
+            for i in 0..4 {
+                let data = IoBuf::from(vec![7u8; 1 << 20]);
+                let write = backend.pwritev(i << 20, data, WriteFlags::empty());
+                let mut write = std::pin::pin!(write);
+                assert!(futures::poll!(write.as_mut()).is_pending());
+            }
+            if round % 2 == 0 {
+                tokio::task::yield_now().await;
+            }
+            disk
+        });
+        drop(runtime);
+        drop(disk);
     }
 }
 
