@@ -226,6 +226,13 @@ impl BlockDriver for FileDriver {
         .await
     }
 
+    async fn reserve_storage(&self, offset: u64, bytes: u64) -> Result<()> {
+        self.change(offset, offset + bytes, move |host| {
+            host.reserve(offset, bytes)
+        })
+        .await
+    }
+
     async fn pdiscard(&self, offset: u64, bytes: u64) -> Result<()> {
         if !self.state.host().may_discard() {
             return Err(BlockError::from_errno(libc::ENOTSUP));

@@ -156,6 +156,14 @@ impl HostFile {
         })?)
     }
 
+    /// Reserves storage for a range without changing bytes or length. A host that can't is no failure.
+    pub fn reserve(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        match retry(|| fallocate(&self.fd, FallocateFlags::KEEP_SIZE, offset, bytes)) {
+            Err(e) if is_unsupported(e) || e == Errno::INVAL => Ok(()),
+            result => result.map_err(io::Error::from),
+        }
+    }
+
     /// Makes a range read as zero without writing it; `ENOTSUP` where the host can't. A range past the end grows the file.
     pub fn zero(&self, offset: u64, bytes: u64, flags: WriteFlags) -> io::Result<()> {
         let end = offset + bytes;
