@@ -348,6 +348,12 @@ impl OpenOptions {
                 return Err(e.during(Op::Open));
             }
         }
+        if backend.root().is_read_only() && !self.flags.read_only {
+            // The options say otherwise than the caller, who counts on being able to write.
+            backend.close().await?;
+            let err = BlockError::new(ErrorKind::ReadOnly, "Block node is read-only");
+            return Err(err.errno_is(libc::EPERM));
+        }
         Ok(backend)
     }
 }

@@ -161,6 +161,22 @@ impl Options {
         Ok(out)
     }
 
+    /// The keys of `key=value,key=value` that have no value, as `key=on` or `key=off`. The tools warn of them.
+    pub fn short_switches(text: &str) -> Vec<(String, String)> {
+        let mut out = Vec::new();
+        for part in split_unescaped_commas(text) {
+            if part.contains('=') {
+                continue;
+            }
+            let meaning = match part.strip_prefix("no") {
+                Some(key) if !key.is_empty() => format!("{key}=off"),
+                _ => format!("{part}=on"),
+            };
+            out.push((part, meaning));
+        }
+        out
+    }
+
     /// Whether there is nothing (left).
     pub fn is_empty(&self) -> bool {
         self.map.is_empty()

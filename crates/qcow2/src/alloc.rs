@@ -290,6 +290,9 @@ impl Image {
             return Err(e);
         }
         meta.needs_file_to(run, self.cluster_bits);
+        if run.fresh && old == 0 {
+            meta.reserve_later(run, self.cluster_bits);
+        }
         self.own(host, self.cluster_size(), Owner::L2);
         self.l1.set(l1_index, host | OFLAG_COPIED);
         meta.dirty_l1.insert(l1_index);

@@ -19,6 +19,9 @@ pub const DATA_FILE: u32 = 0x4441_5441;
 /// Bytes of one entry of the feature name table: kind, bit, name.
 const FEATURE_NAME_BYTES: usize = 48;
 
+/// The name of a format is shorter than this, in bytes.
+const BACKING_FORMAT_BYTES_MAX: usize = 16;
+
 /// One header extension.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Extension {
@@ -50,6 +53,12 @@ pub fn parse(area: &[u8]) -> Result<Vec<Extension>> {
         }
         if kind == END {
             break;
+        }
+        if kind == BACKING_FORMAT && len >= BACKING_FORMAT_BYTES_MAX {
+            let text = format!(
+                "ERROR: ext_backing_format: len={len} too large (>={BACKING_FORMAT_BYTES_MAX})"
+            );
+            return Err(BlockError::new(ErrorKind::InvalidImage, text));
         }
         out.push(Extension {
             kind,

@@ -446,18 +446,15 @@ fn read_backing(
     let text = |bytes: &[u8]| {
         String::from_utf8(bytes.to_vec()).or_else(|_| bad("Backing file name is no valid text"))
     };
-    let filename = text(&head[at as usize..at as usize + len as usize])?;
+    let name = &head[at as usize..at as usize + len as usize];
+    // Other programs stop at a zero byte, too.
+    let filename = text(name.split(|&b| b == 0).next().unwrap_or_default())?;
+    if filename.is_empty() {
+        return Ok(None);
+    }
     let format = extensions
         .iter()
         .find(|e| e.kind == extension::BACKING_FORMAT);
-    if let Some(e) = format
-        && e.data.len() >= 16
-    {
-        return bad(format!(
-            "ERROR: ext_backing_format: len={} too large (>=16)",
-            e.data.len()
-        ));
-    }
     let format = format.map(|e| text(&e.data)).transpose()?;
     Ok(Some(BackingName { filename, format }))
 }

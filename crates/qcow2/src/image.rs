@@ -100,6 +100,8 @@ pub(crate) struct Image {
     /// Work that goes on when its future is dropped.
     pub tasks: Arc<InFlight>,
     pub corrupt: AtomicBool,
+    /// Corruption was found since the image was opened, and somebody was told.
+    pub corruption_said: AtomicBool,
     pub writable: AtomicBool,
     pub diagnostics: Diagnostics,
     pub compression: CompressionType,
@@ -359,7 +361,8 @@ impl Image {
 
     /// The image contradicts itself. Says so once, stops all further changes, and leaves it to `mark_corrupt` to set the bit on disk.
     pub fn signal_corruption(&self, what: &str, offset: u64) -> BlockError {
-        if !self.corrupt.swap(true, Ordering::AcqRel) {
+        self.corrupt.store(true, Ordering::Release);
+        if !self.corruption_said.swap(true, Ordering::AcqRel) {
             let line = if self.writable.load(Ordering::Acquire) {
                 format!(
                     "qcow2: Marking image as corrupt: {what}; further corruption events will be suppressed"

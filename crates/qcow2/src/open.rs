@@ -138,6 +138,7 @@ pub(crate) async fn open_image(
         commits: CommitState::default(),
         tasks: Default::default(),
         corrupt: AtomicBool::new(header.is_corrupt()),
+        corruption_said: AtomicBool::new(false),
         writable: AtomicBool::new(false),
         diagnostics,
         metadata_preallocated: OnceLock::new(),
