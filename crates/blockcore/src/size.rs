@@ -28,6 +28,14 @@ pub enum SizeError {
 /// # Errors
 /// [`SizeError`].
 pub fn parse_size(text: &str) -> Result<u64, SizeError> {
+    parse_size_to(text, i64::MAX as u64)
+}
+
+/// As [`parse_size`], for numbers up to `max` bytes.
+///
+/// # Errors
+/// [`SizeError`].
+pub fn parse_size_to(text: &str, max: u64) -> Result<u64, SizeError> {
     let text = text.trim_start_matches([' ', '\t', '\n', '\r', '\u{b}', '\u{c}']);
     let (negative, digits) = match text.as_bytes().first() {
         Some(b'+') => (false, &text[1..]),
@@ -51,7 +59,7 @@ pub fn parse_size(text: &str) -> Result<u64, SizeError> {
     }
     u64::try_from(value)
         .ok()
-        .filter(|&v| v <= i64::MAX as u64)
+        .filter(|&v| v <= max)
         .ok_or(SizeError::Range)
 }
 

@@ -101,7 +101,9 @@ impl Bench {
 
     /// Where the request after the one at `at` begins.
     fn next_offset(&self, at: u64, length: u64) -> u64 {
-        at.saturating_add(self.step).checked_rem(length).unwrap_or(0)
+        at.saturating_add(self.step)
+            .checked_rem(length)
+            .unwrap_or(0)
     }
 
     async fn reads(&self, disk: &Backend, job: &Job) -> Result<(), BenchFailure> {
@@ -128,7 +130,10 @@ impl Bench {
                 at = self.next_offset(at, length);
                 burst -= 1;
                 left -= 1;
-                if buf.as_mut_slice().is_some_and(|b| disk.read_nowait(here, b)) {
+                if buf
+                    .as_mut_slice()
+                    .is_some_and(|b| disk.read_nowait(here, b))
+                {
                     free.push(buf);
                     continue;
                 }
@@ -181,7 +186,11 @@ impl Bench {
                 _ => u64::MAX,
             };
             let mut room = interval_left.min(left);
-            if drain_on_flush && flush_interval > 0 && interval_left == flush_interval && ended < self.count - left {
+            if drain_on_flush
+                && flush_interval > 0
+                && interval_left == flush_interval
+                && ended < self.count - left
+            {
                 room = 0;
             }
             while room > 0 && in_flight < self.depth {

@@ -190,7 +190,11 @@ impl Copy<'_> {
         let writes = plan.run == Run::Data || self.options.sparse_bytes == 0;
         let step = Step {
             at: plan.at,
-            bytes: if writes { bytes.min(CHUNK_BYTES) } else { bytes },
+            bytes: if writes {
+                bytes.min(CHUNK_BYTES)
+            } else {
+                bytes
+            },
             run: plan.run,
         };
         plan.at += step.bytes;
@@ -215,8 +219,10 @@ impl Copy<'_> {
                 Ok(found) => found.status,
                 Err(e) if self.options.salvage.is_some() => {
                     let warn = self.options.salvage.as_ref();
-                    let text =
-                        format!("error while reading block status at offset {at}: {}", e.strerror());
+                    let text = format!(
+                        "error while reading block status at offset {at}: {}",
+                        e.strerror()
+                    );
                     warn.inspect(|w| w.warn(&text));
                     return Ok((Run::Data, SECTOR_BYTES.min(bytes)));
                 }
@@ -335,7 +341,10 @@ fn next_run(bytes: &[u8], at: u64, block: u64, min: u64) -> (bool, usize) {
         return (true, bytes.len());
     };
     if first_zero {
-        len += blocks.take_while(|&(zero, _)| zero).map(|(_, n)| n).sum::<usize>();
+        len += blocks
+            .take_while(|&(zero, _)| zero)
+            .map(|(_, n)| n)
+            .sum::<usize>();
         return (false, len);
     }
     let mut zeroes = 0;

@@ -5,8 +5,10 @@
 //! its length when none is given. Only [`CreatePlan::run`] touches the new file.
 
 use blockcore::{
-    BlockError, CreateOption, Diagnostics, ErrorKind, OpenOptions, OpenPolicy, OptionKind,
-    Options, Registry, Result, name::resolve_beside, size::parse_size,
+    BlockError, CreateOption, Diagnostics, ErrorKind, OpenOptions, OpenPolicy, OptionKind, Options,
+    Registry, Result,
+    name::resolve_beside,
+    size::{SizeError, parse_size_to},
 };
 
 /// What a user asks for.
@@ -125,9 +127,7 @@ impl CreatePlan {
         )
         .await?;
         if !options.contains("size") {
-            return Err(BlockError::invalid(
-                "Image creation needs a size parameter",
-            ));
+            return Err(BlockError::invalid("Image creation needs a size parameter"));
         }
         Ok(CreatePlan {
             format: request.format,
@@ -152,6 +152,11 @@ impl CreatePlan {
             out.push_str(&format!(" {}={value}", option.name));
         }
         out
+    }
+
+    /// Whether the format, or its protocol, has an option of this name.
+    pub fn knows(&self, name: &str) -> bool {
+        self.known.iter().any(|k| k.name == name)
     }
 
     /// The value of an option, given or worked out.
@@ -215,14 +220,20 @@ fn check_options(known: &[CreateOption], given: Options) -> Result<Options> {
 /// # Errors
 /// `InvalidArgument` with QEMU's text.
 pub fn option_size(key: &str, text: &str) -> Result<u64> {
-    parse_size(text).map_err(|_| {
-        BlockError::invalid(format!(
-            "Parameter '{key}' expects a non-negative number below 2^64"
-        ))
-        .hint(
-            "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively.",
-        )
-    })
+    let error = match parse_size_to(text, u64::MAX) {
+        Ok(n) => return Ok(n),
+        Err(SizeError::Range) => {
+            return Err(BlockError::invalid(format!(
+                "Value '{text}' is out of range for parameter '{key}'"
+            )));
+        }
+        Err(SizeError::Syntax) => {
+            format!("Parameter '{key}' expects a non-negative number below 2^64")
+        }
+    };
+    Err(BlockError::invalid(error).hint(
+        "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively.",
+    ))
 }
 
 /// Looks at the backing file, if there is to be one, and takes the length from it where none is given.
@@ -263,7 +274,9 @@ async fn check_backing(
     if let Some(format) = &format {
         open = open.format(format);
     }
-    let opened = open.open(registry, &resolve_beside(filename, &backing)).await;
+    let opened = open
+        .open(registry, &resolve_beside(filename, &backing))
+        .await;
     let disk = opened.map_err(|e| {
         let hint = match e.hint_text() {
             Some(hint) => format!("{hint}\nCould not open backing image."),

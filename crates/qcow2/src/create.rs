@@ -201,6 +201,9 @@ fn check_options(options: &mut Options) -> Result<Request> {
     }
     let backing = options.take_str("backing_file").filter(|b| !b.is_empty());
     let backing_format = options.take_str("backing_fmt");
+    if backing.is_none() && backing_format.is_some() {
+        return invalid("Backing format cannot be used without backing file");
+    }
     if backing.is_some() && preallocation != Preallocation::Off {
         return invalid(
             "Backing file and preallocation can only be used at the same time if extended_l2 is on",
@@ -223,6 +226,9 @@ fn check_options(options: &mut Options) -> Result<Request> {
         cluster_bits,
         refcount_order: refcount_bits.trailing_zeros(),
     };
+    if size > i64::MAX as u64 - (SECTOR_BYTES - 1) {
+        return invalid("Could not resize image: Image size cannot be negative");
+    }
     if size > MAX_LENGTH_BYTES || geometry.l1_entries(size) * 8 > MAX_L1_BYTES {
         let text =
             "The image size is too large for file format 'qcow2' (try using a larger cluster size)";

@@ -56,7 +56,9 @@ impl Tool {
                 'S' => step = self.number("step size", arg, 1, INT_MAX)?,
                 'o' => offset = self.number("offset", arg, 0, MAX)?,
                 PATTERN => pattern = self.number("pattern byte", arg, 0, 0xff)?,
-                FLUSH_INTERVAL => flush_interval = self.number("flush interval", arg, 0, INT_MAX)?,
+                FLUSH_INTERVAL => {
+                    flush_interval = self.number("flush interval", arg, 0, INT_MAX)?
+                }
                 NO_DRAIN => drain = false,
                 'w' => write = true,
                 'n' => aio = Some("native".to_owned()),

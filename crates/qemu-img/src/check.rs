@@ -76,6 +76,9 @@ impl Tool {
         for line in &found.messages {
             self.console.raw_error(line);
         }
+        if found.check_errors > 0 {
+            self.console.error("Check failed");
+        }
         match output {
             Output::Human if quiet => {}
             Output::Human => self.console.print(&report(&found)),

@@ -104,12 +104,10 @@ impl Tool {
             self.console.line(&plan.describe());
             self.console.flush();
         }
-        plan.run(&self.registry, &diagnostics).await.map_err(|e| {
-            if e.errno() == libc::EFBIG {
-                fail(&too_large(&plan, &format))
-            } else {
-                fail(&e)
-            }
+        let made = plan.run(&self.registry, &diagnostics).await;
+        made.map_err(|e| match e.errno() {
+            libc::EFBIG => fail(&too_large(&plan, &format)),
+            _ => fail(&e),
         })
     }
 
@@ -125,7 +123,7 @@ impl Tool {
         for option in &known {
             self.console.line(&create_option_line(option));
         }
-        if filename.is_none() && format != "raw" {
+        if filename.is_none() {
             self.console.line("\nThe protocol level may support further options.\nSpecify the target filename to include those options.");
         }
         Ok(())
@@ -133,7 +131,7 @@ impl Tool {
 }
 
 fn too_large(plan: &CreatePlan, format: &str) -> BlockError {
-    let hint = if plan.option("cluster_size").is_some() || format == "qcow2" {
+    let hint = if plan.knows("cluster_size") {
         " (try using a larger cluster size)"
     } else {
         ""

@@ -25,7 +25,10 @@ struct Help {
 const HELP: (&str, &str) = ("-h, --help", "show this text");
 const QUIET: (&str, &str) = ("-q, --quiet", "print errors only");
 const PROGRESS: (&str, &str) = ("-p, --progress", "show how far it is");
-const FORMAT: (&str, &str) = ("-f, --format FMT", "format of FILENAME; guessed if not given");
+const FORMAT: (&str, &str) = (
+    "-f, --format FMT",
+    "format of FILENAME; guessed if not given",
+);
 const IMAGE_OPTS: (&str, &str) = (
     "--image-opts",
     "FILENAME is a list of options (driver=...,file.filename=...); excludes --format",
@@ -50,17 +53,38 @@ const COMMANDS: [Help; 8] = [
             QUIET,
             FORMAT,
             IMAGE_OPTS,
-            ("-t, --cache CACHE", "cache mode of FILENAME; writeback if not given"),
-            ("-c, --count COUNT", "how many requests to make; 75000 if not given"),
-            ("-s, --buffer-size BUFFER_SIZE", "bytes in a request; 4096 if not given"),
-            ("-d, --depth DEPTH", "how many requests to have in flight; 64 if not given"),
+            (
+                "-t, --cache CACHE",
+                "cache mode of FILENAME; writeback if not given",
+            ),
+            (
+                "-c, --count COUNT",
+                "how many requests to make; 75000 if not given",
+            ),
+            (
+                "-s, --buffer-size BUFFER_SIZE",
+                "bytes in a request; 4096 if not given",
+            ),
+            (
+                "-d, --depth DEPTH",
+                "how many requests to have in flight; 64 if not given",
+            ),
             ("-o, --offset OFFSET", "where the first request begins"),
-            ("-S, --step-size STEP_SIZE", "from one request's begin to the next one's; BUFFER_SIZE if not given"),
-            ("-i, --aio AIO", "how the host does it: threads, native or io_uring"),
+            (
+                "-S, --step-size STEP_SIZE",
+                "from one request's begin to the next one's; BUFFER_SIZE if not given",
+            ),
+            (
+                "-i, --aio AIO",
+                "how the host does it: threads, native or io_uring",
+            ),
             ("-n, --native", "short for --aio native"),
             ("-w, --write", "write instead of reading"),
             ("--pattern PATTERN", "the byte to write; 0 if not given"),
-            ("--flush-interval INTERVAL", "flush after every so many requests"),
+            (
+                "--flush-interval INTERVAL",
+                "flush after every so many requests",
+            ),
             ("--no-drain", "flush while requests are in flight"),
             FORCE_SHARE,
             FILENAME,
@@ -76,10 +100,16 @@ const COMMANDS: [Help; 8] = [
             QUIET,
             FORMAT,
             IMAGE_OPTS,
-            ("-T, --cache CACHE_MODE", "cache mode of FILENAME; writeback if not given"),
+            (
+                "-T, --cache CACHE_MODE",
+                "cache mode of FILENAME; writeback if not given",
+            ),
             FORCE_SHARE,
             OUTPUT,
-            ("-r, --repair leaks|all", "repair what is found (not supported yet)"),
+            (
+                "-r, --repair leaks|all",
+                "repair what is found (not supported yet)",
+            ),
             FILENAME,
         ],
     },
@@ -92,11 +122,26 @@ const COMMANDS: [Help; 8] = [
             HELP,
             QUIET,
             PROGRESS,
-            ("-f, --a-format FMT", "format of FILENAME1; guessed if not given"),
-            ("-F, --b-format FMT", "format of FILENAME2; guessed if not given"),
-            ("--image-opts", "both names are lists of options; excludes formats"),
-            ("-s, --strict", "lengths and allocation have to be the same too"),
-            ("-T, --cache CACHE_MODE", "cache mode of both; writeback if not given"),
+            (
+                "-f, --a-format FMT",
+                "format of FILENAME1; guessed if not given",
+            ),
+            (
+                "-F, --b-format FMT",
+                "format of FILENAME2; guessed if not given",
+            ),
+            (
+                "--image-opts",
+                "both names are lists of options; excludes formats",
+            ),
+            (
+                "-s, --strict",
+                "lengths and allocation have to be the same too",
+            ),
+            (
+                "-T, --cache CACHE_MODE",
+                "cache mode of both; writeback if not given",
+            ),
             FORCE_SHARE,
             ("FILENAME1, FILENAME2", "the images"),
         ],
@@ -113,28 +158,73 @@ const COMMANDS: [Help; 8] = [
             HELP,
             QUIET,
             PROGRESS,
-            ("-f, --source-format SRC_FMT", "format of the sources; guessed if not given"),
-            ("--source-image-opts", "source names are lists of options; excludes --source-format"),
-            ("-l, --source-snapshot SNAPSHOT_PARAMS", "copy a snapshot (not supported yet)"),
-            ("-T, --source-cache SRC_CACHE", "cache mode of the sources; writeback if not given"),
-            ("-O, --target-format TGT_FMT", "format of the target; raw if not given"),
-            ("--target-image-opts", "TGT_FILENAME is a list of options; needs -n"),
-            ("-o, --target-options TGT_OPTS", "options for creating the target; 'help' lists them"),
+            (
+                "-f, --source-format SRC_FMT",
+                "format of the sources; guessed if not given",
+            ),
+            (
+                "--source-image-opts",
+                "source names are lists of options; excludes --source-format",
+            ),
+            (
+                "-l, --source-snapshot SNAPSHOT_PARAMS",
+                "copy a snapshot (not supported yet)",
+            ),
+            (
+                "-T, --source-cache SRC_CACHE",
+                "cache mode of the sources; writeback if not given",
+            ),
+            (
+                "-O, --target-format TGT_FMT",
+                "format of the target; raw if not given",
+            ),
+            (
+                "--target-image-opts",
+                "TGT_FILENAME is a list of options; needs -n",
+            ),
+            (
+                "-o, --target-options TGT_OPTS",
+                "options for creating the target; 'help' lists them",
+            ),
             ("-c, --compress", "compress the target (not supported yet)"),
-            ("-t, --target-cache TGT_CACHE", "cache mode of the target; unsafe if not given"),
-            ("-B, --backing BACKING_FILENAME", "backing file of the target, which holds what that of the source holds"),
-            ("-F, --backing-format BACKING_FMT", "format of BACKING_FILENAME"),
+            (
+                "-t, --target-cache TGT_CACHE",
+                "cache mode of the target; unsafe if not given",
+            ),
+            (
+                "-B, --backing BACKING_FILENAME",
+                "backing file of the target, which holds what that of the source holds",
+            ),
+            (
+                "-F, --backing-format BACKING_FMT",
+                "format of BACKING_FILENAME",
+            ),
             ("-n, --no-create", "write to a target that exists"),
             ("--target-is-zero", "that target reads as zero; needs -n"),
-            ("-S, --sparse-size SPARSE_SIZE", "leave out runs of zeroes this long; 4k if not given, 0 writes everything"),
+            (
+                "-S, --sparse-size SPARSE_SIZE",
+                "leave out runs of zeroes this long; 4k if not given, 0 writes everything",
+            ),
             ("--bitmaps", "copy persistent bitmaps (not supported yet)"),
-            ("--skip-broken-bitmaps", "leave out inconsistent ones; needs --bitmaps"),
+            (
+                "--skip-broken-bitmaps",
+                "leave out inconsistent ones; needs --bitmaps",
+            ),
             FORCE_SHARE,
             ("-r, --rate RATE", "limit the speed (not supported yet)"),
-            ("-m, --parallel NUM_COROUTINES", "how many pieces to copy at once, 1 to 16; 8 if not given"),
-            ("-C, --copy-range-offloading", "let the host copy (not supported yet)"),
+            (
+                "-m, --parallel NUM_COROUTINES",
+                "how many pieces to copy at once, 1 to 16; 8 if not given",
+            ),
+            (
+                "-C, --copy-range-offloading",
+                "let the host copy (not supported yet)",
+            ),
             ("--salvage", "replace what can't be read by zeroes"),
-            ("-W, --oob-writes", "write pieces in any order: faster, but the target may be fragmented"),
+            (
+                "-W, --oob-writes",
+                "write pieces in any order: faster, but the target may be fragmented",
+            ),
             ("SRC_FILENAME", "an image to copy; several are joined"),
             ("TGT_FILENAME", "where to copy to"),
         ],
@@ -148,12 +238,27 @@ const COMMANDS: [Help; 8] = [
             HELP,
             QUIET,
             ("-f, --format FMT", "format of the image; raw if not given"),
-            ("-o, --options FMT_OPTS", "options of the format; 'help' lists them"),
-            ("-b, --backing BACKING_FILENAME", "image that shows through where the new one holds nothing"),
-            ("-F, --backing-format BACKING_FMT", "format of BACKING_FILENAME"),
-            ("-u, --backing-unsafe", "do not look whether BACKING_FILENAME can be opened"),
+            (
+                "-o, --options FMT_OPTS",
+                "options of the format; 'help' lists them",
+            ),
+            (
+                "-b, --backing BACKING_FILENAME",
+                "image that shows through where the new one holds nothing",
+            ),
+            (
+                "-F, --backing-format BACKING_FMT",
+                "format of BACKING_FILENAME",
+            ),
+            (
+                "-u, --backing-unsafe",
+                "do not look whether BACKING_FILENAME can be opened",
+            ),
             ("FILENAME", "the image; a file that exists is replaced"),
-            ("SIZE", "length of the disk; that of BACKING_FILENAME if not given"),
+            (
+                "SIZE",
+                "length of the disk; that of BACKING_FILENAME if not given",
+            ),
         ],
     },
     Help {
@@ -165,7 +270,10 @@ const COMMANDS: [Help; 8] = [
             HELP,
             FORMAT,
             IMAGE_OPTS,
-            ("-b, --backing-chain", "go on with the backing file, and its backing file ..."),
+            (
+                "-b, --backing-chain",
+                "go on with the backing file, and its backing file ...",
+            ),
             FORCE_SHARE,
             OUTPUT,
             FILENAME,
@@ -198,9 +306,15 @@ const COMMANDS: [Help; 8] = [
             FORMAT,
             IMAGE_OPTS,
             ("--shrink", "really cut off what lies past the new end"),
-            ("--preallocation PREALLOC", "how to allocate what is new: off, metadata, falloc, full"),
+            (
+                "--preallocation PREALLOC",
+                "how to allocate what is new: off, metadata, falloc, full",
+            ),
             FILENAME,
-            ("[+-]SIZE[bkKMGTPE]", "the new length, or by how much it changes"),
+            (
+                "[+-]SIZE[bkKMGTPE]",
+                "the new length, or by how much it changes",
+            ),
         ],
     },
 ];
@@ -245,7 +359,10 @@ Commands (qemu-img COMMAND --help tells more):
     for help in &COMMANDS {
         out.push_str(&format!("  {} - {}\n", help.name, help.what));
     }
-    out.push_str(&format!("\nNot supported yet: {}\n", crate::LATER.join(", ")));
+    out.push_str(&format!(
+        "\nNot supported yet: {}\n",
+        crate::LATER.join(", ")
+    ));
     let formats: Vec<&str> = tool.registry.drivers().map(|d| d.format_name()).collect();
     out.push_str(&format!(
         "\nSupported image formats:\n\n  {}\n",

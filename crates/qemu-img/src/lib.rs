@@ -70,7 +70,9 @@ const LATER: [&str; 7] = [
 impl Tool {
     async fn command_line(&self, args: &[String]) -> Outcome {
         // Options of the tool itself end where the command's name is.
-        let own = args.iter().take_while(|a| a.starts_with('-') && a.len() > 1);
+        let own = args
+            .iter()
+            .take_while(|a| a.starts_with('-') && a.len() > 1);
         let mut own: Vec<String> = own.cloned().collect();
         let mut rest = &args[own.len()..];
         if let Some(end) = own.iter().position(|a| a == "--") {
@@ -111,9 +113,9 @@ impl Tool {
             "info" => self.info(args).await,
             "map" => self.map(args).await,
             "resize" => self.resize(args).await,
-            later if LATER.contains(&later) => {
-                Err(self.console.fail(&format!("'{later}' is not supported yet")))
-            }
+            later if LATER.contains(&later) => Err(self
+                .console
+                .fail(&format!("'{later}' is not supported yet"))),
             other => {
                 let text = format!("Command not found: {other}");
                 Err(self.console.usage_error("", &text))

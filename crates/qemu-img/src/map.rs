@@ -101,7 +101,13 @@ impl Tool {
             return Err(self.unmappable());
         };
         let file = extent.file.as_ref().map(|f| f.filename()).unwrap_or("");
-        let hex = |n: u64| if n == 0 { "0".to_owned() } else { format!("{n:#x}") };
+        let hex = |n: u64| {
+            if n == 0 {
+                "0".to_owned()
+            } else {
+                format!("{n:#x}")
+            }
+        };
         self.console.line(&format!(
             "{:<16}{:<16}{:<16}{file}",
             hex(extent.start),

@@ -21,8 +21,7 @@ impl Tool {
                 Err(self.console.fail(&text))
             }
             Ok(_) | Err(SizeError::Range) => {
-                let text =
-                    format!("Invalid {what} specified. Must be between {min} and {max}.");
+                let text = format!("Invalid {what} specified. Must be between {min} and {max}.");
                 Err(self.console.fail(&text))
             }
         }

@@ -29,7 +29,9 @@ pub(crate) fn job(console: &Console, shown: bool) -> Job {
         } else {
             progress.fraction() * 100.0
         };
-        let mut last = last.lock().expect("no code panics while it holds this lock");
+        let mut last = last
+            .lock()
+            .expect("no code panics while it holds this lock");
         if percent - *last >= STEP_PERCENT || (percent >= 100.0 && *last < 100.0) {
             *last = percent;
             print(&console, percent);

@@ -7,7 +7,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use async_trait::async_trait;
 use blockcore::{
     BlockDriver, BlockError, CreateContext, CreateOption, DriverFactory, ErrorKind, OpenContext,
-    OptionKind, Options, Perm, Permissions, Preallocation, Result, TruncateRequest, strerror,
+    OptionKind, Options, Perm, Permissions, Preallocation, Result, SECTOR_BYTES, TruncateRequest,
+    strerror,
 };
 use rustix::fs::{FileType, IFlags, Mode, OFlags};
 
@@ -27,9 +28,9 @@ pub struct HostDeviceFactory;
 
 pub(crate) const CREATE_OPTIONS: &[CreateOption] = &[
     CreateOption {
-        name: "nocow",
-        kind: OptionKind::Bool,
-        help: "Turn off copy-on-write (valid only on btrfs)",
+        name: "size",
+        kind: OptionKind::Size,
+        help: "Virtual disk size",
         default: None,
     },
     CreateOption {
@@ -39,9 +40,9 @@ pub(crate) const CREATE_OPTIONS: &[CreateOption] = &[
         default: None,
     },
     CreateOption {
-        name: "size",
-        kind: OptionKind::Size,
-        help: "Virtual disk size",
+        name: "nocow",
+        kind: OptionKind::Bool,
+        help: "Turn off copy-on-write (valid only on btrfs)",
         default: None,
     },
 ];
@@ -238,7 +239,9 @@ impl DriverFactory for FileFactory {
             .strip_prefix("file:")
             .unwrap_or(filename)
             .to_owned();
+        // A disk is whole sectors, also where the next program takes the file for one.
         let bytes = options.take_size("size")?.unwrap_or(0);
+        let bytes = bytes.next_multiple_of(SECTOR_BYTES);
         let preallocation = match options.take_str("preallocation") {
             Some(mode) => Preallocation::from_name(&mode).ok_or_else(|| bad_value(&mode))?,
             None => Preallocation::Off,

@@ -59,10 +59,7 @@ async fn a_cancelled_copy_stops() {
     let job = Job::new();
     job.cancel();
     let result = convert(&[source], &target, &ConvertOptions::default(), &job).await;
-    assert_eq!(
-        result.unwrap_err().kind(),
-        blockcore::ErrorKind::Cancelled
-    );
+    assert_eq!(result.unwrap_err().kind(), blockcore::ErrorKind::Cancelled);
     assert!(memory.snapshot().iter().all(|&b| b == 0));
 }
 
@@ -74,6 +71,9 @@ fn runs_change_at_blocks_and_short_zeroes_are_data() {
     assert_eq!(next_run(&bytes, 0, 4096, 4096), (true, 4096));
     assert_eq!(next_run(&bytes, 0, 4096, 8192), (true, 3 * 4096));
     assert_eq!(next_run(&bytes[4096..], 4096, 4096, 8192), (false, 4096));
-    assert_eq!(next_run(&bytes[3 * 4096..], 512, 4096, 4096), (false, 13 * 4096));
+    assert_eq!(
+        next_run(&bytes[3 * 4096..], 512, 4096, 4096),
+        (false, 13 * 4096)
+    );
     assert_eq!(next_run(&bytes[..4096], 512, 4096, 4096), (true, 3584));
 }
