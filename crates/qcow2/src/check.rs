@@ -11,6 +11,7 @@ use crate::format::{
     OFLAG_ZERO, REFT_OFFSET_MASK,
 };
 use crate::header::Header;
+use crate::image::Hex;
 use crate::refcount::get_refcount;
 use crate::snapshot;
 
@@ -87,8 +88,8 @@ struct Checker<'a> {
     l1: Vec<u64>,
     /// The refcount block that was read last.
     block: Option<(u64, Vec<u8>)>,
-    /// Where the next guest cluster would lie if nothing were fragmented.
-    next_contiguous: u64,
+    /// A refcount block at an impossible place was met, and said.
+    block_said: bool,
     result: CheckResult,
 }
 
@@ -111,7 +112,7 @@ impl<'a> Checker<'a> {
             table: Vec::new(),
             l1: Vec::new(),
             block: None,
-            next_contiguous: 0,
+            block_said: false,
             result: CheckResult {
                 total_clusters: header.size.div_ceil(cluster),
                 ..CheckResult::default()
@@ -160,7 +161,12 @@ impl<'a> Checker<'a> {
                  offset {offset:#x} size {bytes:#x}"
             ));
         }
-        for cluster in offset / self.cluster..end.div_ceil(self.cluster) {
+        // The last cluster of a file may be there in part, or not at all yet.
+        let clusters = end.div_ceil(self.cluster);
+        if clusters > self.map.counts.len() as u64 {
+            self.map.counts.resize(clusters as usize, 0);
+        }
+        for cluster in offset / self.cluster..clusters {
             if let Some(n) = self.map.counts.get_mut(cluster as usize) {
                 *n = n.saturating_add(1);
             }
@@ -259,6 +265,8 @@ impl<'a> Checker<'a> {
         if table >= self.file.length() {
             return Ok(());
         }
+        // Where the next guest cluster of this table would lie if nothing were fragmented.
+        let mut next_contiguous = 0;
         for entry in self.words(table, self.cluster / 8).await? {
             if entry & OFLAG_COMPRESSED != 0 {
                 self.count_compressed(entry, active);
@@ -275,10 +283,10 @@ impl<'a> Checker<'a> {
             }
             if active {
                 self.result.allocated_clusters += 1;
-                if self.next_contiguous != 0 && host != self.next_contiguous {
+                if next_contiguous != 0 && host != next_contiguous {
                     self.result.fragmented_clusters += 1;
                 }
-                self.next_contiguous = host + self.cluster;
+                next_contiguous = host + self.cluster;
             }
             if host & (self.cluster - 1) != 0 {
                 let what = if entry & OFLAG_ZERO != 0 {
@@ -329,6 +337,16 @@ impl<'a> Checker<'a> {
             return Ok(0);
         }
         if offset & (self.cluster - 1) != 0 {
+            if !std::mem::replace(&mut self.block_said, true) {
+                let text = format!(
+                    "Refblock offset {} unaligned (reftable index: {})",
+                    Hex(offset),
+                    Hex(number)
+                );
+                self.say(format!(
+                    "qcow2: Image is corrupt: {text}; further non-fatal corruption events will be suppressed"
+                ));
+            }
             return Err(BlockError::from_errno(5));
         }
         if self.block.as_ref().is_none_or(|(n, _)| *n != number) {

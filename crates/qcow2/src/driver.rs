@@ -11,6 +11,7 @@ use blockcore::{
     StatusMode, TruncateRequest, WriteFlags,
 };
 
+use crate::header::{Header, Incompatible};
 use crate::image::Image;
 use crate::{check, info};
 
@@ -20,6 +21,14 @@ pub struct Qcow2 {
 }
 
 impl Qcow2 {
+    fn header(&self) -> Header {
+        self.image
+            .header
+            .lock()
+            .expect("no code panics while it holds this lock")
+            .clone()
+    }
+
     /// Hands a result on. Corruption that was found is noted on disk first, so that the next program knows too.
     async fn settle<T: Send>(&self, result: Result<T>) -> Result<T> {
         if matches!(&result, Err(e) if e.kind() == ErrorKind::Corrupt) {
@@ -123,40 +132,25 @@ impl BlockDriver for Qcow2 {
             cluster_size,
             subcluster_size: cluster_size,
             vm_state_offset: self.image.size().next_multiple_of(table_bytes),
-            is_dirty: false,
+            is_dirty: self.header().incompatible.contains(Incompatible::DIRTY),
             unallocated_reads_zero: true,
         })
     }
 
     async fn specific_info(&self) -> Result<Option<SpecificInfo>> {
-        let header = self
-            .image
-            .header
-            .lock()
-            .expect("no code panics while it holds this lock")
-            .clone();
+        let header = self.header();
         Ok(Some(info::specific_info(&header)))
     }
 
     fn backing_name(&self) -> Option<BackingName> {
-        self.image
-            .header
-            .lock()
-            .expect("no code panics while it holds this lock")
-            .backing
-            .clone()
+        self.header().backing
     }
 
     async fn check(&self, fix: CheckFix) -> Result<CheckResult> {
         if self.image.writable.load(Ordering::Acquire) {
             self.image.commit().await?;
         }
-        let header = self
-            .image
-            .header
-            .lock()
-            .expect("no code panics while it holds this lock")
-            .clone();
+        let header = self.header();
         check::check(&header, &self.image.file, fix).await
     }
 

@@ -374,22 +374,32 @@ impl Header {
             compression_type: compression,
             padding: [0; 7],
         };
-        let extensions = extension::encode(&self.extensions);
         let header_bytes = if v3 {
             RAW_HEADER_BYTES
         } else {
             V2_HEADER_BYTES as usize
         };
-        let name_at = header_bytes + extensions.len();
         let name = self
             .backing
             .as_ref()
             .map_or(&b""[..], |b| b.filename.as_bytes());
-        if name_at + name.len() > 1 << self.cluster_bits {
+        let room = (1usize << self.cluster_bits).saturating_sub(header_bytes + name.len());
+        let mut extensions = extension::encode(&self.extensions);
+        if extensions.len() > room {
+            // Names of features are for people; the rest is needed.
+            let needed = self
+                .extensions
+                .iter()
+                .filter(|e| e.kind != extension::FEATURE_NAMES)
+                .cloned();
+            extensions = extension::encode(&needed.collect::<Vec<_>>());
+        }
+        if extensions.len() > room {
             return Err(BlockError::invalid(
                 "The header does not fit into one cluster",
             ));
         }
+        let name_at = header_bytes + extensions.len();
         if !name.is_empty() {
             raw.backing_file_offset = U64::new(name_at as u64);
             raw.backing_file_size = U32::new(name.len() as u32);

@@ -150,6 +150,7 @@ impl Image {
     async fn preallocate(&self, old: u64, new: u64, mode: Preallocation) -> Result<()> {
         let mut at = old.next_multiple_of(self.cluster_size()) >> self.cluster_bits;
         let end = new.div_ceil(self.cluster_size());
+        let mut last = None;
         while at < end {
             let table_entries = 1u64 << self.l2_bits();
             let table_end = (at / table_entries + 1) * table_entries;
@@ -167,6 +168,15 @@ impl Image {
             let mut meta = self.meta.lock().await;
             self.link_preallocated(&mut meta, at, run).await?;
             at += count;
+            last = Some(run);
+        }
+        if let (Some(run), Preallocation::Metadata) = (last, mode) {
+            // The disk's last byte is written, so that the file's length doesn't hang on a hole alone.
+            let host_end =
+                ((run.cluster + run.count) << self.cluster_bits) - (end << self.cluster_bits) + new;
+            self.file
+                .pwritev(host_end - 1, IoBuf::zeroes(1), WriteFlags::empty())
+                .await?;
         }
         Ok(())
     }

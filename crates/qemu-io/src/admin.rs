@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use blockcore::{
     Backend, BlockError, NodeFlags, OpenOptions, OpenPolicy, Options, Preallocation,
-    TruncateRequest,
+    TruncateRequest, strerror,
 };
 use toolkit::cache::{self, CacheMode};
+use toolkit::getopt::Getopt;
 
 use crate::command::Verb;
-use crate::numbers::{size, strtol};
+use crate::numbers::{size, size_shown_as, strtol};
 use crate::session::{Call, Done, Failed, Ran, Session};
 
 /// How an image is to be opened, by the command line or by `open`.
@@ -130,13 +131,11 @@ impl Session {
                         .out("--image-opts and 'open -o' are mutually exclusive\n");
                     return Err(Failed);
                 }
-                _ => match Options::from_dotted(arg) {
-                    Ok(options) => {
-                        request.options.merge(options);
-                        Ok(())
-                    }
-                    Err(e) => Err(e.text()),
-                },
+                _ => {
+                    let options = self.option_string(arg)?;
+                    request.options.merge(options);
+                    Ok(())
+                }
             };
             if let Err(text) = set {
                 self.complain(&text);
@@ -144,11 +143,24 @@ impl Session {
             }
         }
         match words.as_slice() {
-            [] if !request.options.is_empty() => {}
+            [] => {}
             [path] => request.path = Some(path.clone()),
             _ => return self.usage(&c),
         }
         self.open_image(request).await
+    }
+
+    /// Reads `key=value,key=value`, and warns of keys without a value.
+    fn option_string(&mut self, text: &str) -> Result<Options, Failed> {
+        for (key, meaning) in Options::short_switches(text) {
+            self.complain(&format!(
+                "warning: short-form boolean option '{key}' deprecated\nPlease use {meaning} instead"
+            ));
+        }
+        Options::from_dotted(text).map_err(|e| {
+            self.complain(&e.text());
+            Failed
+        })
     }
 
     /// Opens an image.
@@ -160,10 +172,8 @@ impl Session {
         if self.image_opts
             && let Some(text) = request.path.take()
         {
-            match Options::from_dotted(&text) {
-                Ok(options) => request.options.merge(options),
-                Err(e) => return self.complain_of("", &e),
-            }
+            let options = self.option_string(&text)?;
+            request.options.merge(options);
         }
         if request.force_share && request.options.contains("force-share") {
             let on = request.options.take_bool("force-share");
@@ -176,10 +186,12 @@ impl Session {
             Some(path) => format!("can't open device {path}: "),
             None => "can't open: ".to_owned(),
         };
-        let opened = if request.copy_on_read {
-            Err(BlockError::unsupported("copy-on-read is not supported yet"))
-        } else {
-            self.open_backend(request).await
+        let opened = match request.copy_on_read {
+            true if request.read_only => Err(BlockError::invalid(
+                "Can't use copy-on-read on read-only device",
+            )),
+            true => Err(BlockError::unsupported("copy-on-read is not supported yet")),
+            false => self.open_backend(request).await,
         };
         match opened {
             Ok(backend) => {
@@ -268,7 +280,6 @@ impl Session {
                 .set(&format!("backing.{key}"), value.clone());
         }
         request.options.set("file.filename", name.as_str());
-        request.read_only = false;
         Ok(name)
     }
 
@@ -295,10 +306,7 @@ impl Session {
                     write_through = cache.write_through;
                     cache_given = true;
                 }
-                'o' => match Options::from_dotted(&option.arg) {
-                    Ok(more) => options.merge(more),
-                    Err(e) => return self.complain_of("", &e),
-                },
+                'o' => options.merge(self.option_string(&option.arg)?),
                 letter => {
                     if mode.is_some() {
                         self.complain("Only one -r/-w option may be given");
@@ -361,12 +369,9 @@ impl Session {
             };
             preallocation = mode;
         }
-        // The message names the first word, whatever it is.
-        let parsed = match words.first() {
-            Some(text) => size(text).map_err(|e| e.replace(text, &c.args[0])),
-            None => size("").map_err(|e| format!("{e}{}", c.args[0])),
-        };
-        let bytes = parsed.or_else(|e| self.number_error(&e))?;
+        // A missing length is a wrong one; and the line names the first word behind the command, even where that is `-m`.
+        let length = words.first().map_or("", String::as_str);
+        let bytes = size_shown_as(length, &c.args[0]).or_else(|e| self.number_error(&e))?;
         let backend = self.backend()?;
         let request = TruncateRequest {
             bytes,
@@ -404,7 +409,7 @@ impl Session {
 
     /// Breakpoints live in a node that this release doesn't have; without it the answers are these.
     pub(crate) fn breakpoint(&mut self, c: Call<'_>) -> Ran {
-        let unsupported = BlockError::from_errno(libc::ENOTSUP).strerror();
+        let unsupported = strerror(libc::ENOTSUP);
         match c.command.verb {
             Verb::Break => self.fail(&format!("Could not set breakpoint: {unsupported}")),
             Verb::RemoveBreak => self.fail(&format!(
@@ -417,19 +422,36 @@ impl Session {
         }
     }
 
-    /// No node of this release has zones.
+    /// No node of this release has zones. What is wrong with the words is still said first.
     pub(crate) fn zone(&mut self, c: Call<'_>) -> Ran {
-        let numbers = if c.command.verb == Verb::ZoneAppend {
-            &c.args[..1]
+        let backend = self.backend()?;
+        let mut errno = libc::ENOTSUP;
+        if c.command.verb == Verb::ZoneAppend {
+            self.zone_append_words(&c)?;
         } else {
-            c.args
-        };
-        for text in numbers {
-            size(text).or_else(|e| self.number_error(&e))?;
+            let offset = size(&c.args[0]).or_else(|e| self.number_error(&e))?;
+            let count = size(&c.args[1]).or_else(|e| self.number_error(&e))?;
+            let end = offset.saturating_add(count);
+            if c.command.verb != Verb::ZoneReport && end > backend.length() {
+                errno = libc::EIO;
+            }
+            if c.command.verb == Verb::ZoneReport && count > u64::from(u32::MAX) {
+                return self.fail("Number of zones must be less than 2^32");
+            }
         }
         let what = c.command.name.replace('_', " ");
-        let unsupported = BlockError::from_errno(libc::ENOTSUP).strerror();
-        self.fail(&format!("{what} failed: {unsupported}"))
+        self.fail(&format!("{what} failed: {}", strerror(errno)))
+    }
+
+    /// Checks the words of `zone_append`. Any option is as good as `-p`, which asks for the sector that was written to.
+    fn zone_append_words(&mut self, c: &Call<'_>) -> Result<(), Failed> {
+        let mut options = Getopt::new(c.args, "p", &[]);
+        if let Some(Err(e)) = options.next() {
+            self.output.err(&format!("{}: {}", c.name, e.text()));
+        }
+        while options.next().is_some() {}
+        let words = options.positionals();
+        self.vector(c, &words).map(|_| ())
     }
 }
 

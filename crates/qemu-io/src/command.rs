@@ -353,8 +353,7 @@ pub const COMMANDS: &[Command] = &[
         Some(4),
         "offset len [len..]",
         "append to a zone",
-    )
-    .writes(),
+    ),
     cmd(
         Verb::ZoneClose,
         "zone_close",
@@ -363,8 +362,7 @@ pub const COMMANDS: &[Command] = &[
         Some(2),
         "offset len",
         "close zones",
-    )
-    .writes(),
+    ),
     cmd(
         Verb::ZoneFinish,
         "zone_finish",
@@ -373,8 +371,7 @@ pub const COMMANDS: &[Command] = &[
         Some(2),
         "offset len",
         "finish zones",
-    )
-    .writes(),
+    ),
     cmd(
         Verb::ZoneOpen,
         "zone_open",
@@ -383,8 +380,7 @@ pub const COMMANDS: &[Command] = &[
         Some(2),
         "offset len",
         "open zones",
-    )
-    .writes(),
+    ),
     cmd(
         Verb::ZoneReport,
         "zone_report",
@@ -402,8 +398,7 @@ pub const COMMANDS: &[Command] = &[
         Some(2),
         "offset len",
         "reset zones",
-    )
-    .writes(),
+    ),
 ];
 
 /// The command of a name or short name.

@@ -10,7 +10,12 @@ pub const REQUEST_BYTES_MAX: u64 = blockcore::MAX_REQUEST_BYTES;
 
 /// Reads an offset or a length; the error is the line to print.
 pub fn size(text: &str) -> Result<u64, String> {
-    parse_size(text).map_err(|e| format!("Parsing error: {e} -- {text}"))
+    size_shown_as(text, text)
+}
+
+/// As [`size`], where the line shows another word in its place.
+pub fn size_shown_as(text: &str, shown: &str) -> Result<u64, String> {
+    parse_size(text).map_err(|e| format!("Parsing error: {e} -- {shown}"))
 }
 
 /// Reads a pattern byte: decimal, `0x..` or octal `0..`, up to 255.

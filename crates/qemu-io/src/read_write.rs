@@ -487,7 +487,7 @@ fn read_at_most(name: &str, len: usize) -> std::io::Result<Vec<u8>> {
     use std::io::Read;
     let mut content = Vec::new();
     std::fs::File::open(name)?
-        .take(len.max(1) as u64)
+        .take(len as u64)
         .read_to_end(&mut content)?;
     Ok(content)
 }

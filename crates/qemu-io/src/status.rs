@@ -88,6 +88,8 @@ impl Session {
         match driver.specific_info().await {
             Err(e) => return self.complain_of("", &e),
             Ok(None) => {}
+            // The heading alone would say nothing.
+            Ok(Some(specific)) if specific.data.is_empty() => {}
             Ok(Some(specific)) => {
                 self.output.out("Format specific information:\n");
                 for line in toolkit::specific::lines(&specific.data, 1) {
