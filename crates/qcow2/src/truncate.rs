@@ -172,8 +172,8 @@ impl Image {
         }
         if let (Some(run), Preallocation::Metadata) = (last, mode) {
             // The disk's last byte is written, so that the file's length doesn't hang on a hole alone.
-            let host_end =
-                ((run.cluster + run.count) << self.cluster_bits) - (end << self.cluster_bits) + new;
+            let unused = (end << self.cluster_bits) - new;
+            let host_end = ((run.cluster + run.count) << self.cluster_bits) - unused;
             self.file
                 .pwritev(host_end - 1, IoBuf::zeroes(1), WriteFlags::empty())
                 .await?;
