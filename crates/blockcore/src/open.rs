@@ -198,6 +198,7 @@ pub struct OpenOptions {
     policy: OpenPolicy,
     probe: bool,
     no_backing: bool,
+    no_share: bool,
     diagnostics: Diagnostics,
 }
 
@@ -273,6 +274,13 @@ impl OpenOptions {
         self
     }
 
+    /// Lets nobody else write to the disk or change its length while it is open, not even where its format would put up with it. `force_share`
+    /// outdoes it.
+    pub fn no_share(mut self, on: bool) -> Self {
+        self.no_share = on;
+        self
+    }
+
     /// Opens no backing files, so that an image can be looked at alone. What it doesn't hold itself then reads as zero, and so it can't be opened for
     /// writing: copy-on-write would take those zeroes for the truth.
     pub fn no_backing(mut self, on: bool) -> Self {
@@ -324,12 +332,19 @@ impl OpenOptions {
             policy: self.policy,
             diagnostics: self.diagnostics,
         };
+        let permissions = |writable| match Permissions::root(writable) {
+            alone if self.no_share && !self.flags.force_share => Permissions {
+                shared: Permissions::storage(writable).shared,
+                ..alone
+            },
+            shared => shared,
+        };
         let request = NodeRequest {
             filename,
             options: self.options,
             flags: self.flags,
             kind: NodeKind::Format,
-            permissions: Permissions::root(!self.flags.read_only),
+            permissions: permissions(!self.flags.read_only),
             ancestors: Vec::new(),
             by_image: false,
         };
@@ -339,7 +354,7 @@ impl OpenOptions {
         let backend = Backend::new(node, self.write_through);
         if backend.root().driver().is_protocol() {
             // No format has done it.
-            let mut wanted = Permissions::root(!backend.root().is_read_only());
+            let mut wanted = permissions(!backend.root().is_read_only());
             if self.flags.force_share {
                 wanted = wanted.sharing_all();
             }

@@ -203,6 +203,7 @@ impl Tool {
             .map(|name| Image {
                 cache,
                 force_share,
+                no_share: true,
                 ..Image::new(name, format.clone(), image_opts)
             })
             .collect();

@@ -25,6 +25,8 @@ pub(crate) struct Image {
     pub cache: CacheMode,
     pub force_share: bool,
     pub no_backing: bool,
+    /// Nobody else may write to it meanwhile.
+    pub no_share: bool,
     /// Options beside those of the name.
     pub options: Options,
 }
@@ -40,6 +42,7 @@ impl Image {
             cache: WRITEBACK,
             force_share: false,
             no_backing: false,
+            no_share: false,
             options: Options::new(),
         }
     }
@@ -71,6 +74,7 @@ impl Tool {
             .probe(true)
             .policy(OpenPolicy::Everything)
             .no_backing(image.no_backing)
+            .no_share(image.no_share)
             .diagnostics(self.console.diagnostics());
         if let Some(format) = image.format {
             open = open.format(format);
