@@ -167,14 +167,21 @@ async fn open(
             uring::available()
                 .map_err(|e| BlockError::from_io(e).context("Unable to use io_uring"))?;
         }
-        let host = open_host(&name, mode).map_err(|e| open_failed(&name, mode, e))?;
-        if wants_device != (host.kind != HostKind::File) {
+        let wrong_kind = || {
             let what = match wants_device {
                 true => "either a character or block device",
                 false => "a regular file",
             };
             let text = format!("'{driver_name}' driver requires '{name}' to be {what}");
-            return Err(BlockError::invalid(text));
+            BlockError::invalid(text)
+        };
+        let host = open_host(&name, mode).map_err(|e| match e.raw_os_error() {
+            // The host lets directories be opened, but not for writing.
+            Some(libc::EISDIR) if mode.read_only => wrong_kind(),
+            _ => open_failed(&name, mode, e),
+        })?;
+        if wants_device != (host.kind != HostKind::File) {
+            return Err(wrong_kind());
         }
         let can_lock = lock::are_supported(host.as_fd());
         if locking == "on" && !can_lock {
