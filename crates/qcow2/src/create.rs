@@ -6,16 +6,22 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use blockcore::{
-    BackingName, BlockError, Child, ChildRole, CreateContext, CreateOption, IoBuf,
+    BackingName, BlockError, Child, ChildRole, CreateContext, CreateOption, ErrorKind, IoBuf,
     MAX_LENGTH_BYTES, OptionKind, Options, Preallocation, Result, SECTOR_BYTES, TruncateRequest,
     WriteFlags,
 };
 
 use crate::extension::{self, Extension};
-use crate::format::{Geometry, MAX_CLUSTER_BITS, MAX_L1_BYTES, MIN_CLUSTER_BITS, V3_HEADER_BYTES};
+use crate::format::{
+    Geometry, MAX_BACKING_NAME_BYTES, MAX_CLUSTER_BITS, MAX_L1_BYTES, MIN_CLUSTER_BITS,
+    V3_HEADER_BYTES,
+};
 use crate::header::{Compatible, CompressionType, Header, Incompatible};
 use crate::open::open_image;
 use crate::refcount::set_refcount;
+
+/// Images with larger clusters than this carry the names of features.
+const FEATURE_NAMES_ABOVE_BYTES: u64 = 4096;
 
 const fn option(
     name: &'static str,
@@ -148,72 +154,73 @@ pub async fn create(ctx: &CreateContext<'_>, filename: &str, mut options: Option
     written.and(closed)
 }
 
+/// Reads all options and then checks them; that order, and the order within, decides which of several mistakes is told.
 fn check_options(options: &mut Options) -> Result<Request> {
     if options.take_bool("encryption")?.unwrap_or(false) || options.has_subtree("encrypt") {
         return not_yet("Encryption");
     }
     let cluster_size = options.take_size("cluster_size")?.unwrap_or(65536);
+    let extended_l2 = options.take_bool("extended_l2")?.unwrap_or(false);
+    let lazy = options.take_bool("lazy_refcounts")?.unwrap_or(false);
+    let refcount_bits = options.take_number("refcount_bits")?.unwrap_or(16);
+    let data_file = options.take("data_file").is_some();
+    let data_file_raw = options.take_bool("data_file_raw")?.unwrap_or(false);
+    let size = options.take_size("size")?.unwrap_or(0);
+    let version = match options.take_str("compat").as_deref() {
+        None | Some("1.1" | "v3") => 3,
+        Some("0.10" | "v2") => 2,
+        Some(other) => return not_accepted("version", other),
+    };
+    let backing = options.take_str("backing_file").filter(|b| !b.is_empty());
+    let backing_format = options.take_str("backing_fmt");
+    let preallocation = match options.take_str("preallocation") {
+        None => Preallocation::Off,
+        Some(name) => match Preallocation::from_name(&name) {
+            Some(mode) => mode,
+            None => return not_accepted("preallocation", &name),
+        },
+    };
+    let compression_type = match options.take_str("compression_type").as_deref() {
+        None | Some("zlib") => CompressionType::Zlib,
+        Some("zstd") => CompressionType::Zstd,
+        Some(other) => return not_accepted("compression-type", other),
+    };
+
     if !cluster_size.is_power_of_two()
         || !(MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS).contains(&cluster_size.trailing_zeros())
     {
         return invalid("Cluster size must be a power of two between 512 and 2048k");
     }
-    let cluster_bits = cluster_size.trailing_zeros();
-    let preallocation = options
-        .take_str("preallocation")
-        .unwrap_or_else(|| "off".to_owned());
-    let Some(preallocation) = Preallocation::from_name(&preallocation) else {
-        return invalid(format!(
-            "Parameter 'preallocation' does not accept value '{preallocation}'"
-        ));
-    };
-    let version = match options.take_str("compat").as_deref() {
-        None | Some("1.1" | "v3") => 3,
-        Some("0.10" | "v2") => 2,
-        Some(other) => {
-            return invalid(format!(
-                "Parameter 'version' does not accept value '{other}'"
-            ));
-        }
-    };
     let needs_v3 = |what: &str| {
         invalid(format!(
             "{what} compatibility level 1.1 and above (use version=v3 or greater)"
         ))
     };
-    let compression_type = match options.take_str("compression_type").as_deref() {
-        None | Some("zlib") => CompressionType::Zlib,
-        Some("zstd") => CompressionType::Zstd,
-        Some(other) => {
-            return invalid(format!(
-                "Parameter 'compression-type' does not accept value '{other}'"
-            ));
-        }
-    };
-    if compression_type != CompressionType::Zlib && version < 3 {
-        return needs_v3("Non-zlib compression type is only supported with");
-    }
-    if options.take_bool("extended_l2")?.unwrap_or(false) {
-        return not_yet("extended_l2");
-    }
-    if options.take("data_file").is_some() || options.take_bool("data_file_raw")?.unwrap_or(false) {
-        return not_yet("An external data file");
-    }
-    let backing = options.take_str("backing_file").filter(|b| !b.is_empty());
-    let backing_format = options.take_str("backing_fmt");
-    if backing.is_none() && backing_format.is_some() {
-        return invalid("Backing format cannot be used without backing file");
+    if extended_l2 {
+        return match version {
+            2 => needs_v3("Extended L2 entries are only supported with"),
+            _ => not_yet("extended_l2"),
+        };
     }
     if backing.is_some() && preallocation != Preallocation::Off {
         return invalid(
             "Backing file and preallocation can only be used at the same time if extended_l2 is on",
         );
     }
-    let lazy = options.take_bool("lazy_refcounts")?.unwrap_or(false);
+    match (data_file, data_file_raw) {
+        (false, false) => {}
+        (false, true) => return invalid("data-file-raw requires data-file"),
+        (true, _) if version < 3 => {
+            return needs_v3("External data files are only supported with");
+        }
+        (true, _) => return not_yet("An external data file"),
+    }
+    if backing_format.is_some() && backing.is_none() {
+        return invalid("Backing format cannot be used without backing file");
+    }
     if lazy && version < 3 {
         return needs_v3("Lazy refcounts only supported with");
     }
-    let refcount_bits = options.take_number("refcount_bits")?.unwrap_or(16);
     if !refcount_bits.is_power_of_two() || refcount_bits > 64 {
         return invalid("Refcount width must be a power of two and may not exceed 64 bits");
     }
@@ -221,27 +228,77 @@ fn check_options(options: &mut Options) -> Result<Request> {
         let text = "Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)";
         return invalid(text);
     }
-    let size = options.take_size("size")?.unwrap_or(0);
+    if compression_type != CompressionType::Zlib && version < 3 {
+        return needs_v3("Non-zlib compression type is only supported with");
+    }
     let geometry = Geometry {
-        cluster_bits,
+        cluster_bits: cluster_size.trailing_zeros(),
         refcount_order: refcount_bits.trailing_zeros(),
     };
-    if size > i64::MAX as u64 - (SECTOR_BYTES - 1) {
+    let header = fresh_header(
+        version,
+        geometry,
+        compression_type,
+        lazy,
+        backing.map(|filename| BackingName {
+            filename,
+            format: backing_format,
+        }),
+    )?;
+    Ok(Request {
+        size: check_size(size, geometry)?,
+        preallocation,
+        header,
+    })
+}
+
+fn not_accepted<T>(parameter: &str, value: &str) -> Result<T> {
+    invalid(format!(
+        "Parameter '{parameter}' does not accept value '{value}'"
+    ))
+}
+
+/// Rounds a length up to whole sectors, and refuses what can't be addressed.
+fn check_size(size: u64, geometry: Geometry) -> Result<u64> {
+    let Some(size) = size
+        .checked_next_multiple_of(SECTOR_BYTES)
+        .filter(|&s| s <= i64::MAX as u64)
+    else {
         return invalid("Could not resize image: Image size cannot be negative");
+    };
+    if size > MAX_LENGTH_BYTES {
+        return invalid(format!(
+            "Could not resize image: offset({size}) exceeds maximum({MAX_LENGTH_BYTES})"
+        ));
     }
-    if size > MAX_LENGTH_BYTES || geometry.l1_entries(size) * 8 > MAX_L1_BYTES {
+    if geometry.l1_entries(size) * 8 > MAX_L1_BYTES {
         let text =
             "The image size is too large for file format 'qcow2' (try using a larger cluster size)";
         return Err(BlockError::from_errno(27).message(text));
     }
+    Ok(size)
+}
+
+/// The header of an image of length 0. That it can be read again is certain afterwards: names that no reader takes are refused.
+fn fresh_header(
+    version: u32,
+    geometry: Geometry,
+    compression_type: CompressionType,
+    lazy: bool,
+    backing: Option<BackingName>,
+) -> Result<Header> {
     let mut extensions = Vec::new();
-    if let Some(format) = backing_format.as_ref().filter(|_| backing.is_some()) {
+    if let Some(format) = backing.as_ref().and_then(|b| b.format.as_ref()) {
+        if format.len() >= extension::BACKING_FORMAT_BYTES_MAX {
+            return not_accepted("backing-fmt", format);
+        }
         extensions.push(Extension {
             kind: extension::BACKING_FORMAT,
             data: format.clone().into_bytes(),
         });
     }
-    if version >= 3 {
+    // The names take up 392 bytes; in small clusters that room is left to longer names of backing files.
+    if version >= 3 && geometry.cluster_size() > FEATURE_NAMES_ABOVE_BYTES {
         extensions.push(extension::feature_names());
     }
     let mut incompatible = Incompatible::empty();
@@ -253,11 +310,11 @@ fn check_options(options: &mut Options) -> Result<Request> {
     compatible.set(Compatible::LAZY_REFCOUNTS, lazy);
     let header = Header {
         version,
-        cluster_bits,
+        cluster_bits: geometry.cluster_bits,
         size: 0,
         l1_size: 0,
         l1_table_offset: 0,
-        refcount_table_offset: cluster_size,
+        refcount_table_offset: geometry.cluster_size(),
         refcount_table_clusters: 1,
         nb_snapshots: 0,
         snapshots_offset: 0,
@@ -267,17 +324,30 @@ fn check_options(options: &mut Options) -> Result<Request> {
         refcount_order: geometry.refcount_order,
         header_length: V3_HEADER_BYTES,
         compression_type,
-        backing: backing.map(|filename| BackingName {
-            filename,
-            format: backing_format,
-        }),
+        backing,
         extensions,
     };
-    Ok(Request {
-        size: size.next_multiple_of(SECTOR_BYTES),
-        preallocation,
-        header,
-    })
+    let Some(backing) = &header.backing else {
+        return Ok(header);
+    };
+    let kind = if backing.filename.len() as u64 > MAX_BACKING_NAME_BYTES.into() {
+        ErrorKind::InvalidArgument
+    } else if header.encode().is_err() {
+        ErrorKind::NoSpace
+    } else {
+        return Ok(header);
+    };
+    let format = match &backing.format {
+        Some(format) => format!(" with format '{format}'"),
+        None => String::new(),
+    };
+    let what = format!(
+        "Could not assign backing file '{}'{format}",
+        backing.filename
+    );
+    let err = BlockError::new(kind, "");
+    let text = format!("{what}: {}", err.strerror());
+    Err(err.message(text))
 }
 
 async fn write_image(

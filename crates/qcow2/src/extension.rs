@@ -20,7 +20,7 @@ pub const DATA_FILE: u32 = 0x4441_5441;
 const FEATURE_NAME_BYTES: usize = 48;
 
 /// The name of a format is shorter than this, in bytes.
-const BACKING_FORMAT_BYTES_MAX: usize = 16;
+pub(crate) const BACKING_FORMAT_BYTES_MAX: usize = 16;
 
 /// One header extension.
 #[derive(Clone, Debug, PartialEq, Eq)]
