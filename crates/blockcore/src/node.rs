@@ -14,7 +14,7 @@ use crate::child::Child;
 use crate::driver::{BlockDriver, ReopenRequest, TruncateRequest};
 use crate::error::{BlockError, ErrorKind, Op, Result};
 use crate::limits::{BlockLimits, MAX_LENGTH_BYTES};
-use crate::options::Options;
+use crate::options::{OptionValue, Options};
 use crate::tracked::TrackedRequests;
 
 /// The size of a sector in bytes. Lengths of nodes are multiples of it, as in QEMU.
@@ -288,7 +288,13 @@ impl Node {
             options,
         };
         let prepared = self.driver.reopen_prepare(&mut request).await?;
-        if let Some(key) = request.options.keys().next() {
+        let changed = |(key, value): &(&str, &OptionValue)| match *key {
+            "driver" => value.to_string() != self.format_name(),
+            "node-name" => value.to_string() != self.name,
+            key => self.options.get_str(key) != Some(value.to_string()),
+        };
+        // Saying what holds already is no change.
+        if let Some((key, _)) = request.options.iter().find(changed) {
             return Err(BlockError::invalid(format!(
                 "Cannot change the option '{key}'"
             )));

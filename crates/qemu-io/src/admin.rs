@@ -351,6 +351,15 @@ impl Session {
                 Err(e) => return self.complain_of("", &e),
             }
         }
+        match options.take_str("discard").as_deref() {
+            None => {}
+            Some("unmap" | "on") => flags.unmap = true,
+            Some("ignore" | "off") => flags.unmap = false,
+            Some(_) => {
+                self.complain("Invalid discard option");
+                return Err(Failed);
+            }
+        }
         self.finish_all().await;
         match backend.reopen(flags, write_through, options).await {
             Ok(()) => Ok(Done::Nothing),

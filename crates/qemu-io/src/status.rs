@@ -74,7 +74,7 @@ impl Session {
             self.output
                 .out(&format!("format name: {}\n", driver.format_name()));
         }
-        let Ok(info) = driver.info().await else {
+        let Ok(info) = self.wait(driver.info()).await else {
             return Err(Failed);
         };
         self.output.out(&format!(
@@ -85,7 +85,7 @@ impl Session {
             "vm state offset: {}\n",
             human(info.vm_state_offset as f64)
         ));
-        match driver.specific_info().await {
+        match self.wait(driver.specific_info()).await {
             Err(e) => return self.complain_of("", &e),
             Ok(None) => {}
             // The heading alone would say nothing.
