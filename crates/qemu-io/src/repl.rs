@@ -3,7 +3,7 @@
 //!
 //! Lines are read on a thread of their own, so that requests in flight go on while the program waits for one.
 
-use std::io::{BufRead, IsTerminal};
+use std::io::{BufRead, IsTerminal, Read};
 
 use rustyline::completion::{Completer, FilenameCompleter, Pair};
 use rustyline::error::ReadlineError;
@@ -15,7 +15,7 @@ use crate::command::COMMANDS;
 use crate::session::{Done, Session};
 
 /// Longer lines are cut into pieces of this many bytes.
-const PIECE_BYTES: usize = 1023;
+const PIECE_BYTES: u64 = 1023;
 
 /// Runs what standard input has, and says whether any command failed.
 pub(crate) async fn run(session: &mut Session) -> bool {
@@ -30,24 +30,10 @@ async fn run_pipe(session: &mut Session) -> bool {
     let (sender, mut lines) = mpsc::channel::<String>(64);
     std::thread::spawn(move || {
         let mut input = std::io::stdin().lock();
-        let mut line = Vec::new();
-        loop {
-            line.clear();
-            match input.read_until(b'\n', &mut line) {
-                Ok(0) | Err(_) => return,
-                Ok(_) => {}
-            }
-            if line.last() == Some(&b'\n') {
-                line.pop();
-            }
-            let whole = String::from_utf8_lossy(&line);
-            for piece in pieces(&whole) {
-                // Nobody listens any more: the program ends.
-                if sender.blocking_send(piece.to_owned()).is_err() {
-                    return;
-                }
-            }
-        }
+        // Nobody listens any more: the program ends.
+        while let Some(line) = next_piece(&mut input)
+            && sender.blocking_send(line).is_ok()
+        {}
     });
     let mut failed = false;
     loop {
@@ -64,21 +50,17 @@ async fn run_pipe(session: &mut Session) -> bool {
     }
 }
 
-/// A line in pieces that fit the buffer it always had; an empty line is one piece.
-fn pieces(line: &str) -> Vec<&str> {
-    let mut out = Vec::new();
-    let mut rest = line;
-    while rest.len() > PIECE_BYTES {
-        let mut cut = PIECE_BYTES;
-        while !rest.is_char_boundary(cut) {
-            cut -= 1;
-        }
-        let (piece, next) = rest.split_at(cut);
-        out.push(piece);
-        rest = next;
+/// The next line, or as much of it as fits the buffer that the tool always had; nothing at the end. What stands behind a NUL byte is not looked at.
+fn next_piece(input: &mut impl BufRead) -> Option<String> {
+    let mut piece = Vec::new();
+    let read = input.take(PIECE_BYTES).read_until(b'\n', &mut piece);
+    // An input that fails has ended.
+    if !read.is_ok_and(|n| n > 0) {
+        return None;
     }
-    out.push(rest);
-    out
+    let end = piece.iter().position(|&b| b == b'\n' || b == 0);
+    let text = &piece[..end.unwrap_or(piece.len())];
+    Some(String::from_utf8_lossy(text).into_owned())
 }
 
 async fn run_terminal(session: &mut Session) -> bool {
@@ -157,15 +139,29 @@ impl Completer for Completion {
 
 #[cfg(test)]
 mod tests {
-    use super::pieces;
+    use super::next_piece;
+
+    fn pieces(input: &[u8]) -> Vec<String> {
+        let mut input = input;
+        std::iter::from_fn(|| next_piece(&mut input)).collect()
+    }
 
     #[test]
     fn long_lines_are_cut_as_the_old_buffer_cut_them() {
-        let line = "x".repeat(2500);
-        assert_eq!(
-            pieces(&line).iter().map(|p| p.len()).collect::<Vec<_>>(),
-            [1023, 1023, 454]
-        );
-        assert_eq!(pieces(""), [""]);
+        let lengths = |n: usize| -> Vec<usize> {
+            let line = format!("{}\nx", "a".repeat(n));
+            pieces(line.as_bytes()).iter().map(String::len).collect()
+        };
+        assert_eq!(lengths(2500), [1023, 1023, 454, 1]);
+        assert_eq!(lengths(1022), [1022, 1]);
+        // The newline is a piece of its own, and so an empty line.
+        assert_eq!(lengths(1023), [1023, 0, 1]);
+    }
+
+    #[test]
+    fn an_empty_line_is_a_line_and_a_missing_newline_is_no_matter() {
+        assert_eq!(pieces(b"\nlength"), ["", "length"]);
+        assert_eq!(pieces(b"read 0 1\0 x\n"), ["read 0 1"]);
+        assert_eq!(pieces(b""), Vec::<String>::new());
     }
 }
