@@ -41,7 +41,7 @@ impl Tool {
     pub(crate) async fn bench(&self, args: &[String]) -> Outcome {
         let (mut count, mut depth, mut size, mut step, mut offset) = (75_000, 64, 4096, 0, 0);
         let (mut pattern, mut flush_interval, mut drain) = (0, 0, true);
-        let (mut write, mut aio) = (false, None);
+        let (mut write, mut native, mut aio) = (false, false, None);
         let (mut format, mut image_opts, mut force_share) = (None, false, false);
         let mut cache = "writeback".to_owned();
         let mut words = Words::new(self, "bench", args, "hc:d:f:ni:o:qs:S:t:wU", LONG);
@@ -61,7 +61,7 @@ impl Tool {
                 }
                 NO_DRAIN => drain = false,
                 'w' => write = true,
-                'n' => aio = Some("native".to_owned()),
+                'n' => native = true,
                 'i' if matches!(arg.as_str(), "threads" | "native" | "io_uring") => {
                     aio = Some(option.arg);
                 }
@@ -88,6 +88,9 @@ impl Tool {
             force_share,
             ..Image::new(name, format, image_opts)
         };
+        if native {
+            aio = Some("native".to_owned());
+        }
         if let Some(aio) = aio {
             image.options.set("file.aio", aio);
         }

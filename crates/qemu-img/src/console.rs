@@ -10,7 +10,7 @@ use blockcore::{BlockError, Diagnostics};
 /// the same order as from the C tool.
 pub const BLOCK_BYTES: usize = 4096;
 
-/// The name that stands before every message.
+/// The program's name where nothing else is known.
 const PROGRAM: &str = "qemu-img";
 
 /// A command that failed and has said why. The status is what the process exits with.
@@ -25,6 +25,10 @@ pub type Outcome<T = ()> = std::result::Result<T, Failed>;
 pub struct Console(Arc<Streams>);
 
 struct Streams {
+    /// The program as it was called; advice how to call it repeats that.
+    called: String,
+    /// The last part of it, which stands before every message.
+    name: String,
     out: Mutex<Sink>,
     err: Mutex<Box<dyn Write + Send>>,
 }
@@ -46,7 +50,18 @@ impl Sink {
 impl Console {
     /// Prints results to `out` and messages to `err`.
     pub fn new(out: Box<dyn Write + Send>, err: Box<dyn Write + Send>) -> Console {
+        Console::called(PROGRAM, out, err)
+    }
+
+    /// As [`new`](Console::new), for a program that was called by another name or path.
+    pub fn called(
+        program: &str,
+        out: Box<dyn Write + Send>,
+        err: Box<dyn Write + Send>,
+    ) -> Console {
         Console(Arc::new(Streams {
+            called: program.to_owned(),
+            name: program.rsplit('/').next().unwrap_or(PROGRAM).to_owned(),
             out: Mutex::new(Sink {
                 stream: out,
                 error: None,
@@ -104,7 +119,7 @@ impl Console {
 
     /// A message: `qemu-img: text`.
     pub fn error(&self, text: &str) {
-        self.raw_error(&format!("{PROGRAM}: {text}"));
+        self.raw_error(&format!("{}: {text}", self.0.name));
     }
 
     /// A message, and the failure it tells of.
@@ -126,21 +141,19 @@ impl Console {
 
     /// What getopt says of an option.
     pub fn option_error(&self, command: &str, text: &str) -> Failed {
-        let name = if command.is_empty() {
-            PROGRAM.to_owned()
-        } else {
-            format!("{PROGRAM} {command}")
-        };
-        self.raw_error(&format!("{name}: {text}"));
+        self.raw_error(&format!("{}: {text}", self.called_with(command)));
         self.try_help(command)
     }
 
     fn try_help(&self, command: &str) -> Failed {
-        let space = if command.is_empty() { "" } else { " " };
-        self.raw_error(&format!(
-            "Try '{PROGRAM}{space}{command} --help' for more info"
-        ));
+        let called = self.called_with(command);
+        self.raw_error(&format!("Try '{called} --help' for more info"));
         Failed(1)
+    }
+
+    fn called_with(&self, command: &str) -> String {
+        let space = if command.is_empty() { "" } else { " " };
+        format!("{}{space}{command}", self.0.called)
     }
 
     /// Where the block layer's warnings go.

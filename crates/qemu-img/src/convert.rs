@@ -285,12 +285,8 @@ impl Tool {
         let mut options = request.options.parse().map_err(plain)?;
         let has_backing = request.backing.is_some() || options.contains("backing_file");
         let has_format = request.backing_format.is_some() || options.contains("backing_fmt");
-        // A length in the options would have to fit; the sources' own counts, unless more is asked for.
-        let size = match options.take_size("size") {
-            Ok(Some(size)) => size,
-            Ok(None) => total,
-            Err(e) => return Err(plain(e)),
-        };
+        // The length is that of the sources, whatever the options say.
+        options.take("size");
         let knows_backing = known_options(&self.registry, format, None)
             .is_ok_and(|known| known.iter().any(|o| o.name == "backing_file"));
         if has_backing && !has_format && knows_backing {
@@ -301,7 +297,7 @@ impl Tool {
             format: format.to_owned(),
             filename: request.target.clone(),
             options,
-            size: Some(size),
+            size: Some(total),
             backing: request.backing.clone(),
             backing_format: request.backing_format.clone(),
             backing_unchecked: true,
@@ -336,13 +332,8 @@ impl Tool {
         } else {
             None
         };
-        let is_new = request.create && target_backing.is_none();
-        let zero = request.target_is_zero
-            || (is_new
-                && request.sparse_bytes > 0
-                && chain_is_zero(target.root(), 0, target.length())
-                    .await
-                    .unwrap_or(false));
+        let is_new = request.create && target_backing.is_none() && request.sparse_bytes > 0;
+        let zero = request.target_is_zero || (is_new && new_image_reads_zero(target).await);
         let options = ConvertOptions {
             sparse_bytes: request.sparse_bytes,
             parallel: request.parallel,
@@ -364,4 +355,21 @@ impl Tool {
             }
         })
     }
+}
+
+/// Whether an image that was just made surely reads as zero. One that lies in a file does, preallocated or not; on a device, what is not told apart by the
+/// format is what the device held before.
+async fn new_image_reads_zero(target: &Backend) -> bool {
+    let mut node = target.root().clone();
+    while let Some(child) = node.driver().primary() {
+        let below = child.node().clone();
+        node = below;
+    }
+    if node.format_name() == "file" {
+        return true;
+    }
+    // Without an answer, zeroes are written.
+    chain_is_zero(target.root(), 0, target.length())
+        .await
+        .unwrap_or(false)
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! [`Image`]: an image as a command line names it, and opening it as the tools do: formats are guessed, backing files are followed.
 
-use blockcore::{Backend, NodeFlags, OpenOptions, OpenPolicy, Options};
+use blockcore::{Backend, NodeFlags, OpenOptions, OpenPolicy, Options, Result};
 use toolkit::cache::CacheMode;
 
 use crate::Tool;
@@ -48,6 +48,15 @@ impl Image {
     }
 }
 
+/// The options of `--image-opts`. A first word without `=` is the value of `file`.
+fn image_options(text: &str) -> Result<Options> {
+    let first = text.split(',').next().unwrap_or_default();
+    if first.is_empty() || first.contains('=') {
+        return Options::from_dotted(text);
+    }
+    Options::from_dotted(&format!("file={text}"))
+}
+
 impl Tool {
     /// Refuses `--image-opts` together with a format.
     pub(crate) fn check_image_opts(&self, image_opts: bool, format: Option<&str>) -> Outcome {
@@ -80,7 +89,7 @@ impl Tool {
             open = open.format(format);
         }
         let opened = if image.image_opts {
-            match Options::from_dotted(&image.name) {
+            match image_options(&image.name) {
                 Ok(options) => {
                     open.options(options)
                         .options(image.options)

@@ -114,7 +114,8 @@ impl Tool {
     fn print_node(&self, info: &NodeInfo, depth: usize, path: &str) {
         let pad = "    ".repeat(depth);
         let print = |text: String| self.console.line(&format!("{pad}{text}"));
-        let protocol = info.children.is_empty();
+        // The image itself is named as one even where it is a bare file.
+        let protocol = depth > 0 && info.children.is_empty();
         let labels = if protocol {
             ["filename", "protocol type", "file length"]
         } else {

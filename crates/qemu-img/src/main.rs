@@ -8,11 +8,11 @@ use qemu_img::console::{BLOCK_BYTES, Console};
 
 fn main() -> ExitCode {
     let mut args = Vec::new();
-    for (i, arg) in std::env::args_os().skip(1).enumerate() {
+    for (i, arg) in std::env::args_os().enumerate() {
         match arg.into_string() {
             Ok(arg) => args.push(arg),
             Err(arg) => {
-                eprintln!("qemu-img: argument {} is no valid text: {arg:?}", i + 1);
+                eprintln!("qemu-img: argument {i} is no valid text: {arg:?}");
                 return ExitCode::FAILURE;
             }
         }
@@ -23,7 +23,11 @@ fn main() -> ExitCode {
     } else {
         Box::new(std::io::BufWriter::with_capacity(BLOCK_BYTES, Unbuffered))
     };
-    let status = qemu_img::run(&args, Console::new(out, Box::new(stderr())));
+    let (called, args) = match args.split_first() {
+        Some((called, args)) => (called.as_str(), args),
+        None => ("qemu-img", &[][..]),
+    };
+    let status = qemu_img::run(args, Console::called(called, out, Box::new(stderr())));
     ExitCode::from(status)
 }
 
