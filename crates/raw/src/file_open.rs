@@ -16,7 +16,7 @@ use crate::direct::Alignment;
 use crate::engine::{Engine, pool, uring};
 use crate::file::FileDriver;
 use crate::host::{HostFile, HostKind, retry};
-use crate::{lock, truncate};
+use crate::{ioctl, lock, truncate};
 
 /// Opens and creates regular files.
 #[derive(Clone, Copy, Debug, Default)]
@@ -37,6 +37,12 @@ pub(crate) const CREATE_OPTIONS: &[CreateOption] = &[
         name: "preallocation",
         kind: OptionKind::String,
         help: "Preallocation mode (allowed values: off, falloc, full)",
+        default: None,
+    },
+    CreateOption {
+        name: "extent_size_hint",
+        kind: OptionKind::Size,
+        help: "Extent size hint for the image file, 0 to disable",
         default: None,
     },
     CreateOption {
@@ -254,15 +260,52 @@ impl DriverFactory for FileFactory {
             None => Preallocation::Off,
         };
         let nocow = options.take_bool("nocow")?.unwrap_or(false);
+        let extent_bytes = options
+            .take_size("extent_size_hint")?
+            .unwrap_or(DEFAULT_EXTENT_BYTES);
         if let Some(key) = options.keys().next() {
             return Err(BlockError::invalid(format!("Invalid parameter '{key}'")));
         }
-        pool::run(move || create(&name, bytes, preallocation, nocow)).await
+        let Ok(extent_bytes) = u32::try_from(extent_bytes) else {
+            return Err(BlockError::invalid("Extent size hint is too large"));
+        };
+        let hints = Hints {
+            nocow,
+            extent_bytes,
+        };
+        pool::run(move || create(&name, bytes, preallocation, hints)).await
+    }
+}
+
+/// The extents that a new file is to have where the file system can be asked, in bytes: fewer, larger ones than it would choose.
+const DEFAULT_EXTENT_BYTES: u64 = 1 << 20;
+
+/// What a file system may be asked to do about a new file. Those that don't know it do nothing.
+#[derive(Clone, Copy, Debug)]
+struct Hints {
+    nocow: bool,
+    /// 0: as the file system likes.
+    extent_bytes: u32,
+}
+
+impl Hints {
+    fn give(self, name: &str, host: &HostFile) {
+        if self.nocow
+            && let Ok(flags) = rustix::fs::ioctl_getflags(host)
+            && let Err(e) = rustix::fs::ioctl_setflags(host, flags | IFlags::NOCOW)
+        {
+            tracing::debug!("nocow of '{name}': {e}");
+        }
+        if self.extent_bytes > 0
+            && let Err(e) = ioctl::set_extent_size_hint(host.as_fd(), self.extent_bytes)
+        {
+            tracing::debug!("extent size hint of '{name}': {e}");
+        }
     }
 }
 
 /// Makes a file, or empties the one that is there; blocks. `QEMU: raw_co_create`.
-fn create(name: &str, bytes: u64, preallocation: Preallocation, nocow: bool) -> Result<()> {
+fn create(name: &str, bytes: u64, preallocation: Preallocation, hints: Hints) -> Result<()> {
     let failed = |e| could_not("create", name, BlockError::from_io(e));
     let fd = open_fd(name, OFlags::RDWR | OFlags::CREATE).map_err(failed)?;
     let kind = kind_of(&fd).map_err(failed)?;
@@ -286,12 +329,8 @@ fn create(name: &str, bytes: u64, preallocation: Preallocation, nocow: bool) -> 
     }
     host.set_length(0)
         .map_err(|e| BlockError::from_io(e).context("Failed to resize file"))?;
-    if nocow && let Ok(flags) = rustix::fs::ioctl_getflags(&host) {
-        // Only btrfs knows it, and only for an empty file; elsewhere there is nothing to turn off.
-        if let Err(e) = rustix::fs::ioctl_setflags(&host, flags | IFlags::NOCOW) {
-            tracing::debug!("nocow of '{name}': {e}");
-        }
-    }
+    // While it is empty: later it is too late.
+    hints.give(name, &host);
     truncate::truncate_file(&host, 0, bytes, preallocation)
 }
 
@@ -331,7 +370,7 @@ impl DriverFactory for HostDeviceFactory {
     }
 
     fn create_options(&self) -> &'static [CreateOption] {
-        &CREATE_OPTIONS[2..]
+        &CREATE_OPTIONS[3..]
     }
 
     async fn create(

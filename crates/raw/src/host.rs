@@ -14,6 +14,7 @@ use rustix::io::{Errno, ReadWriteFlags, preadv, preadv2, pwritev};
 
 use crate::direct::Alignment;
 use crate::engine::Engine;
+use crate::ioctl;
 
 /// The most pieces that one vectored call takes (`IOV_MAX`).
 const IOV_MAX: usize = 1024;
@@ -36,6 +37,7 @@ pub(crate) struct HostFile {
     pub engine: Engine,
     can_zero_range: AtomicBool,
     can_punch: AtomicBool,
+    can_discard: AtomicBool,
     can_allocate: AtomicBool,
     can_nowait: AtomicBool,
 }
@@ -63,6 +65,7 @@ impl HostFile {
             engine,
             can_zero_range: AtomicBool::new(true),
             can_punch: AtomicBool::new(true),
+            can_discard: AtomicBool::new(true),
             can_allocate: AtomicBool::new(true),
             can_nowait: AtomicBool::new(direct.is_none()),
         }
@@ -201,11 +204,23 @@ impl HostFile {
 
     /// Whether [`discard`](HostFile::discard) may work, as far as is known.
     pub fn may_discard(&self) -> bool {
-        self.can_punch.load(Ordering::Relaxed)
+        match self.kind {
+            HostKind::BlockDevice => self.can_discard.load(Ordering::Relaxed),
+            _ => self.can_punch.load(Ordering::Relaxed),
+        }
     }
 
     /// Gives the storage of a range back; `ENOTSUP` where the host can't.
     pub fn discard(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        if self.kind == HostKind::BlockDevice {
+            return match ioctl::discard_blocks(self.fd.as_fd(), offset, bytes) {
+                Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                    self.can_discard.store(false, Ordering::Relaxed);
+                    Err(Errno::NOTSUP.into())
+                }
+                result => result,
+            };
+        }
         if self.try_mode(&self.can_punch, PUNCH, offset, bytes)? {
             return Ok(());
         }

@@ -10,6 +10,7 @@ mod engine;
 mod file;
 mod file_open;
 mod host;
+mod ioctl;
 mod lock;
 mod orphan;
 mod raw;
