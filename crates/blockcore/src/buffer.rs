@@ -309,7 +309,7 @@ impl IoBufMut {
     /// Copies `src` to the bytes from `at` on.
     pub fn copy_from_slice(&mut self, at: usize, src: &[u8]) {
         self.for_each_piece(at, src.len(), |piece, done| {
-            piece.copy_from_slice(&src[done..done + piece.len()])
+            piece.copy_from_slice(&src[done..done + piece.len()]);
         });
     }
 

@@ -118,7 +118,7 @@ impl Node {
             match result {
                 Ok(()) => {
                     need_flush |=
-                        flags.contains(WriteFlags::FUA) && !supported.contains(WriteFlags::FUA)
+                        flags.contains(WriteFlags::FUA) && !supported.contains(WriteFlags::FUA);
                 }
                 Err(e)
                     if e.errno() == libc::ENOTSUP && !flags.contains(WriteFlags::NO_FALLBACK) =>
