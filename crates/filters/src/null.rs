@@ -111,13 +111,16 @@ impl DriverFactory for NullFactory {
 
     async fn open(
         &self,
-        ctx: &OpenContext<'_>,
+        _ctx: &OpenContext<'_>,
         options: &mut Options,
     ) -> Result<Box<dyn BlockDriver>> {
-        // A name comes without its prefix; as an option of its own it is none of this driver's.
-        if options.get_str("filename").as_deref() == Some(ctx.filename()) {
+        // A name comes without its prefix; anything else was given as an option, which is none of this driver's.
+        if options
+            .get_str("filename")
+            .is_some_and(|name| name.starts_with("//"))
+        {
             let name = options.take_str("filename").unwrap_or_default();
-            if !matches!(name.as_str(), "//" | "null-co://") {
+            if name != "//" {
                 return Err(BlockError::invalid(
                     "The only allowed filename for this driver is 'null-co://'",
                 ));

@@ -19,6 +19,9 @@ use crate::ioctl;
 /// The most pieces that one vectored call takes (`IOV_MAX`).
 const IOV_MAX: usize = 1024;
 
+/// The longest read that is copied out of the page cache on the caller's thread, in bytes: some tens of microseconds.
+pub(crate) const NOWAIT_BYTES_MAX: usize = 256 << 10;
+
 /// What an open name turned out to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum HostKind {
@@ -81,10 +84,10 @@ impl HostFile {
 
     /// Fills `buf` if the page cache has all of it.
     pub fn read_nowait(&self, offset: u64, buf: &mut [u8]) -> bool {
-        if !self.can_nowait.load(Ordering::Relaxed) {
+        let len = buf.len();
+        if len > NOWAIT_BYTES_MAX || !self.can_nowait.load(Ordering::Relaxed) {
             return false;
         }
-        let len = buf.len();
         let mut iov = [IoSliceMut::new(buf)];
         match preadv2(&self.fd, &mut iov, offset, ReadWriteFlags::NOWAIT) {
             Ok(n) => n == len,

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use blockcore::{IoBuf, IoBufMut, Result};
 
-use crate::host::HostFile;
+use crate::host::{HostFile, NOWAIT_BYTES_MAX};
 use crate::orphan::Orphans;
 
 /// Who makes the calls for one file.
@@ -26,16 +26,21 @@ pub(crate) enum Engine {
     Uring,
 }
 
-impl Engine {
+impl HostFile {
+    /// Copying much out of the page cache keeps a thread busy, and that should be one of the pool's.
+    fn reads_by_uring(&self, bytes: usize) -> bool {
+        self.engine == Engine::Uring && (self.direct.is_some() || bytes <= NOWAIT_BYTES_MAX)
+    }
+
     /// The page cache is written by copying, which io_uring hands to kernel threads one by one: the pool does as well.
-    fn writes_by_uring(self, file: &HostFile) -> bool {
-        self == Engine::Uring && file.direct.is_some()
+    fn writes_by_uring(&self) -> bool {
+        self.engine == Engine::Uring && self.direct.is_some()
     }
 }
 
 /// Fills `buf` from `offset`; what lies past the end of the file reads as zero.
 pub(crate) async fn read(file: &Arc<HostFile>, offset: u64, mut buf: IoBufMut) -> Result<IoBufMut> {
-    if file.engine == Engine::Uring {
+    if file.reads_by_uring(buf.len()) {
         return uring::read(file, offset, buf).await;
     }
     let file = file.clone();
@@ -49,7 +54,7 @@ pub(crate) async fn write(
     offset: u64,
     buf: IoBuf,
 ) -> Result<()> {
-    if file.engine.writes_by_uring(file) {
+    if file.writes_by_uring() {
         return uring::write(file, orphans, offset, buf).await;
     }
     let end = offset + buf.len() as u64;
