@@ -23,7 +23,13 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let status = runtime.block_on(qemu_io::cli::main(argv));
+    let status = runtime.block_on(async {
+        // One thread does everything: io_uring without a switch between threads. Where that can't be had, there are other ways.
+        if let Err(e) = blocklayer::raw::use_this_runtime() {
+            tracing::debug!("the runtime can't work io_uring itself: {e}");
+        }
+        qemu_io::cli::main(argv).await
+    });
     // A thread that waits for standard input must not keep the program alive.
     runtime.shutdown_background();
     ExitCode::from(status as u8)

@@ -50,8 +50,15 @@ impl Output {
             Output::Captured { out, .. } => out.push_str(text),
             Output::Process { pending, terminal } => {
                 pending.extend_from_slice(text.as_bytes());
-                if *terminal || pending.len() >= BUFFER_BYTES {
-                    self.flush();
+                let whole = (pending.len().saturating_sub(1)) / BUFFER_BYTES * BUFFER_BYTES;
+                match terminal {
+                    true => self.flush(),
+                    // Whole blocks go, the rest stays: so the C library cuts it.
+                    false if whole > 0 => {
+                        write_stdout(&pending[..whole]);
+                        pending.drain(..whole);
+                    }
+                    false => {}
                 }
             }
         }
@@ -72,9 +79,7 @@ impl Output {
     /// Hands on what is held back.
     pub fn flush(&mut self) {
         if let Output::Process { pending, .. } = self {
-            let mut stdout = std::io::stdout().lock();
-            // Nobody reads any more: nothing to be done, as ever.
-            drop(stdout.write_all(pending).and_then(|()| stdout.flush()));
+            write_stdout(pending);
             pending.clear();
         }
     }
@@ -86,4 +91,11 @@ impl Output {
             Output::Process { .. } => Default::default(),
         }
     }
+}
+
+/// Writes to standard output, at once.
+fn write_stdout(bytes: &[u8]) {
+    let mut stdout = std::io::stdout().lock();
+    // Nobody reads any more: nothing to be done, as ever.
+    drop(stdout.write_all(bytes).and_then(|()| stdout.flush()));
 }
