@@ -21,6 +21,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 use smallvec::SmallVec;
 
+mod pool;
+
+pub use pool::BufferPool;
+
 /// Bytes in a page, and the alignment of buffers of a page and more.
 pub const PAGE_BYTES: usize = 4096;
 /// The alignment of buffers smaller than a page, in bytes.
@@ -36,6 +40,11 @@ static ZERO_BLOCK: ZeroBlock = ZeroBlock([0; ZERO_BLOCK_BYTES]);
 enum Allocation {
     /// Memory from the global allocator.
     Heap { base: NonNull<u8>, layout: Layout },
+    /// A block of a pool, which it goes back to.
+    Pooled {
+        base: NonNull<u8>,
+        home: Arc<pool::Blocks>,
+    },
     /// Somebody else's memory, valid as long as the value lives.
     Foreign {
         _keep_alive: Box<dyn Any + Send + Sync>,
@@ -50,10 +59,15 @@ unsafe impl Sync for Allocation {}
 
 impl Drop for Allocation {
     fn drop(&mut self) {
-        if let Allocation::Heap { base, layout } = self {
-            // SAFETY: `base` came from `alloc_zeroed` with this very layout, and `drop` runs once, after the last
-            // segment (each holds an `Arc` of this allocation) has gone.
-            unsafe { dealloc(base.as_ptr(), *layout) }
+        match self {
+            Allocation::Heap { base, layout } => {
+                // SAFETY: `base` came from `alloc_zeroed` with this very layout, and `drop` runs once, after the last
+                // segment (each holds an `Arc` of this allocation) has gone.
+                unsafe { dealloc(base.as_ptr(), *layout) }
+            }
+            // As above: no segment is left.
+            Allocation::Pooled { base, home } => home.give_back(*base),
+            Allocation::Foreign { .. } => {}
         }
     }
 }

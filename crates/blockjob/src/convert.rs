@@ -8,7 +8,7 @@
 use futures::stream::{FuturesUnordered, TryStreamExt};
 use tokio::sync::{Mutex, watch};
 
-use blockcore::buffer::slice_is_zero;
+use blockcore::buffer::{BufferPool, slice_is_zero};
 use blockcore::{
     Backend, BlockError, Diagnostics, IoBuf, IoBufMut, Node, ReadFlags, Result, SECTOR_BYTES,
     StatusFlags, StatusMode, WriteFlags, chain_below, chain_status,
@@ -91,6 +91,7 @@ pub async fn convert(
             run: Run::Kept,
         }),
         written: watch::Sender::new(0),
+        buffers: BufferPool::new(CHUNK_BYTES as usize),
     };
     let workers: FuturesUnordered<_> = (0..options.parallel.clamp(1, MAX_PARALLEL))
         .map(|_| copy.work())
@@ -137,6 +138,8 @@ struct Copy<'a> {
     plan: Mutex<Plan>,
     /// Everything before this is done; kept only when writing in order.
     written: watch::Sender<u64>,
+    /// One for each worker.
+    buffers: BufferPool,
 }
 
 impl Copy<'_> {
@@ -248,7 +251,7 @@ impl Copy<'_> {
     async fn read(&self, step: Step) -> Result<IoBuf> {
         let (source, start) = self.source_at(step.at);
         let from = step.at - start;
-        let buf = IoBufMut::zeroed(step.bytes as usize);
+        let buf = self.buffers.take(step.bytes as usize);
         match source.preadv(from, buf, ReadFlags::empty()).await {
             Ok(buf) => Ok(buf.freeze()),
             Err(e) => match &self.options.salvage {

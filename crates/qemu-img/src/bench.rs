@@ -57,7 +57,7 @@ impl Tool {
                 'o' => offset = self.number("offset", arg, 0, MAX)?,
                 PATTERN => pattern = self.number("pattern byte", arg, 0, 0xff)?,
                 FLUSH_INTERVAL => {
-                    flush_interval = self.number("flush interval", arg, 0, INT_MAX)?
+                    flush_interval = self.number("flush interval", arg, 0, INT_MAX)?;
                 }
                 NO_DRAIN => drain = false,
                 'w' => write = true,

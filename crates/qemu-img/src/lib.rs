@@ -40,10 +40,16 @@ pub(crate) struct Tool {
 /// Runs a command line (without the program's name) to its end, on a runtime of its own, with the standard drivers. Returns the exit status.
 pub fn run(args: &[String], console: Console) -> u8 {
     let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
+        .enable_all()
         .build();
     let status = match runtime {
-        Ok(runtime) => runtime.block_on(run_async(args, blocklayer::registry(), console.clone())),
+        Ok(runtime) => runtime.block_on(async {
+            // One thread does everything: io_uring without a switch between threads. Where that can't be had, there are other ways.
+            if let Err(e) = blocklayer::raw::use_this_runtime() {
+                tracing::debug!("the runtime can't work io_uring itself: {e}");
+            }
+            run_async(args, blocklayer::registry(), console.clone()).await
+        }),
         Err(e) => console.fail(&format!("Could not start: {e}")).0,
     };
     console.flush();
@@ -87,19 +93,20 @@ impl Tool {
         // An option's own argument may be the first word that looks like none.
         let with_next: Vec<String> = own.iter().chain(rest.first()).cloned().collect();
         let mut options = Getopt::new(&with_next, "hVT:", &known);
-        while let Some(option) = options.next() {
+        // Each of them ends the run, so there is no second.
+        if let Some(option) = options.next() {
             let option = option.map_err(|e| self.console.option_error("", e.text()))?;
-            match option.value {
+            return match option.value {
                 'h' => {
                     help::print(self, "");
-                    return Ok(());
+                    Ok(())
                 }
                 'V' => {
                     self.console.print(&help::version());
-                    return Ok(());
+                    Ok(())
                 }
-                _ => return Err(self.console.fail("tracing (-T) is not supported yet")),
-            }
+                _ => Err(self.console.fail("tracing (-T) is not supported yet")),
+            };
         }
         let Some((command, args)) = rest.split_first() else {
             return Err(self.console.usage_error("", "Not enough arguments"));
