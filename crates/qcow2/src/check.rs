@@ -4,7 +4,9 @@
 //! Works on the file alone; the driver writes back what it has in memory first. Memory is one counter per cluster of the file. The messages are those of
 //! QEMU's check, line by line, since people and scripts read them.
 
-use blockcore::{BlockError, CheckFix, CheckResult, Child, IoBufMut, ReadFlags, Result};
+use blockcore::{
+    BlockError, CheckFix, CheckResult, Child, IoBufMut, ReadFlags, Result, SECTOR_BYTES,
+};
 
 use crate::format::{
     CompressedDescriptor, L1E_OFFSET_MASK, L2E_OFFSET_MASK, OFLAG_COMPRESSED, OFLAG_COPIED,
@@ -13,7 +15,7 @@ use crate::format::{
 use crate::header::Header;
 use crate::image::Hex;
 use crate::refcount::get_refcount;
-use crate::snapshot;
+use crate::snapshot::{self, SnapshotTable};
 
 /// Bits of an L1 entry that have no meaning.
 const L1E_RESERVED: u64 = 0x7f00_0000_0000_01ff;
@@ -25,6 +27,10 @@ const REFT_RESERVED: u64 = 0x1ff;
 const CLUSTERS_MAX: u64 = 1 << 28;
 /// The most lines that a check says: a damaged image must not fill the memory with them.
 const MESSAGES_MAX: usize = 100_000;
+
+/// What is said below a reference that does not fit into the refcount.
+const OVERFLOW_HINT: &str = "Use qemu-img amend to increase the refcount entry width or qemu-img convert to create a clean copy if the image \
+    cannot be opened for writing";
 
 /// How often each host cluster is referred to, up to the end of the file.
 #[derive(Debug)]
@@ -79,6 +85,14 @@ pub async fn compute_refcounts(
     Ok((checker.map, checker.result))
 }
 
+/// The largest refcount of a width that a counter here can reach.
+fn max_refcount(order: u32) -> u64 {
+    match order {
+        0..=4 => (1 << (1 << order)) - 1,
+        _ => u32::MAX.into(),
+    }
+}
+
 struct Checker<'a> {
     header: &'a Header,
     file: &'a Child,
@@ -114,7 +128,7 @@ impl<'a> Checker<'a> {
             block: None,
             block_said: false,
             result: CheckResult {
-                total_clusters: header.size.div_ceil(cluster),
+                total_clusters: (header.size / SECTOR_BYTES * SECTOR_BYTES).div_ceil(cluster),
                 ..CheckResult::default()
             },
         })
@@ -166,37 +180,32 @@ impl<'a> Checker<'a> {
         if clusters > self.map.counts.len() as u64 {
             self.map.counts.resize(clusters as usize, 0);
         }
+        let max = max_refcount(self.header.refcount_order);
         for cluster in offset / self.cluster..clusters {
-            if let Some(n) = self.map.counts.get_mut(cluster as usize) {
-                *n = n.saturating_add(1);
+            match self.map.counts.get_mut(cluster as usize) {
+                Some(n) if u64::from(*n) < max => *n += 1,
+                Some(_) => {
+                    self.corruption(format!(
+                        "ERROR: overflow cluster offset={:#x}",
+                        cluster * self.cluster
+                    ));
+                    self.say(OVERFLOW_HINT.to_owned());
+                }
+                None => {}
             }
         }
     }
 
     async fn count_references(&mut self) -> Result<()> {
         let header = self.header;
+        let snapshots = self.read_snapshots().await?;
         self.count(0, self.cluster);
         self.l1 = self
             .words(header.l1_table_offset, header.l1_size.into())
             .await?;
         let l1 = self.l1.clone();
         self.count_l1(header.l1_table_offset, &l1, true).await?;
-        if header.nb_snapshots > 0 {
-            let table = snapshot::read_table(header, self.file).await?;
-            for s in &table.snapshots {
-                if s.l1_table_offset & (self.cluster - 1) != 0 {
-                    let line = format!(
-                        "ERROR snapshot {} ({}) l1_offset={:#x}: L1 table is not cluster aligned",
-                        s.id, s.name, s.l1_table_offset
-                    );
-                    self.corruption(line);
-                    continue;
-                }
-                let l1 = self.words(s.l1_table_offset, s.l1_size.into()).await?;
-                self.count_l1(s.l1_table_offset, &l1, false).await?;
-            }
-            self.count(header.snapshots_offset, table.bytes);
-        }
+        self.count_snapshots(&snapshots).await?;
         self.table = self
             .words(
                 header.refcount_table_offset,
@@ -208,6 +217,29 @@ impl<'a> Checker<'a> {
             u64::from(header.refcount_table_clusters) * self.cluster,
         );
         self.count_blocks();
+        Ok(())
+    }
+
+    async fn read_snapshots(&mut self) -> Result<SnapshotTable> {
+        let table = snapshot::read_entries(self.header, self.file)
+            .await
+            .map_err(|e| e.context("ERROR failed to read the snapshot table"))?;
+        for (i, _) in (table.snapshots.iter().enumerate()).filter(|(_, s)| !s.is_complete) {
+            self.corruption(format!("ERROR snapshot table entry {i} is incomplete"));
+        }
+        Ok(table)
+    }
+
+    async fn count_snapshots(&mut self, table: &SnapshotTable) -> Result<()> {
+        for s in &table.snapshots {
+            if let Some(fault) = s.l1_fault(self.cluster) {
+                self.corruption(format!("ERROR {fault}"));
+                continue;
+            }
+            let l1 = self.words(s.l1_table_offset, s.l1_size.into()).await?;
+            self.count_l1(s.l1_table_offset, &l1, false).await?;
+        }
+        self.count(self.header.snapshots_offset, table.bytes);
         Ok(())
     }
 
@@ -244,7 +276,7 @@ impl<'a> Checker<'a> {
             if entry == 0 {
                 continue;
             }
-            if entry & L1E_RESERVED != 0 && entry & L1E_OFFSET_MASK & (self.cluster - 1) == 0 {
+            if entry & L1E_RESERVED != 0 {
                 self.corruption(format!(
                     "ERROR found L1 entry with reserved bits set: {entry:x}"
                 ));
@@ -290,7 +322,7 @@ impl<'a> Checker<'a> {
             }
             if host & (self.cluster - 1) != 0 {
                 let what = if entry & OFLAG_ZERO != 0 {
-                    "Preallocated zero"
+                    "Preallocated"
                 } else {
                     "Data"
                 };

@@ -11,6 +11,12 @@ use crate::header::Header;
 const FIXED_BYTES: u64 = 40;
 /// The most bytes of extra data in an entry.
 const MAX_EXTRA_BYTES: u64 = 1024;
+/// The extra data that every entry of a version 3 image has: the length of the VM state and that of the disk.
+const COMPLETE_EXTRA_BYTES: u64 = 16;
+/// The errno of tables that are too long.
+const EFBIG: i32 = 27;
+/// What is read of the table at a time, in bytes; more than the longest id and name.
+const WINDOW_BYTES: u64 = 256 << 10;
 
 /// One internal snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +41,28 @@ pub struct Snapshot {
     pub disk_size: Option<u64>,
     /// Instructions executed (record/replay), where noted.
     pub icount: Option<u64>,
+    /// The entry has all fields that the specification asks for.
+    pub is_complete: bool,
+}
+
+impl Snapshot {
+    /// What is wrong with the place or the length of its L1 table, in the words of QEMU's check.
+    pub fn l1_fault(&self, cluster_size: u64) -> Option<String> {
+        let fault = if self.l1_table_offset & (cluster_size - 1) != 0 {
+            format!(
+                "l1_offset={:#x}: L1 table is not cluster aligned",
+                self.l1_table_offset
+            )
+        } else if u64::from(self.l1_size) * 8 > MAX_L1_BYTES {
+            format!("l1_size={:#x}: L1 table is too large", self.l1_size)
+        } else {
+            return None;
+        };
+        Some(format!(
+            "snapshot {} ({}) {fault}; snapshot table entry corrupted",
+            self.id, self.name
+        ))
+    }
 }
 
 /// The snapshots of an image, and the bytes that their table takes up.
@@ -46,20 +74,34 @@ pub struct SnapshotTable {
     pub bytes: u64,
 }
 
-fn bad<T>(text: impl Into<String>) -> Result<T> {
-    Err(BlockError::new(ErrorKind::InvalidImage, text))
+fn too_long(text: impl Into<String>) -> BlockError {
+    BlockError::new(ErrorKind::InvalidImage, text).errno_is(EFBIG)
 }
 
-/// Reads the snapshot table.
+/// Reads the snapshot table of an image that is to be used: every entry's L1 table is of a possible length and at a possible place.
 ///
 /// # Errors
 /// `InvalidImage` for a table that can't be; those of the file.
 pub async fn read_table(header: &Header, file: &Child) -> Result<SnapshotTable> {
+    let table = read_entries(header, file).await?;
+    let fault = |s: &Snapshot| s.l1_fault(1 << header.cluster_bits);
+    match table.snapshots.iter().find_map(fault) {
+        Some(fault) => Err(BlockError::new(ErrorKind::InvalidImage, fault)),
+        None => Ok(table),
+    }
+}
+
+/// Reads the snapshot table as it is, for checks. Past the end of the file there are zeroes, as everywhere.
+///
+/// # Errors
+/// `InvalidImage` for a table that is too long; those of the file.
+pub async fn read_entries(header: &Header, file: &Child) -> Result<SnapshotTable> {
     let mut table = SnapshotTable::default();
+    let mut window = Window::new(file);
     let mut at = header.snapshots_offset;
     for index in 0..header.nb_snapshots {
         at = at.next_multiple_of(8);
-        let fixed = read(file, at, FIXED_BYTES).await?;
+        let fixed = window.read(at, FIXED_BYTES).await?;
         let word = |i: usize| u32::from_be_bytes(fixed[i..i + 4].try_into().expect("four bytes"));
         let long = |i: usize| u64::from_be_bytes(fixed[i..i + 8].try_into().expect("eight bytes"));
         let short = |i: usize| {
@@ -69,50 +111,86 @@ pub async fn read_table(header: &Header, file: &Child) -> Result<SnapshotTable> 
         };
         let (id_bytes, name_bytes, extra_bytes) = (short(12), short(14), u64::from(word(36)));
         if extra_bytes > MAX_EXTRA_BYTES {
-            return bad(format!(
-                "Too much extra metadata in snapshot table entry {index}"
-            ));
+            let text = format!("Too much extra metadata in snapshot table entry {index}");
+            let hint = "You can force-remove this extra metadata with qemu-img check -r all";
+            return Err(too_long(text).hint(hint));
         }
-        let rest = read(file, at + FIXED_BYTES, extra_bytes + id_bytes + name_bytes).await?;
-        let extra = &rest[..extra_bytes as usize];
-        let extra_long = |i: usize| {
-            extra
-                .get(i..i + 8)
-                .map(|b| u64::from_be_bytes(b.try_into().expect("eight bytes")))
-        };
-        let (id, name) = rest[extra_bytes as usize..].split_at(id_bytes as usize);
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        let snapshot = Snapshot {
-            id: text(id),
-            name: text(name),
+        let mut snapshot = Snapshot {
+            id: String::new(),
+            name: String::new(),
             l1_table_offset: long(0),
             l1_size: word(8),
             date_sec: word(16),
             date_nsec: word(20),
             vm_clock_nsec: long(24),
-            vm_state_size: extra_long(0).unwrap_or(word(32).into()),
-            disk_size: extra_long(8),
-            icount: extra_long(16).filter(|&n| n != u64::MAX),
+            vm_state_size: word(32).into(),
+            disk_size: None,
+            icount: None,
+            is_complete: extra_bytes >= COMPLETE_EXTRA_BYTES,
         };
-        if u64::from(snapshot.l1_size) * 8 > MAX_L1_BYTES {
-            return bad(format!("Snapshot L1 table too large in entry {index}"));
-        }
+        let rest = window
+            .read(at + FIXED_BYTES, extra_bytes + id_bytes + name_bytes)
+            .await?;
+        let (extra, names) = rest.split_at(extra_bytes as usize);
+        let extra_long = |i: usize| {
+            extra
+                .get(i..i + 8)
+                .map(|b| u64::from_be_bytes(b.try_into().expect("eight bytes")))
+        };
+        snapshot.vm_state_size = extra_long(0).unwrap_or(snapshot.vm_state_size);
+        snapshot.disk_size = extra_long(8);
+        snapshot.icount = extra_long(16).filter(|&n| n != u64::MAX);
+        let (id, name) = names.split_at(id_bytes as usize);
+        let text = |bytes: &[u8]| {
+            // Other programs stop at a zero byte, too.
+            let bytes = bytes.split(|&b| b == 0).next().unwrap_or_default();
+            String::from_utf8_lossy(bytes).into_owned()
+        };
+        (snapshot.id, snapshot.name) = (text(id), text(name));
         table.snapshots.push(snapshot);
         at += FIXED_BYTES + extra_bytes + id_bytes + name_bytes;
         table.bytes = at - header.snapshots_offset;
         if table.bytes > MAX_SNAPSHOT_TABLE_BYTES {
-            return bad("Snapshot table is too large");
+            return Err(too_long("Snapshot table is too large"));
         }
     }
     Ok(table)
 }
 
-async fn read(file: &Child, at: u64, bytes: u64) -> Result<Vec<u8>> {
-    if at.checked_add(bytes).is_none_or(|end| end > file.length()) {
-        return bad("Snapshot table reaches past the end of the file");
+/// Reads pieces of a file that follow each other closely, a larger piece at a time.
+struct Window<'a> {
+    file: &'a Child,
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl<'a> Window<'a> {
+    fn new(file: &'a Child) -> Window<'a> {
+        Window {
+            file,
+            start: 0,
+            bytes: Vec::new(),
+        }
     }
-    Ok(file
-        .preadv(at, IoBufMut::zeroed(bytes as usize), ReadFlags::empty())
-        .await?
-        .to_vec())
+
+    /// `len` bytes at `at`; `len` is no more than [`WINDOW_BYTES`].
+    async fn read(&mut self, at: u64, len: u64) -> Result<&[u8]> {
+        let have = self.start..self.start + self.bytes.len() as u64;
+        if at < have.start || at + len > have.end {
+            let end = self.file.length().min(at + WINDOW_BYTES);
+            let mut bytes = vec![];
+            if at < end {
+                let buf = IoBufMut::zeroed((end - at) as usize);
+                bytes = self
+                    .file
+                    .preadv(at, buf, ReadFlags::empty())
+                    .await?
+                    .to_vec();
+            }
+            bytes.resize(WINDOW_BYTES as usize, 0);
+            (self.start, self.bytes) = (at, bytes);
+        }
+        let from = (at - self.start) as usize;
+        Ok(&self.bytes[from..from + len as usize])
+    }
 }
