@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `open`, `reopen`, `truncate`, `sleep`, `sigraise`, and the commands that need a node of a kind this release has none of.
 
+use std::fs::File;
 use std::sync::Arc;
 use std::time::Duration;
 
 use blockcore::{
-    Backend, BlockError, NodeFlags, OpenOptions, OpenPolicy, Options, Preallocation,
+    Backend, BlockError, ErrorKind, NodeFlags, OpenOptions, OpenPolicy, Options, Preallocation,
     TruncateRequest, strerror,
 };
+use tempfile::{NamedTempFile, TempPath};
 use toolkit::cache::{self, CacheMode};
 use toolkit::getopt::Getopt;
 
@@ -215,10 +217,10 @@ impl Session {
             };
             request.options.set_default(key, aio.as_str());
         }
-        let overlay = if request.snapshot {
-            Some(self.make_overlay(&mut request).await?)
-        } else {
-            None
+        // Once the overlay is open nobody needs its name: it goes at the end of this function, also when opening fails.
+        let _overlay = match request.snapshot {
+            true => Some(self.make_overlay(&mut request).await?),
+            false => None,
         };
         let mut open = OpenOptions::new()
             .probe(true)
@@ -234,31 +236,38 @@ impl Session {
         if let Some(format) = request.format {
             open = open.format(format);
         }
-        let opened = match &request.path {
+        match &request.path {
             Some(path) => open.open(&self.registry, path).await,
             None => open.open_options(&self.registry).await,
-        };
-        if let Some(overlay) = overlay {
-            // It is open, or nobody needs it; either way its name can go.
-            std::fs::remove_file(overlay).map_err(BlockError::from_io)?;
         }
-        opened
     }
 
-    /// Makes a temporary overlay and turns the request into one that opens it, with the image behind it. Gives back its name.
-    async fn make_overlay(&self, request: &mut OpenRequest) -> blockcore::Result<String> {
+    /// Makes a temporary overlay, and turns the request into one that opens it with the image behind it.
+    async fn make_overlay(&self, request: &mut OpenRequest) -> blockcore::Result<TempPath> {
         let mut base = std::mem::take(&mut request.options);
         if let Some(format) = request.format.replace("qcow2".to_owned()) {
             base.set("driver", format);
         }
         if let Some(path) = request.path.take() {
-            if path.starts_with("json:") {
-                let mut merged = Options::from_json(&path)?;
-                merged.merge(std::mem::take(&mut base));
-                base = merged;
-            } else {
-                base.set_default("file.filename", path);
-            }
+            self.name_base(&mut base, &path)?;
+        }
+        if matches!(base.take_bool("read-only")?, Some(true)) && !request.read_only {
+            return Err(BlockError::new(
+                ErrorKind::ReadOnly,
+                "Block node is read-only",
+            ));
+        }
+        // How the image is to be opened is said of the image; the overlay is nobody else's, and need not outlive a crash.
+        let cache = &mut request.cache;
+        for (key, on) in [
+            ("cache.direct", std::mem::replace(&mut cache.direct, false)),
+            (
+                "cache.no-flush",
+                std::mem::replace(&mut cache.no_flush, true),
+            ),
+            ("force-share", std::mem::take(&mut request.force_share)),
+        ] {
+            base.set_default(key, on);
         }
         let look = OpenOptions::new()
             .probe(true)
@@ -269,7 +278,8 @@ impl Session {
         let length = image.length();
         image.close().await?;
         let dir = std::env::var("TMPDIR").unwrap_or_else(|_| "/var/tmp".to_owned());
-        let name = unused_name(&dir)?;
+        let overlay = unused_name(&dir)?;
+        let name = overlay.to_string_lossy().into_owned();
         let create = Options::new().with("size", length.to_string());
         self.registry
             .create("qcow2", &name, create, self.diagnostics.clone())
@@ -280,7 +290,28 @@ impl Session {
                 .set(&format!("backing.{key}"), value.clone());
         }
         request.options.set("file.filename", name.as_str());
-        Ok(name)
+        Ok(overlay)
+    }
+
+    /// Says in options what a file name says.
+    fn name_base(&self, base: &mut Options, path: &str) -> blockcore::Result<()> {
+        if path.starts_with("json:") {
+            let mut merged = Options::from_json(path)?;
+            merged.merge(std::mem::take(base));
+            *base = merged;
+            return Ok(());
+        }
+        let protocol = self.registry.protocol_for(path)?;
+        let prefix = format!("{}:", protocol.protocol_name().unwrap_or_default());
+        let plain = path.strip_prefix(&prefix).unwrap_or(path);
+        let own = base.get_str("driver");
+        if own.is_some_and(|d| d == protocol.format_name()) {
+            base.set_default("filename", plain);
+        } else {
+            base.set_default("file.driver", protocol.format_name());
+            base.set_default("file.filename", plain);
+        }
+        Ok(())
     }
 
     pub(crate) async fn reopen(&mut self, c: Call<'_>) -> Ran {
@@ -464,25 +495,17 @@ impl Session {
     }
 }
 
-/// A name in `dir` that no file has.
-fn unused_name(dir: &str) -> blockcore::Result<String> {
-    let mut number = std::process::id();
-    for _ in 0..1000 {
-        let name = format!("{dir}/vl.{number:06}");
-        match std::fs::File::options()
-            .write(true)
-            .create_new(true)
-            .open(&name)
-        {
-            Ok(_) => return Ok(name),
-            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
-                number = number.wrapping_add(1)
-            }
-            Err(e) => {
-                return Err(BlockError::from_io(e).context(format!("Could not create '{name}'")));
-            }
-        }
-    }
-    Err(BlockError::from_errno(libc::EEXIST)
-        .context(format!("Could not make a temporary file in '{dir}'")))
+/// An empty file in `dir` under a new name. It is removed when the name is dropped.
+fn unused_name(dir: &str) -> blockcore::Result<TempPath> {
+    let mut refused = None;
+    let made = tempfile::Builder::new().prefix("vl.").make_in(dir, |path| {
+        let file = File::options().write(true).create_new(true).open(path);
+        file.inspect_err(|e| refused = Some((path.to_owned(), e.raw_os_error())))
+    });
+    made.map(NamedTempFile::into_temp_path).map_err(|e| {
+        // What the host said: the library's own error has lost the number.
+        let (path, errno) = refused.unwrap_or_else(|| (dir.into(), e.raw_os_error()));
+        let what = format!("Could not open temporary file '{}'", path.display());
+        BlockError::from_errno(errno.unwrap_or(libc::EIO)).context(what)
+    })
 }
