@@ -5,6 +5,7 @@
 
 use std::fmt;
 
+use blockcore::buffer::BufferPool;
 use blockcore::{
     Backend, BlockError, ChainStatus, IoBufMut, ReadFlags, Result, SECTOR_BYTES, StatusFlags,
     StatusMode,
@@ -102,7 +103,7 @@ pub async fn compare(
     if strict && len1 != len2 {
         return found(Outcome::LengthDiffers, false);
     }
-    let (mut buf1, mut buf2) = (IoBufMut::default(), IoBufMut::default());
+    let buffers = BufferPool::new(CHUNK_BYTES as usize);
     let mut at = 0;
     while at < common {
         job.check().map_err(|_| CompareFailure::Cancelled)?;
@@ -120,18 +121,18 @@ pub async fn compare(
             let differs = match (held1, held2) {
                 (false, false) => None,
                 (true, true) => {
-                    let read1 = read(first, Side::First, at, chunk, std::mem::take(&mut buf1));
-                    let read2 = read(second, Side::Second, at, chunk, std::mem::take(&mut buf2));
-                    (buf1, buf2) = futures::try_join!(read1, read2)?;
+                    let read1 = read(first, Side::First, at, buffers.take(chunk as usize));
+                    let read2 = read(second, Side::Second, at, buffers.take(chunk as usize));
+                    let (buf1, buf2) = futures::try_join!(read1, read2)?;
                     first_difference(&buf1, &buf2)
                 }
                 (true, false) => {
-                    buf1 = read(first, Side::First, at, chunk, std::mem::take(&mut buf1)).await?;
-                    first_data(&buf1)
+                    let buf = buffers.take(chunk as usize);
+                    first_data(&read(first, Side::First, at, buf).await?)
                 }
                 (false, true) => {
-                    buf2 = read(second, Side::Second, at, chunk, std::mem::take(&mut buf2)).await?;
-                    first_data(&buf2)
+                    let buf = buffers.take(chunk as usize);
+                    first_data(&read(second, Side::Second, at, buf).await?)
                 }
             };
             if let Some(sector) = differs {
@@ -152,8 +153,8 @@ pub async fn compare(
         let mut chunk = found_here.bytes;
         if found_here.is_allocated() && !found_here.is_zero() {
             chunk = chunk.min(CHUNK_BYTES);
-            buf1 = read(longer, side, at, chunk, std::mem::take(&mut buf1)).await?;
-            if let Some(sector) = first_data(&buf1) {
+            let buf = read(longer, side, at, buffers.take(chunk as usize)).await?;
+            if let Some(sector) = first_data(&buf) {
                 return found(Outcome::ContentDiffers(at + sector), true);
             }
         }
@@ -174,20 +175,12 @@ async fn status(
         .map_err(|e| CompareFailure::Status(side, e))
 }
 
-/// Reads to `buf`, which is replaced by one of the right length if it is of another.
 async fn read(
     disk: &Backend,
     side: Side,
     at: u64,
-    bytes: u64,
     buf: IoBufMut,
 ) -> Result<IoBufMut, CompareFailure> {
-    let buf = if buf.len() as u64 == bytes {
-        buf
-    } else {
-        drop(buf);
-        IoBufMut::zeroed(bytes as usize)
-    };
     disk.preadv(at, buf, ReadFlags::empty())
         .await
         .map_err(|e| CompareFailure::Read(side, at, e))
