@@ -37,6 +37,18 @@ pub struct Extension {
 /// `InvalidImage` for one that reaches out of the area.
 pub fn parse(area: &[u8]) -> Result<Vec<Extension>> {
     let mut out = Vec::new();
+    parse_into(&mut out, area)?;
+    Ok(out)
+}
+
+/// Reads the extensions up to the first that is broken.
+pub fn parse_prefix(area: &[u8]) -> Vec<Extension> {
+    let mut out = Vec::new();
+    let _what_is_broken = parse_into(&mut out, area);
+    out
+}
+
+fn parse_into(out: &mut Vec<Extension>, area: &[u8]) -> Result<()> {
     let mut at = 0;
     let word = |at: usize| {
         area.get(at..at + 4)
@@ -66,7 +78,7 @@ pub fn parse(area: &[u8]) -> Result<Vec<Extension>> {
         });
         at = (at + len).next_multiple_of(8);
     }
-    Ok(out)
+    Ok(())
 }
 
 /// Writes extensions, with the end mark.

@@ -182,11 +182,11 @@ impl Header {
         Header::check(raw, version, header_length, &head)
     }
 
+    /// The order of the checks decides which of several faults is told; it is QEMU's.
     fn check(raw: RawHeader, version: u32, header_length: u32, head: &[u8]) -> Result<Header> {
         let cluster_bits = raw.cluster_bits.get();
-        let cluster = 1u64 << cluster_bits;
         let backing_at = raw.backing_file_offset.get();
-        if backing_at > cluster {
+        if backing_at > 1 << cluster_bits {
             return bad("Invalid backing file offset");
         }
         let area_end = if backing_at != 0 {
@@ -195,35 +195,20 @@ impl Header {
             head.len()
         };
         let area = head.get(header_length as usize..area_end).unwrap_or(&[]);
-        let extensions = extension::parse(area)?;
 
         let v3 = version >= 3;
-        let features = if v3 {
-            raw.incompatible_features.get()
-        } else {
-            0
-        };
-        let incompatible = check_incompatible(features, &extensions)?;
+        let v3_bits = |field: U64| if v3 { field.get() } else { 0 };
+        let features = v3_bits(raw.incompatible_features);
+        let has_type = v3 && header_length as usize >= RAW_HEADER_BYTES;
+        let compression_type =
+            check_compression(if has_type { raw.compression_type } else { 0 }, features)?;
+        // Only the names of features are wanted here; that the extensions are sound is checked below.
+        let incompatible = check_incompatible(features, &extension::parse_prefix(area))?;
         let refcount_order = if v3 { raw.refcount_order.get() } else { 4 };
         if refcount_order > 6 {
             return bad("Reference count entry width too large; may not exceed 64 bits");
         }
-        let has_type = v3 && header_length as usize >= RAW_HEADER_BYTES;
-        let compression_type = match if has_type { raw.compression_type } else { 0 } {
-            0 if incompatible.contains(Incompatible::COMPRESSION) => {
-                return bad("qcow2: Compression type incompatible feature bit must not be set");
-            }
-            0 => CompressionType::Zlib,
-            1 if incompatible.contains(Incompatible::COMPRESSION) => CompressionType::Zstd,
-            1 => return bad("qcow2: Compression type incompatible feature bit must be set"),
-            n => return not_yet(format!("qcow2: unknown compression type: {n}")),
-        };
-        match raw.crypt_method.get() {
-            0 => {}
-            1 | 2 => return not_yet("Encrypted images are not supported yet"),
-            n => return bad(format!("Unsupported encryption method {n}")),
-        }
-        let header = Header {
+        let mut header = Header {
             version,
             cluster_bits,
             size: raw.size.get(),
@@ -232,25 +217,25 @@ impl Header {
             refcount_table_offset: raw.refcount_table_offset.get(),
             refcount_table_clusters: raw.refcount_table_clusters.get(),
             nb_snapshots: raw.nb_snapshots.get(),
-            snapshots_offset: if raw.nb_snapshots.get() == 0 {
-                0
-            } else {
-                raw.snapshots_offset.get()
-            },
+            snapshots_offset: raw.snapshots_offset.get(),
             incompatible,
-            compatible: Compatible::from_bits_retain(if v3 {
-                raw.compatible_features.get()
-            } else {
-                0
-            }),
-            autoclear: if v3 { raw.autoclear_features.get() } else { 0 },
+            compatible: Compatible::from_bits_retain(v3_bits(raw.compatible_features)),
+            autoclear: v3_bits(raw.autoclear_features),
             refcount_order,
             header_length,
             compression_type,
-            backing: read_backing(head, backing_at, raw.backing_file_size.get(), &extensions)?,
-            extensions,
+            backing: None,
+            extensions: Vec::new(),
         };
         header.check_tables()?;
+        header.extensions = extension::parse(area)?;
+        match raw.crypt_method.get() {
+            0 => {}
+            1 | 2 => return not_yet("Encrypted images are not supported yet"),
+            n => return bad(format!("Unsupported encryption method {}", n as i32)),
+        }
+        let name_bytes = raw.backing_file_size.get();
+        header.backing = read_backing(head, backing_at, name_bytes, &header.extensions)?;
         Ok(header)
     }
 
@@ -408,6 +393,17 @@ impl Header {
         out.extend(extensions);
         out.extend(name);
         Ok(out)
+    }
+}
+
+fn check_compression(kind: u8, features: u64) -> Result<CompressionType> {
+    let has_bit = features & Incompatible::COMPRESSION.bits() != 0;
+    match kind {
+        0 if has_bit => bad("qcow2: Compression type incompatible feature bit must not be set"),
+        0 => Ok(CompressionType::Zlib),
+        1 if has_bit => Ok(CompressionType::Zstd),
+        1 => bad("qcow2: Compression type incompatible feature bit must be set"),
+        n => not_yet(format!("qcow2: unknown compression type: {n}")),
     }
 }
 
