@@ -5,8 +5,6 @@
 //! chain of its own. Names that come out of an image are somebody else's words: they are followed only as the [`OpenPolicy`] says, and the
 //! format is guessed only where the caller allows it.
 
-use std::fmt;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use crate::backend::Backend;
@@ -14,166 +12,18 @@ use crate::buffer::IoBufMut;
 use crate::child::{Child, ChildRole};
 use crate::driver::{BackingName, DriverFactory, ReadFlags};
 use crate::error::{BlockError, ErrorKind, Op, Result};
-use crate::name::{protocol_of, resolve_beside};
+use crate::name::resolve_beside;
 use crate::node::{Node, NodeConfig, NodeFlags};
 use crate::options::{OptionValue, Options};
 use crate::perm::Permissions;
+use crate::policy::OpenPolicy;
+use crate::registry::{Diagnostics, Registry};
 
 /// How many bytes of an image the drivers see to recognise it.
 pub const PROBE_BYTES: usize = 2048;
 
 /// The longest backing chain that is opened.
 pub const MAX_CHAIN_DEPTH: usize = 200;
-
-/// What may be opened that the caller has not named: backing files and data files that images name.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum OpenPolicy {
-    /// Nothing. An image that names one is refused, unless the caller names a replacement or says `backing=null`.
-    #[default]
-    Deny,
-    /// Plain files that lie in or below this directory once all symbolic links are followed.
-    Beneath(PathBuf),
-    /// Anything that these drivers alone can open.
-    Drivers(Vec<String>),
-    /// Everything, as QEMU's tools do.
-    Everything,
-}
-
-/// Where warnings go that are no errors: lines for people, without a program's prefix.
-#[derive(Clone)]
-pub struct Diagnostics(Arc<dyn Fn(&str) + Send + Sync>);
-
-impl Diagnostics {
-    /// Sends every line to `sink`.
-    pub fn new(sink: impl Fn(&str) + Send + Sync + 'static) -> Diagnostics {
-        Diagnostics(Arc::new(sink))
-    }
-
-    /// Says a line.
-    pub fn warn(&self, line: &str) {
-        (self.0)(line);
-    }
-}
-
-impl Default for Diagnostics {
-    fn default() -> Diagnostics {
-        Diagnostics::new(|line| tracing::warn!("{line}"))
-    }
-}
-
-impl fmt::Debug for Diagnostics {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Diagnostics")
-    }
-}
-
-/// The drivers that a program works with. A value, not a global: two registries can differ.
-#[derive(Clone, Default)]
-pub struct Registry {
-    drivers: Vec<Arc<dyn DriverFactory>>,
-}
-
-impl fmt::Debug for Registry {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list()
-            .entries(self.drivers.iter().map(|d| d.format_name()))
-            .finish()
-    }
-}
-
-impl Registry {
-    /// No drivers.
-    pub fn new() -> Registry {
-        Registry::default()
-    }
-
-    /// Adds a driver.
-    pub fn register(&mut self, driver: impl DriverFactory) {
-        self.drivers.push(Arc::new(driver));
-    }
-
-    /// The drivers, in the order they were added.
-    pub fn drivers(&self) -> impl Iterator<Item = &Arc<dyn DriverFactory>> {
-        self.drivers.iter()
-    }
-
-    /// The driver of a name.
-    ///
-    /// # Errors
-    /// `NotFound`: `Unknown driver 'x'`.
-    pub fn driver(&self, name: &str) -> Result<&Arc<dyn DriverFactory>> {
-        let unknown = || {
-            BlockError::new(ErrorKind::NotFound, format!("Unknown driver '{name}'"))
-                .errno_is(libc::EINVAL)
-        };
-        self.drivers
-            .iter()
-            .find(|d| d.format_name() == name)
-            .ok_or_else(unknown)
-    }
-
-    /// The protocol driver that a file name belongs to.
-    ///
-    /// # Errors
-    /// `NotFound`: `Unknown protocol 'x'`.
-    pub fn protocol_for(&self, filename: &str) -> Result<&Arc<dyn DriverFactory>> {
-        let best = self
-            .drivers
-            .iter()
-            .filter(|d| d.probe_path(filename) > 0)
-            .max_by_key(|d| d.probe_path(filename));
-        match protocol_of(filename) {
-            // A device whose path has a colon in it stays a device.
-            Some(_) if best.is_some_and(|d| d.probe_path(filename) == 100) => {}
-            Some(prefix) => {
-                let unknown =
-                    || BlockError::new(ErrorKind::NotFound, format!("Unknown protocol '{prefix}'"));
-                return self
-                    .drivers
-                    .iter()
-                    .find(|d| d.protocol_name() == Some(prefix))
-                    .ok_or_else(unknown);
-            }
-            None => {}
-        }
-        best.ok_or_else(|| {
-            BlockError::new(
-                ErrorKind::NotFound,
-                format!("No driver for file name '{filename}'"),
-            )
-        })
-    }
-
-    /// The format driver that recognises an image by its first bytes.
-    pub fn probe(&self, head: &[u8]) -> Option<&Arc<dyn DriverFactory>> {
-        let best = self.drivers.iter().max_by_key(|d| d.probe(head))?;
-        (best.probe(head) > 0).then_some(best)
-    }
-
-    /// What a new image is made with.
-    ///
-    /// # Errors
-    /// The driver's; `Unknown driver`.
-    pub async fn create(
-        &self,
-        format: &str,
-        filename: &str,
-        options: Options,
-        diagnostics: Diagnostics,
-    ) -> Result<()> {
-        let driver = self.driver(format)?.clone();
-        driver
-            .create(
-                &CreateContext {
-                    registry: self,
-                    diagnostics,
-                },
-                filename,
-                options,
-            )
-            .await
-    }
-}
 
 /// How to open a disk. The defaults are those of a careful library: nothing that images name is opened, formats are not guessed, write-back.
 ///
@@ -410,6 +260,8 @@ pub struct OpenContext<'a> {
     probed: bool,
     permissions: Permissions,
     ancestors: Vec<String>,
+    /// An image named the node, or one above it: its options, too, are somebody else's words.
+    by_image: bool,
     /// The child `file`, opened before the driver was chosen.
     file: Mutex<Option<Child>>,
 }
@@ -486,7 +338,7 @@ impl OpenContext<'_> {
             kind: NodeKind::Protocol,
             permissions: Permissions::storage(!self.flags.read_only),
             ancestors: self.ancestors.clone(),
-            by_image,
+            by_image: by_image || self.by_image,
         };
         let node = Box::pin(open_node(self.shared, request)).await?;
         node.driver()
@@ -553,7 +405,7 @@ impl OpenContext<'_> {
             // What shows through must not change, whatever format it has.
             permissions: Permissions::storage(false),
             ancestors,
-            by_image,
+            by_image: by_image || self.by_image,
         };
         let node = Box::pin(open_node(self.shared, request))
             .await
@@ -564,7 +416,9 @@ impl OpenContext<'_> {
 
 async fn open_node(shared: &Shared<'_>, mut request: NodeRequest) -> Result<Arc<Node>> {
     if request.by_image {
-        apply_policy(&shared.policy, &mut request).await?;
+        if let Some(name) = request.filename.take() {
+            request.filename = Some(shared.policy.admit(&name).await?);
+        }
     }
     if let Some(json) = request.filename.take_if(|f| f.starts_with("json:")) {
         let mut merged = Options::from_json(&json)?;
@@ -589,6 +443,7 @@ async fn open_node(shared: &Shared<'_>, mut request: NodeRequest) -> Result<Arc<
         probed: false,
         permissions: request.permissions,
         ancestors: request.ancestors,
+        by_image: request.by_image,
         file: Mutex::new(None),
     };
     let is_protocol = |d: &Arc<dyn DriverFactory>| d.protocol_name().is_some();
@@ -641,15 +496,8 @@ async fn open_node(shared: &Shared<'_>, mut request: NodeRequest) -> Result<Arc<
         ctx.file = Mutex::new(file);
         driver
     };
-    if request.by_image
-        && let OpenPolicy::Drivers(allowed) = &shared.policy
-        && !allowed.iter().any(|a| a == driver.format_name())
-    {
-        let text = format!(
-            "An image names a '{}' image, which the open policy does not allow",
-            driver.format_name()
-        );
-        return Err(BlockError::new(ErrorKind::PermissionDenied, text));
+    if request.by_image {
+        shared.policy.admit_driver(driver.format_name())?;
     }
     let given = options.clone();
     let opened = driver.open(&ctx, options).await;
@@ -762,7 +610,7 @@ async fn open_format_file(
         kind: NodeKind::Protocol,
         permissions: ctx.permissions,
         ancestors: ctx.ancestors.clone(),
-        by_image: false,
+        by_image: ctx.by_image,
     };
     let node = Box::pin(open_node(shared, request)).await?;
     Ok(Some(Child::new("file", ChildRole::File, node)))
@@ -827,45 +675,19 @@ fn take_node_flags(options: &mut Options, mut flags: NodeFlags) -> Result<NodeFl
     Ok(flags)
 }
 
-/// Refuses a name that an image gave where the policy says so, and pins what `Beneath` looked at.
-async fn apply_policy(policy: &OpenPolicy, request: &mut NodeRequest) -> Result<()> {
-    let name = request.filename.clone().unwrap_or_default();
-    let denied = |why: &str| {
-        let text = format!("The image names '{name}', which the open policy does not allow: {why}");
-        Err(BlockError::new(ErrorKind::PermissionDenied, text))
-    };
-    match policy {
-        OpenPolicy::Everything | OpenPolicy::Drivers(_) => Ok(()),
-        OpenPolicy::Deny => denied("nothing that an image names is opened"),
-        OpenPolicy::Beneath(dir) => {
-            if protocol_of(&name).is_some() {
-                return denied("only plain files are");
-            }
-            let (dir, path) = (dir.clone(), PathBuf::from(&name));
-            let looked = tokio::task::spawn_blocking(move || {
-                Ok((dir.canonicalize()?, path.canonicalize()?))
-            });
-            let resolved: std::io::Result<(PathBuf, PathBuf)> = looked
-                .await
-                .map_err(|_| BlockError::from_errno(libc::ECANCELED))?;
-            let (dir, path) = resolved
-                .map_err(|e| BlockError::from_io(e).context(format!("Could not open '{name}'")))?;
-            if !path.starts_with(&dir) {
-                return denied(&format!("it does not lie in '{}'", dir.display()));
-            }
-            match path.to_str() {
-                Some(path) => request.filename = Some(path.to_owned()),
-                None => return denied("its path is no valid text"),
-            }
-            Ok(())
-        }
-    }
-}
-
 /// What a driver's `create` gets to know, and how it makes and opens the file it writes to.
 pub struct CreateContext<'a> {
     registry: &'a Registry,
     diagnostics: Diagnostics,
+}
+
+impl<'a> CreateContext<'a> {
+    pub(crate) fn new(registry: &'a Registry, diagnostics: Diagnostics) -> CreateContext<'a> {
+        CreateContext {
+            registry,
+            diagnostics,
+        }
+    }
 }
 
 impl CreateContext<'_> {

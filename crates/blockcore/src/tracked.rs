@@ -60,6 +60,7 @@ impl TrackedRequests {
             let mut gone = std::pin::pin!(gone);
             // Listening starts before the look, so that an entry that goes in between is not missed.
             gone.as_mut().enable();
+            // INV REQ-SER-1
             let blocked = self
                 .lock()
                 .iter()
@@ -98,6 +99,7 @@ mod tests {
     use super::*;
     use futures::FutureExt;
 
+    // INV REQ-SER-1: nothing that overlaps runs at the same time as a serialising request.
     #[tokio::test]
     async fn a_serialising_request_waits_for_earlier_overlaps_and_holds_up_later_ones() {
         let tracked = TrackedRequests::default();

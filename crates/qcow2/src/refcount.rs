@@ -305,7 +305,7 @@ mod tests {
     fn refcounts_of_every_width_are_kept_apart() {
         for order in 0..=6 {
             let mut block = vec![0; 512];
-            let entries = 512 * 8 >> order;
+            let entries = (512 * 8) >> order;
             let max = if order == 6 {
                 u64::MAX
             } else {

@@ -2,6 +2,7 @@
 //! `open`, `reopen`, `truncate`, `sleep`, `sigraise`, and the commands that need a node of a kind this release has none of.
 
 use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -131,7 +132,7 @@ impl Session {
                 _ if self.image_opts => {
                     self.output
                         .out("--image-opts and 'open -o' are mutually exclusive\n");
-                    return Err(Failed);
+                    return Err(Failed::Refused);
                 }
                 _ => {
                     let options = self.option_string(arg)?;
@@ -141,7 +142,7 @@ impl Session {
             };
             if let Err(text) = set {
                 self.complain(&text);
-                return Err(Failed);
+                return Err(Failed::Refused);
             }
         }
         match words.as_slice() {
@@ -161,7 +162,7 @@ impl Session {
         }
         Options::from_dotted(text).map_err(|e| {
             self.complain(&e.text());
-            Failed
+            Failed::Refused
         })
     }
 
@@ -169,7 +170,7 @@ impl Session {
     pub async fn open_image(&mut self, mut request: OpenRequest) -> Ran {
         if self.backend.is_some() {
             self.complain("file open already, try 'help close'");
-            return Err(Failed);
+            return Err(Failed::Refused);
         }
         if self.image_opts
             && let Some(text) = request.path.take()
@@ -181,7 +182,7 @@ impl Session {
             let on = request.options.take_bool("force-share");
             if !matches!(on, Ok(Some(true))) {
                 self.complain("-U conflicts with image options");
-                return Err(Failed);
+                return Err(Failed::Refused);
             }
         }
         let before = match &request.path {
@@ -327,7 +328,7 @@ impl Session {
                 'c' => {
                     let Some(cache) = cache::parse(&option.arg) else {
                         self.complain(&format!("Invalid cache option: {}", option.arg));
-                        return Err(Failed);
+                        return Err(Failed::Refused);
                     };
                     flags = NodeFlags {
                         direct: cache.direct,
@@ -341,7 +342,7 @@ impl Session {
                 letter => {
                     if mode.is_some() {
                         self.complain("Only one -r/-w option may be given");
-                        return Err(Failed);
+                        return Err(Failed::Refused);
                     }
                     mode = Some(letter == 'r');
                 }
@@ -352,11 +353,11 @@ impl Session {
         }
         if mode.is_some() && options.contains("read-only") {
             self.complain("Cannot set both -r/-w and 'read-only'");
-            return Err(Failed);
+            return Err(Failed::Refused);
         }
         if cache_given && (options.contains("cache.direct") || options.contains("cache.no-flush")) {
             self.complain("Cannot set both -c and the cache options");
-            return Err(Failed);
+            return Err(Failed::Refused);
         }
         if !flags.read_only
             && mode.is_none()
@@ -368,7 +369,7 @@ impl Session {
                 backend.root().name()
             );
             self.complain(&text);
-            return Err(Failed);
+            return Err(Failed::Refused);
         }
         flags.read_only = mode.unwrap_or(flags.read_only);
         let taken = [
@@ -388,7 +389,7 @@ impl Session {
             Some("ignore" | "off") => flags.unmap = false,
             Some(_) => {
                 self.complain("Invalid discard option");
-                return Err(Failed);
+                return Err(Failed::Refused);
             }
         }
         self.finish_all().await;
@@ -405,7 +406,7 @@ impl Session {
             let option = self.checked(&c, option)?;
             let Some(mode) = Preallocation::from_name(&option.arg) else {
                 self.complain(&format!("Invalid preallocation mode '{}'", option.arg));
-                return Err(Failed);
+                return Err(Failed::Refused);
             };
             preallocation = mode;
         }
@@ -499,7 +500,11 @@ impl Session {
 fn unused_name(dir: &str) -> blockcore::Result<TempPath> {
     let mut refused = None;
     let made = tempfile::Builder::new().prefix("vl.").make_in(dir, |path| {
-        let file = File::options().write(true).create_new(true).open(path);
+        let file = File::options()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path);
         file.inspect_err(|e| refused = Some((path.to_owned(), e.raw_os_error())))
     });
     made.map(NamedTempFile::into_temp_path).map_err(|e| {

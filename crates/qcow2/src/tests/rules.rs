@@ -27,7 +27,7 @@ async fn a_guest_write_never_lands_on_metadata() {
             .unwrap();
         let mut meta = image.meta.lock().await;
         image
-            .set_entry(&mut meta, 0, cluster * CLUSTER | OFLAG_COPIED)
+            .set_entry(&mut meta, 0, (cluster * CLUSTER) | OFLAG_COPIED)
             .await
             .unwrap();
         drop(meta);

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The rule: no executor thread ever waits for the disk. The method: the kernel counts how often a thread goes to sleep of its own accord; polls of
+//! requests that have to go to the disk (the page cache is bypassed) must not add to that count. A poll that does wait shows that the counting works.
+
+use std::future::poll_fn;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use blocklayer::{IoBuf, OpenOptions, OpenPolicy, Options, WriteFlags, registry};
+
+fn sleeps() -> u64 {
+    let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+    let line = status
+        .lines()
+        .find_map(|l| l.strip_prefix("voluntary_ctxt_switches:"));
+    line.unwrap().trim().parse().unwrap()
+}
+
+#[derive(Default)]
+struct Count {
+    polls: AtomicU64,
+    slept: AtomicU64,
+}
+
+impl Count {
+    async fn watch<T>(&self, work: impl Future<Output = T>) -> T {
+        let mut work = pin!(work);
+        poll_fn(|cx| {
+            let before = sleeps();
+            let polled = work.as_mut().poll(cx);
+            self.slept
+                .fetch_add(u64::from(sleeps() != before), Ordering::Relaxed);
+            self.polls.fetch_add(1, Ordering::Relaxed);
+            polled
+        })
+        .await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_that_go_to_the_disk_put_no_executor_thread_to_sleep() {
+    // Beside the sources and not in a memory file system, so that there is a disk to wait for.
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let size = Options::new().with("size", "16M");
+    registry()
+        .create(
+            "qcow2",
+            &path("base.qcow2"),
+            size.clone(),
+            Default::default(),
+        )
+        .await
+        .unwrap();
+    let backing = size
+        .with("backing_file", "base.qcow2")
+        .with("backing_fmt", "qcow2");
+    registry()
+        .create("qcow2", &path("top.qcow2"), backing, Default::default())
+        .await
+        .unwrap();
+    for engine in ["io_uring", "threads"] {
+        let open = OpenOptions::new()
+            .format("qcow2")
+            .direct(true)
+            .option("file.aio", engine)
+            .policy(OpenPolicy::Everything);
+        let Ok(disk) = open.open(&registry(), &path("top.qcow2")).await else {
+            println!("no {engine} with O_DIRECT here: skipped");
+            continue;
+        };
+        let (disk, count) = (Arc::new(disk), Arc::new(Count::default()));
+        let workers: Vec<_> = (0..32u64)
+            .map(|n| {
+                let (disk, count) = (disk.clone(), count.clone());
+                tokio::spawn(async move {
+                    for round in 0..16 {
+                        let offset = (round * 32 + n) * 16384;
+                        let data = IoBuf::from(vec![n as u8; 16384]);
+                        count
+                            .watch(disk.pwritev(offset, data, WriteFlags::empty()))
+                            .await
+                            .unwrap();
+                        count.watch(disk.read(offset, 16384)).await.unwrap();
+                    }
+                    count.watch(disk.flush()).await.unwrap();
+                })
+            })
+            .collect();
+        for worker in workers {
+            worker.await.unwrap();
+        }
+        count.watch(disk.close()).await.unwrap();
+        let (polls, slept) = (
+            count.polls.load(Ordering::Relaxed),
+            count.slept.load(Ordering::Relaxed),
+        );
+        println!("{engine}: {slept} of {polls} polls slept");
+        // Two threads may meet at a lock that is held for nanoseconds, and one of them sleep; a disk wait would be in nearly every poll.
+        assert!(
+            slept * 50 <= polls,
+            "{engine}: {slept} of {polls} polls slept"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_poll_that_waits_is_seen() {
+    let count = Count::default();
+    count
+        .watch(async { std::thread::sleep(std::time::Duration::from_millis(1)) })
+        .await;
+    assert_eq!(count.slept.load(Ordering::Relaxed), 1);
+}
