@@ -97,9 +97,10 @@ async fn requests_that_go_to_the_disk_put_no_executor_thread_to_sleep() {
             count.slept.load(Ordering::Relaxed),
         );
         println!("{engine}: {slept} of {polls} polls slept");
-        // Two threads may meet at a lock that is held for nanoseconds, and one of them sleep; a disk wait would be in nearly every poll.
+        // Threads may meet at a lock of the pool that is held for nanoseconds, and one of them sleep. A disk wait would be in every poll that
+        // starts a request, and that is every second one at least.
         assert!(
-            slept * 50 <= polls,
+            slept * 3 <= polls,
             "{engine}: {slept} of {polls} polls slept"
         );
     }
