@@ -4,83 +4,68 @@
 
 use std::time::{Duration, Instant};
 
-use blockcore::{IoBufMut, Result, WriteFlags};
+use blockcore::{IoBufMut, WriteFlags};
 use futures::future::FutureExt;
 
-use crate::numbers::{REQUEST_BYTES_MAX, pattern, size};
+use crate::numbers::{pattern, size};
 use crate::read_write::ReadOptions;
 use crate::report::Report;
 use crate::session::{Call, Done, Failed, Ran, Session};
 
-/// A request that has ended.
-pub(crate) enum Finished {
-    Read {
-        options: ReadOptions,
-        offset: u64,
-        elapsed: Duration,
-        result: Result<IoBufMut>,
-    },
-    Write {
-        machine: bool,
-        quiet: bool,
-        offset: u64,
-        bytes: u64,
-        elapsed: Duration,
-        result: Result<()>,
-    },
+/// A request of `aio_read` or `aio_write` that has ended and was reported.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Completion {
+    /// It wrote; otherwise it read.
+    pub is_write: bool,
+    /// Byte offset.
+    pub offset: u64,
+    /// Length in bytes.
+    pub bytes: u64,
+    /// How it ended. Failures here do not count for the program's exit status, as ever.
+    pub result: Result<(), Failed>,
+}
+
+/// A request that has ended, and how it is to be reported.
+pub(crate) struct Finished {
+    pub options: ReadOptions,
+    pub is_write: bool,
+    pub offset: u64,
+    pub bytes: u64,
+    pub elapsed: Duration,
+    /// What a read read.
+    pub result: blockcore::Result<Option<IoBufMut>>,
 }
 
 impl Session {
     /// Prints the report of a request that has ended.
     pub(crate) fn report(&mut self, finished: Finished) {
-        match finished {
-            Finished::Read { result: Err(e), .. } => {
-                self.output
-                    .out(&format!("readv failed: {}\n", e.strerror()));
-            }
-            Finished::Read {
-                options,
-                offset,
-                elapsed,
-                result: Ok(buf),
-            } => {
-                let bytes = buf.len() as u64;
-                let report = Report {
-                    verb: "read",
-                    offset,
-                    bytes,
-                    elapsed,
-                    machine: options.machine,
-                };
-                // A mismatch is printed and does not count for the exit status, as ever.
-                let _printed = self.show_read(&options, report, &buf);
-            }
-            Finished::Write { result: Err(e), .. } => {
-                self.output
-                    .out(&format!("aio_write failed: {}\n", e.strerror()));
-            }
-            Finished::Write {
-                machine,
-                quiet,
-                offset,
-                bytes,
-                elapsed,
-                result: Ok(()),
-            } => {
-                if !quiet {
-                    self.output.out(
-                        &Report {
-                            verb: "wrote",
-                            offset,
-                            bytes,
-                            elapsed,
-                            machine,
-                        }
-                        .text(),
-                    );
+        let (is_write, offset, bytes) = (finished.is_write, finished.offset, finished.bytes);
+        let report = Report {
+            verb: if is_write { "wrote" } else { "read" },
+            offset,
+            bytes,
+            elapsed: finished.elapsed,
+            machine: finished.options.machine,
+        };
+        let result = match finished.result {
+            Ok(Some(buf)) => self.show_read(&finished.options, report, &buf),
+            Ok(None) => {
+                if !finished.options.quiet {
+                    self.output.out(&report.text());
                 }
+                Ok(())
             }
-        }
+            Err(e) => {
+                let what = if is_write { "aio_write" } else { "readv" };
+                self.failed(what, &e).map(|_| ())
+            }
+        };
+        self.completions.push(Completion {
+            is_write,
+            offset,
+            bytes,
+            result,
+        });
     }
 
     pub(crate) async fn aio_read(&mut self, c: Call<'_>) -> Ran {
@@ -95,15 +80,18 @@ impl Session {
         }
         let (offset, lengths) = self.vector(&c, &words)?;
         let buf = self.read_vector(&lengths);
+        let bytes = buf.len() as u64;
         let backend = self.backend()?;
         let started = Instant::now();
         let request = async move {
             let result = backend.preadv(offset, buf, options.flags()).await;
-            Finished::Read {
+            Finished {
                 options,
+                is_write: false,
                 offset,
+                bytes,
                 elapsed: started.elapsed(),
-                result,
+                result: result.map(Some),
             }
         };
         self.start(request.boxed());
@@ -112,16 +100,17 @@ impl Session {
 
     pub(crate) async fn aio_write(&mut self, c: Call<'_>) -> Ran {
         let (found, words) = self.options(&c, "CfiP:qruz");
-        let (mut machine, mut quiet, mut zero, mut byte) = (false, false, false, 0xcd);
+        let mut options = ReadOptions::default();
+        let (mut zero, mut byte) = (false, 0xcd);
         let mut flags = WriteFlags::empty();
         for option in found {
             let option = self.checked(&c, option)?;
             match option.value {
-                'C' => machine = true,
+                'C' => options.machine = true,
                 'f' => flags |= WriteFlags::FUA,
                 'i' => return self.injected("write"),
                 'P' => byte = pattern(&option.arg).or_else(|e| self.number_error(&e))?,
-                'q' => quiet = true,
+                'q' => options.quiet = true,
                 'r' => flags |= WriteFlags::REGISTERED_BUF,
                 'u' => flags |= WriteFlags::MAY_UNMAP,
                 'z' => zero = true,
@@ -141,38 +130,28 @@ impl Session {
             return self.fail("cannot combine zero write with registered I/O buffer");
         }
         let backend = self.backend()?;
-        if zero {
+        let (offset, bytes, data) = if zero {
             let offset = size(&words[0]).or_else(|e| self.number_error(&e))?;
             let bytes = size(&words[1]).or_else(|e| self.number_error(&e))?;
-            let started = Instant::now();
-            let request = async move {
-                let result = backend.pwrite_zeroes(offset, bytes, flags).await;
-                Finished::Write {
-                    machine,
-                    quiet,
-                    offset,
-                    bytes,
-                    elapsed: started.elapsed(),
-                    result,
-                }
-            };
-            self.start(request.boxed());
-            return Ok(Done::Started);
-        }
-        let (offset, lengths) = self.vector(&c, &words)?;
-        let data = self.write_vector(&lengths, byte);
-        let bytes = data.len() as u64;
-        debug_assert!(bytes <= REQUEST_BYTES_MAX);
+            (offset, bytes, None)
+        } else {
+            let (offset, lengths) = self.vector(&c, &words)?;
+            let data = self.write_vector(&lengths, byte);
+            (offset, data.len() as u64, Some(data))
+        };
         let started = Instant::now();
         let request = async move {
-            let result = backend.pwritev(offset, data, flags).await;
-            Finished::Write {
-                machine,
-                quiet,
+            let result = match data {
+                Some(data) => backend.pwritev(offset, data, flags).await,
+                None => backend.pwrite_zeroes(offset, bytes, flags).await,
+            };
+            Finished {
+                options,
+                is_write: true,
                 offset,
                 bytes,
                 elapsed: started.elapsed(),
-                result,
+                result: result.map(|()| None),
             }
         };
         self.start(request.boxed());

@@ -4,6 +4,7 @@
 use toolkit::getopt::{Arg, Getopt, Long, long};
 
 use crate::admin::OpenRequest;
+use crate::output::{Output, print_error};
 use crate::repl;
 use crate::session::{Done, Session};
 
@@ -83,7 +84,7 @@ fn parse(argv0: &str, prog: &str, words: &[String]) -> Result<Plan, Exit> {
         image_opts: false,
     };
     let complain = |text: &str| {
-        eprintln!("{prog}: {text}");
+        print_error(&format!("{prog}: {text}"));
         Exit(1)
     };
     let mut options = Getopt::new(words, SHORT, LONG);
@@ -91,25 +92,22 @@ fn parse(argv0: &str, prog: &str, words: &[String]) -> Result<Plan, Exit> {
         let option = match option {
             Ok(option) => option,
             Err(e) => {
-                eprintln!("{argv0}: {}", e.text());
-                print!("{}", usage(prog));
+                print_error(&format!("{argv0}: {}", e.text()));
+                show(&usage(prog));
                 return Err(Exit(1));
             }
         };
         let arg = option.arg.as_str();
         match option.value {
             'h' => {
-                print!("{}", usage(prog));
+                show(&usage(prog));
                 return Err(Exit(0));
             }
             'V' => {
-                println!(
-                    "{prog} version 10.0.2 (blocklayer {})",
-                    env!("CARGO_PKG_VERSION")
-                );
-                println!(
-                    "Written by the blocklayer developers; the interface is that of QEMU's qemu-io."
-                );
+                let version = env!("CARGO_PKG_VERSION");
+                show(&format!(
+                    "{prog} version 10.0.2 (blocklayer {version})\nWritten by the blocklayer developers; the interface is that of QEMU's qemu-io.\n"
+                ));
                 return Err(Exit(0));
             }
             'c' => plan.commands.push(arg.to_owned()),
@@ -132,7 +130,7 @@ fn parse(argv0: &str, prog: &str, words: &[String]) -> Result<Plan, Exit> {
     }
     let mut files = options.positionals();
     if files.len() > 1 {
-        print!("{}", usage(prog));
+        show(&usage(prog));
         return Err(Exit(1));
     }
     if plan.open.format.is_some() && plan.image_opts {
@@ -140,6 +138,13 @@ fn parse(argv0: &str, prog: &str, words: &[String]) -> Result<Plan, Exit> {
     }
     plan.open.path = files.pop();
     Ok(plan)
+}
+
+/// Prints to standard output, at once.
+fn show(text: &str) {
+    let mut output = Output::process();
+    output.out(text);
+    output.flush();
 }
 
 fn usage(prog: &str) -> String {

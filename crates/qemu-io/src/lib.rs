@@ -19,4 +19,5 @@ mod signal;
 mod status;
 
 pub use admin::OpenRequest;
+pub use aio::Completion;
 pub use session::{Done, Failed, Outcome, Session};

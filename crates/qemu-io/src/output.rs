@@ -71,8 +71,7 @@ impl Output {
                 err.push_str(line);
                 err.push('\n');
             }
-            // A closed standard error is no reason to stop.
-            Output::Process { .. } => drop(writeln!(std::io::stderr(), "{line}")),
+            Output::Process { .. } => print_error(line),
         }
     }
 
@@ -98,4 +97,9 @@ fn write_stdout(bytes: &[u8]) {
     let mut stdout = std::io::stdout().lock();
     // Nobody reads any more: nothing to be done, as ever.
     drop(stdout.write_all(bytes).and_then(|()| stdout.flush()));
+}
+
+/// Writes a line to standard error. That nobody reads it is no reason to stop.
+pub(crate) fn print_error(line: &str) {
+    drop(std::io::stderr().write_all(format!("{line}\n").as_bytes()));
 }

@@ -11,6 +11,9 @@ use crate::numbers::{REQUEST_BYTES_MAX, pattern, size};
 use crate::report::{Report, hexdump};
 use crate::session::{Call, Done, Failed, Ran, Session};
 
+/// A multiple of the 16 bytes of a line.
+const DUMP_PIECE_BYTES: usize = 4096;
+
 /// What the options of a read ask for.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct ReadOptions {
@@ -44,26 +47,31 @@ impl Session {
         let mut result = Ok(());
         if let Some(byte) = o.pattern {
             let (at, len) = o.part.unwrap_or((0, buf.len() as u64));
-            let range = at as usize..(at + len) as usize;
-            let matches = match buf.as_slice() {
-                Some(slice) => slice[range].iter().all(|&b| b == byte),
-                None => buf.to_vec()[range].iter().all(|&b| b == byte),
-            };
-            if !matches {
+            if !is_filled(buf, at as usize, len as usize, byte) {
                 let at = report.offset + at;
                 self.output.out(&format!(
                     "Pattern verification failed at offset {at}, {len} bytes\n"
                 ));
-                result = Err(Failed);
+                result = Err(Failed::Mismatch);
             }
         }
         if !o.quiet {
             if o.verbose {
-                self.output.out(&hexdump(report.offset, &buf.to_vec()));
+                self.dump(report.offset, buf);
             }
             self.output.out(&report.text());
         }
         result
+    }
+
+    /// Prints a dump piece by piece: all of it can be five times as long as the data.
+    fn dump(&mut self, offset: u64, buf: &IoBufMut) {
+        let mut piece = [0; DUMP_PIECE_BYTES];
+        for at in (0..buf.len()).step_by(DUMP_PIECE_BYTES) {
+            let piece = &mut piece[..DUMP_PIECE_BYTES.min(buf.len() - at)];
+            buf.copy_to_slice(at, piece);
+            self.output.out(&hexdump(offset + at as u64, piece));
+        }
     }
 
     pub(crate) async fn read(&mut self, c: Call<'_>) -> Ran {
@@ -124,7 +132,7 @@ impl Session {
         let elapsed = started.elapsed();
         let buf = match result {
             Ok(buf) => buf,
-            Err(e) => return self.fail(&format!("read failed: {}", e.strerror())),
+            Err(e) => return self.failed("read", &e),
         };
         let report = Report {
             verb: "read",
@@ -155,7 +163,7 @@ impl Session {
         let elapsed = started.elapsed();
         let buf = match result {
             Ok(buf) => buf,
-            Err(e) => return self.fail(&format!("readv failed: {}", e.strerror())),
+            Err(e) => return self.failed("readv", &e),
         };
         self.show_read(
             &o,
@@ -196,10 +204,10 @@ impl Session {
         words: &[String],
     ) -> Result<(u64, Vec<u64>), Failed> {
         let [offset, lengths @ ..] = words else {
-            return self.usage(c).and(Err(Failed));
+            return self.usage(c).and(Err(Failed::Refused));
         };
         if lengths.is_empty() {
-            return self.usage(c).and(Err(Failed));
+            return self.usage(c).and(Err(Failed::Refused));
         }
         let offset = size(offset).or_else(|e| self.number_error(&e))?;
         let mut out = Vec::new();
@@ -210,7 +218,7 @@ impl Session {
                 self.output.out(&format!(
                     "Argument '{text}' exceeds maximum size {REQUEST_BYTES_MAX}\n"
                 ));
-                return Err(Failed);
+                return Err(Failed::Refused);
             }
             total += len;
             if total > REQUEST_BYTES_MAX {
@@ -218,7 +226,7 @@ impl Session {
                     "The total number of bytes exceed the maximum size {REQUEST_BYTES_MAX}\n"
                 );
                 self.output.out(&line);
-                return Err(Failed);
+                return Err(Failed::Refused);
             }
             out.push(len);
         }
@@ -324,7 +332,7 @@ impl Session {
             .await;
         let elapsed = started.elapsed();
         if let Err(e) = result {
-            return self.fail(&format!("write failed: {}", e.strerror()));
+            return self.failed("write", &e);
         }
         if !quiet {
             self.output.out(
@@ -346,13 +354,13 @@ impl Session {
         let content = match read_at_most(name, len) {
             Ok(content) if content.is_empty() => {
                 self.output.err(&format!("{name}: file is empty"));
-                return Err(Failed);
+                return Err(Failed::Refused);
             }
             Ok(content) => content,
             Err(e) => {
                 let text = BlockError::from_io(e).strerror();
                 self.output.err(&format!("{name}: {text}"));
-                return Err(Failed);
+                return Err(Failed::Refused);
             }
         };
         let mut buf = self.read_buffer(len);
@@ -390,7 +398,7 @@ impl Session {
             .await;
         let elapsed = started.elapsed();
         if let Err(e) = result {
-            return self.fail(&format!("writev failed: {}", e.strerror()));
+            return self.failed("writev", &e);
         }
         if !quiet {
             self.output.out(
@@ -433,7 +441,7 @@ impl Session {
             .await;
         let elapsed = started.elapsed();
         if let Err(e) = result {
-            return self.fail(&format!("discard failed: {}", e.strerror()));
+            return self.failed("discard", &e);
         }
         if !quiet {
             self.output.out(
@@ -455,19 +463,19 @@ impl Session {
         match self.wait(async { backend.flush().await }).await {
             Ok(()) => Ok(Done::Nothing),
             // Says nothing, as ever; the exit status tells.
-            Err(_) => Err(Failed),
+            Err(_) => Err(Failed::Refused),
         }
     }
 
     /// The open image. Commands that need one are not called without.
     pub(crate) fn backend(&self) -> Result<std::sync::Arc<blockcore::Backend>, Failed> {
-        self.backend.clone().ok_or(Failed)
+        self.backend.clone().ok_or(Failed::Refused)
     }
 
     /// Prints why a number is none.
     pub(crate) fn number_error<T>(&mut self, line: &str) -> Result<T, Failed> {
         self.output.out(&format!("{line}\n"));
-        Err(Failed)
+        Err(Failed::Refused)
     }
 
     fn check_sectors(&mut self, offset: u64, bytes: u64) -> Result<(), Failed> {
@@ -476,11 +484,22 @@ impl Session {
                 self.output.out(&format!(
                     "{value} is not a sector-aligned value for '{what}'\n"
                 ));
-                return Err(Failed);
+                return Err(Failed::Refused);
             }
         }
         Ok(())
     }
+}
+
+/// Whether `len` bytes from `at` on are all `byte`.
+fn is_filled(buf: &IoBufMut, at: usize, len: usize, byte: u8) -> bool {
+    let mut start = 0;
+    buf.segments().all(|segment| {
+        let from = at.clamp(start, start + segment.len()) - start;
+        let to = (at + len).clamp(start, start + segment.len()) - start;
+        start += segment.len();
+        segment[from..to].iter().all(|&b| b == byte)
+    })
 }
 
 fn read_at_most(name: &str, len: usize) -> std::io::Result<Vec<u8>> {

@@ -4,14 +4,14 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
-use blockcore::{Backend, BlockError, Diagnostics, IoBufMut, Registry};
+use blockcore::{Backend, BlockError, Diagnostics, ErrorKind, IoBufMut, Registry};
 use futures::future::{BoxFuture, FutureExt};
 use futures::stream::{FuturesUnordered, StreamExt};
 use toolkit::getopt::{Getopt, GetoptError, Opt};
 
-use crate::aio::Finished;
+use crate::aio::{Completion, Finished};
 use crate::command::{Command, Verb, find};
-use crate::output::Output;
+use crate::output::{self, Output};
 
 /// What a command did, beside the text it printed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,9 +41,31 @@ pub enum Done {
     Quit,
 }
 
-/// A command failed; it has said why.
+/// Why a command failed; what it printed says more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Failed;
+#[non_exhaustive]
+pub enum Failed {
+    /// The command line makes no sense, or there is no image to run it on.
+    Refused,
+    /// What was read is not what `-P` asked for.
+    Mismatch,
+    /// The block layer failed it.
+    Error {
+        /// What a program may do about it.
+        kind: ErrorKind,
+        /// The errno that stands for it.
+        errno: i32,
+    },
+}
+
+impl Failed {
+    pub(crate) fn of(error: &BlockError) -> Failed {
+        Failed::Error {
+            kind: error.kind(),
+            errno: error.errno(),
+        }
+    }
+}
 
 pub(crate) type Ran = Result<Done, Failed>;
 
@@ -56,13 +78,15 @@ pub struct Outcome {
     pub stdout: String,
     /// What it printed to standard error, likewise.
     pub stderr: String,
+    /// Requests of `aio_read` and `aio_write`, also of earlier lines, that were reported while the command ran.
+    pub completions: Vec<Completion>,
 }
 
 /// Runs command lines against an image.
 ///
 /// ```
 /// use blocklayer::testing::MemoryFactory;
-/// use qemu_io::{Done, Session};
+/// use qemu_io::{Done, Failed, Session};
 ///
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> blocklayer::Result<()> {
 /// let mut registry = blocklayer::Registry::new();
@@ -73,7 +97,7 @@ pub struct Outcome {
 /// let write = session.run("write -q -P 7 4k 512").await;
 /// assert_eq!(write.result, Ok(Done::Io { offset: 4096, bytes: 512 }));
 /// let read = session.run("read -P 8 4k 512").await;
-/// assert!(read.result.is_err());
+/// assert_eq!(read.result, Err(Failed::Mismatch));
 /// assert!(read.stdout.starts_with("Pattern verification failed at offset 4096, 512 bytes\n"));
 /// session.close().await;
 /// # Ok(()) }
@@ -88,6 +112,8 @@ pub struct Session {
     in_flight: FuturesUnordered<BoxFuture<'static, Finished>>,
     /// Requests that ended at once; they are reported when the others are.
     finished: VecDeque<Finished>,
+    /// What was reported since the last outcome.
+    pub(crate) completions: Vec<Completion>,
     /// Buffers begin 16 bytes off (`-m`).
     pub(crate) misalign: bool,
     /// File names are option strings (`--image-opts`).
@@ -100,7 +126,7 @@ impl Session {
         let mut session = Session::captured(registry);
         session.prog = prog.to_owned();
         session.output = Output::process();
-        session.diagnostics = Diagnostics::new(|line| eprintln!("{line}"));
+        session.diagnostics = Diagnostics::new(|line| output::print_error(line));
         session
     }
 
@@ -122,6 +148,7 @@ impl Session {
             warnings,
             in_flight: FuturesUnordered::new(),
             finished: VecDeque::new(),
+            completions: Vec::new(),
             misalign: false,
             image_opts: false,
         }
@@ -144,17 +171,18 @@ impl Session {
             result,
             stdout,
             stderr,
+            completions: std::mem::take(&mut self.completions),
         }
     }
 
     async fn run_command(&mut self, name: &str, args: &[String]) -> Ran {
         let Some(command) = find(name) else {
             self.output.err(&format!("command \"{name}\" not found"));
-            return Err(Failed);
+            return Err(Failed::Refused);
         };
         if !command.no_file && self.backend.is_none() {
             self.output.err("no file open, try 'help open'");
-            return Err(Failed);
+            return Err(Failed::Refused);
         }
         self.check_count(command, name, args.len())?;
         if command.writes
@@ -164,7 +192,7 @@ impl Session {
                 .is_some_and(|b| b.root().is_read_only())
         {
             self.complain("Block node is read-only");
-            return Err(Failed);
+            return Err(Failed::Refused);
         }
         self.dispatch(command, name, args).await
     }
@@ -181,7 +209,7 @@ impl Session {
         self.output.err(&format!(
             "bad argument count {count} to {name}, expected {expected} arguments"
         ));
-        Err(Failed)
+        Err(Failed::Refused)
     }
 
     async fn dispatch(&mut self, command: &'static Command, name: &str, args: &[String]) -> Ran {
@@ -232,7 +260,15 @@ impl Session {
     /// Prints a line to standard output and fails.
     pub(crate) fn fail(&mut self, line: &str) -> Ran {
         self.output.out(&format!("{line}\n"));
-        Err(Failed)
+        Err(Failed::Refused)
+    }
+
+    /// Prints `WHAT failed: why` to standard output and fails.
+    pub(crate) fn failed(&mut self, what: &str, error: &BlockError) -> Ran {
+        self.print_warnings();
+        let line = format!("{what} failed: {}\n", error.strerror());
+        self.output.out(&line);
+        Err(Failed::of(error))
     }
 
     /// Prints `PROG: text` to standard error.
@@ -246,13 +282,13 @@ impl Session {
         self.print_warnings();
         let text = format!("{before}{}", toolkit::error_lines(error));
         self.complain(&text);
-        Err(Failed)
+        Err(Failed::of(error))
     }
 
     /// Prints how a command is used, and fails.
     pub(crate) fn usage(&mut self, c: &Call<'_>) -> Ran {
         self.output.out(&c.command.usage(c.command.name));
-        Err(Failed)
+        Err(Failed::Refused)
     }
 
     /// The options of a call up to the first wrong one, and its positionals. Commands look at them one by one with
@@ -283,7 +319,7 @@ impl Session {
         option.map_err(|e| {
             self.output.err(&format!("{}: {}", c.name, e.text()));
             self.output.out(&c.command.usage(c.command.name));
-            Failed
+            Failed::Refused
         })
     }
 

@@ -31,7 +31,7 @@ impl Session {
                 ));
                 Ok(Done::Allocated { allocated, of })
             }
-            Err(e) => self.fail(&format!("is_allocated failed: {}", e.strerror())),
+            Err(e) => self.failed("is_allocated", &e),
         }
     }
 
@@ -49,7 +49,7 @@ impl Session {
             };
             if bytes == 0 {
                 self.complain("Unexpected end of image");
-                return Err(Failed);
+                return Err(Failed::Refused);
             }
             let what = if allocated {
                 "    allocated"
@@ -75,7 +75,7 @@ impl Session {
                 .out(&format!("format name: {}\n", driver.format_name()));
         }
         let Ok(info) = self.wait(driver.info()).await else {
-            return Err(Failed);
+            return Err(Failed::Refused);
         };
         self.output.out(&format!(
             "cluster size: {}\n",
