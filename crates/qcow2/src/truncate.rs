@@ -170,12 +170,16 @@ impl Image {
             at += count;
             last = Some(run);
         }
-        if let (Some(run), Preallocation::Metadata) = (last, mode) {
-            // The disk's last byte is written, so that the file's length doesn't hang on a hole alone.
-            let unused = (end << self.cluster_bits) - new;
+        let unused = (end << self.cluster_bits) - new;
+        if let (Some(run), Preallocation::Metadata, 1..) = (last, mode, unused) {
+            // What the last cluster has behind the end of the disk is written, so that a later growth finds zeroes there whatever it trusts.
             let host_end = ((run.cluster + run.count) << self.cluster_bits) - unused;
             self.file
-                .pwritev(host_end - 1, IoBuf::zeroes(1), WriteFlags::empty())
+                .pwritev(
+                    host_end,
+                    IoBuf::zeroes(unused as usize),
+                    WriteFlags::empty(),
+                )
                 .await?;
         }
         Ok(())
