@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Inflating compressed clusters: raw deflate with a window of 4 KiB, or Zstandard.
+//! Inflating compressed clusters: raw deflate with a window of 4 KiB, or Zstandard. Called by `read`.
 //!
-//! The output is exactly one cluster, whatever the input says of itself: no input makes more of it.
-//! Inflating a cluster of 64 KiB takes a fraction of a millisecond, as long as a disk wait, so it is done on the blocking pool.
+//! The output is exactly one cluster, whatever the input says of itself: no input makes more of it, and less is an error. What follows the compressed data
+//! in its last sector belongs to others and is not looked at. Inflating a cluster of 64 KiB takes a fraction of a millisecond, as long as a disk wait, so it
+//! is done on the blocking pool.
 
-use std::io::Read;
+use std::cell::RefCell;
 
 use blockcore::{BlockError, Result};
-use flate2::{Decompress, FlushDecompress, Status};
+use flate2::{Decompress, FlushDecompress};
+use zstd::zstd_safe::{DCtx, InBuffer, OutBuffer, ResetDirective};
 
 use crate::header::CompressionType;
 
@@ -32,28 +34,48 @@ pub async fn decompress(
 }
 
 fn inflate(kind: CompressionType, raw: &[u8], cluster_size: usize) -> Result<Vec<u8>> {
-    let broken = || BlockError::corrupt("A compressed cluster can't be decompressed");
     let mut out = vec![0; cluster_size];
-    match kind {
-        CompressionType::Zlib => {
-            let mut inflater = Decompress::new(false);
-            let status = inflater
-                .decompress(raw, &mut out, FlushDecompress::Finish)
-                .map_err(|_| broken())?;
-            // A stream that would go on is as wrong as one that ends early.
-            let full = inflater.total_out() == cluster_size as u64;
-            if !full || !matches!(status, Status::StreamEnd | Status::BufError | Status::Ok) {
-                return Err(broken());
+    let filled = match kind {
+        CompressionType::Zlib => inflate_deflate(raw, &mut out),
+        CompressionType::Zstd => inflate_zstd(raw, &mut out),
+    };
+    match filled {
+        Some(n) if n == cluster_size => Ok(out),
+        _ => Err(BlockError::corrupt(
+            "A compressed cluster can't be decompressed",
+        )),
+    }
+}
+
+/// How many bytes of `out` were filled. A stream that would go on is cut off, as other readers do.
+fn inflate_deflate(raw: &[u8], out: &mut [u8]) -> Option<usize> {
+    let mut inflater = Decompress::new(false);
+    let done = inflater.decompress(raw, out, FlushDecompress::Finish);
+    done.ok().map(|_| inflater.total_out() as usize)
+}
+
+/// As [`inflate_deflate`].
+fn inflate_zstd(raw: &[u8], out: &mut [u8]) -> Option<usize> {
+    thread_local! {
+        // Making one costs more than inflating a small cluster.
+        static CONTEXT: RefCell<DCtx<'static>> = RefCell::new(DCtx::create());
+    }
+    CONTEXT.with_borrow_mut(|context| {
+        context.reset(ResetDirective::SessionOnly).ok()?;
+        let len = out.len();
+        let mut input = InBuffer::around(raw);
+        let mut output = OutBuffer::around(out);
+        while output.pos() < len {
+            let before = (input.pos, output.pos());
+            let rest = context.decompress_stream(&mut output, &mut input).ok()?;
+            let is_stuck = (input.pos, output.pos()) == before;
+            // Nothing is left of the frame, or of the input.
+            if rest == 0 || is_stuck {
+                break;
             }
         }
-        CompressionType::Zstd => {
-            let mut decoder = zstd::Decoder::new(raw)
-                .map_err(|_| broken())?
-                .single_frame();
-            decoder.read_exact(&mut out).map_err(|_| broken())?;
-        }
-    }
-    Ok(out)
+        Some(output.pos())
+    })
 }
 
 #[cfg(test)]
@@ -61,41 +83,75 @@ mod tests {
     use super::*;
     use std::io::Write;
 
-    #[tokio::test]
-    async fn a_cluster_comes_back_whole_and_nothing_else_does() {
-        let cluster: Vec<u8> = (0..65536u32).map(|i| (i / 7) as u8).collect();
+    fn deflate(bytes: &[u8]) -> Vec<u8> {
         let mut deflater =
             flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::default());
-        deflater.write_all(&cluster).unwrap();
-        let mut raw = deflater.finish().unwrap();
-        raw.extend([0xee; 300]);
-        assert_eq!(
-            decompress(CompressionType::Zlib, raw.clone(), 65536)
-                .await
-                .unwrap(),
-            cluster
-        );
-        assert!(
-            decompress(CompressionType::Zlib, raw[..50].to_vec(), 65536)
-                .await
-                .is_err()
-        );
-        assert!(
-            decompress(CompressionType::Zlib, vec![0xff; 100], 65536)
-                .await
-                .is_err()
-        );
+        deflater.write_all(bytes).unwrap();
+        deflater.finish().unwrap()
+    }
 
-        let mut raw = zstd::encode_all(&cluster[..], 1).unwrap();
-        raw.extend([0xee; 300]);
-        assert_eq!(
-            decompress(CompressionType::Zstd, raw, 65536).await.unwrap(),
-            cluster
-        );
-        assert!(
-            decompress(CompressionType::Zstd, vec![0; 100], 65536)
-                .await
-                .is_err()
-        );
+    #[tokio::test]
+    async fn a_cluster_comes_back_whole_and_nothing_else_does() {
+        for size in [512usize, 65536, 2 << 20] {
+            let cluster: Vec<u8> = (0..size as u32).map(|i| (i / 7) as u8).collect();
+            let zstd = zstd::encode_all(&cluster[..], 1).unwrap();
+            for (kind, raw) in [
+                (CompressionType::Zlib, deflate(&cluster)),
+                (CompressionType::Zstd, zstd),
+            ] {
+                let mut padded = raw.clone();
+                padded.extend([0xee; 300]);
+                assert_eq!(decompress(kind, padded, size).await.unwrap(), cluster);
+                for broken in [
+                    raw[..raw.len() / 2].to_vec(),
+                    vec![0xff; 100],
+                    vec![0; 100],
+                    vec![],
+                ] {
+                    let err = decompress(kind, broken, size).await.unwrap_err();
+                    assert_eq!(err.kind(), blockcore::ErrorKind::Corrupt);
+                }
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn data_of_another_length_than_a_cluster_never_makes_more_or_less() {
+        let huge = vec![7; 32 << 20];
+        for (kind, raw) in [
+            (CompressionType::Zlib, deflate(&huge)),
+            (
+                CompressionType::Zstd,
+                zstd::encode_all(&huge[..], 1).unwrap(),
+            ),
+        ] {
+            assert_eq!(decompress(kind, raw, 65536).await.unwrap(), huge[..65536]);
+        }
+        for (kind, raw) in [
+            (CompressionType::Zlib, deflate(&huge[..65535])),
+            (
+                CompressionType::Zstd,
+                zstd::encode_all(&huge[..65535], 1).unwrap(),
+            ),
+        ] {
+            assert!(decompress(kind, raw, 65536).await.is_err());
+        }
+    }
+
+    #[test]
+    fn noise_never_panics() {
+        let mut noise = 1u64;
+        for _ in 0..2000 {
+            let mut raw = Vec::new();
+            for _ in 0..64 {
+                noise = noise
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1_442_695_040_888_963_407);
+                raw.push((noise >> 33) as u8);
+            }
+            let _either = inflate(CompressionType::Zlib, &raw, 4096);
+            raw.splice(0..4, [0x28, 0xb5, 0x2f, 0xfd]);
+            let _either = inflate(CompressionType::Zstd, &raw, 4096);
+        }
     }
 }

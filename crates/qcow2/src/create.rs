@@ -186,11 +186,6 @@ fn check_options(options: &mut Options) -> Result<Request> {
         Some(other) => return not_accepted("compression-type", other),
     };
 
-    if !cluster_size.is_power_of_two()
-        || !(MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS).contains(&cluster_size.trailing_zeros())
-    {
-        return invalid("Cluster size must be a power of two between 512 and 2048k");
-    }
     let needs_v3 = |what: &str| {
         invalid(format!(
             "{what} compatibility level 1.1 and above (use version=v3 or greater)"
@@ -202,10 +197,18 @@ fn check_options(options: &mut Options) -> Result<Request> {
             _ => not_yet("extended_l2"),
         };
     }
+    if !cluster_size.is_power_of_two()
+        || !(MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS).contains(&cluster_size.trailing_zeros())
+    {
+        return invalid("Cluster size must be a power of two between 512 and 2048k");
+    }
     if backing.is_some() && preallocation != Preallocation::Off {
         return invalid(
             "Backing file and preallocation can only be used at the same time if extended_l2 is on",
         );
+    }
+    if backing_format.is_some() && backing.is_none() {
+        return invalid("Backing format cannot be used without backing file");
     }
     match (data_file, data_file_raw) {
         (false, false) => {}
@@ -214,9 +217,6 @@ fn check_options(options: &mut Options) -> Result<Request> {
             return needs_v3("External data files are only supported with");
         }
         (true, _) => return not_yet("An external data file"),
-    }
-    if backing_format.is_some() && backing.is_none() {
-        return invalid("Backing format cannot be used without backing file");
     }
     if lazy && version < 3 {
         return needs_v3("Lazy refcounts only supported with");
@@ -382,3 +382,6 @@ async fn write_image(
     image.tasks.wait_idle().await;
     grown.and(image.file.close().await)
 }
+
+#[cfg(test)]
+mod tests;
