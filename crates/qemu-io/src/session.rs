@@ -126,7 +126,7 @@ impl Session {
         let mut session = Session::captured(registry);
         session.prog = prog.to_owned();
         session.output = Output::process();
-        session.diagnostics = Diagnostics::new(|line| output::print_error(line));
+        session.diagnostics = Diagnostics::new(output::print_error);
         session
     }
 
