@@ -464,3 +464,6 @@ fn read_backing(
     let format = format.map(|e| text(&e.data)).transpose()?;
     Ok(Some(BackingName { filename, format }))
 }
+
+#[cfg(test)]
+mod tests;

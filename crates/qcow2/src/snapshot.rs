@@ -194,3 +194,6 @@ impl<'a> Window<'a> {
         Ok(&self.bytes[from..from + len as usize])
     }
 }
+
+#[cfg(test)]
+mod tests;
