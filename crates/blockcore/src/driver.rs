@@ -136,6 +136,25 @@ pub struct SpecificInfo {
     pub data: serde_json::Map<String, serde_json::Value>,
 }
 
+/// An internal snapshot of an image. `QEMU: QEMUSnapshotInfo`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SnapshotInfo {
+    /// The id, unique in the image.
+    pub id: String,
+    /// The name.
+    pub name: String,
+    /// Bytes of VM state.
+    pub vm_state_size: u64,
+    /// When it was made: seconds since 1970, UTC.
+    pub date_sec: u32,
+    /// When it was made: nanoseconds within the second.
+    pub date_nsec: u32,
+    /// How long the guest had been running, in nanoseconds.
+    pub vm_clock_nsec: u64,
+    /// Instructions the guest had executed, where they were counted.
+    pub icount: Option<u64>,
+}
+
 /// The backing file that an image's own header names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackingName {
@@ -365,6 +384,11 @@ pub trait BlockDriver: Send + Sync + 'static {
     /// Facts that only this format knows. *If omitted*: none.
     async fn specific_info(&self) -> Result<Option<SpecificInfo>> {
         Ok(None)
+    }
+
+    /// The internal snapshots. *If omitted*: none.
+    async fn snapshots(&self) -> Result<Vec<SnapshotInfo>> {
+        Ok(Vec::new())
     }
 
     /// The backing file that the image names. *If omitted*: none.

@@ -47,8 +47,8 @@ pub use buffer::{IoBuf, IoBufMut};
 pub use child::{Child, ChildRole};
 pub use driver::{
     BackingName, BlockDriver, CheckFix, CheckResult, CreateOption, DriverFactory, DriverInfo,
-    OptionKind, Preallocation, PreparedReopen, ReadFlags, ReopenRequest, SpecificInfo,
-    TruncateRequest, WriteFlags,
+    OptionKind, Preallocation, PreparedReopen, ReadFlags, ReopenRequest, SnapshotInfo,
+    SpecificInfo, TruncateRequest, WriteFlags,
 };
 pub use error::{BlockError, ErrorKind, Op, Result, strerror};
 pub use limits::{BlockLimits, MAX_LENGTH_BYTES, MAX_REQUEST_BYTES};

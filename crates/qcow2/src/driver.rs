@@ -7,13 +7,13 @@ use std::sync::atomic::Ordering;
 use async_trait::async_trait;
 use blockcore::{
     BackingName, BlockDriver, BlockLimits, BlockStatus, CheckFix, CheckResult, Child, DriverInfo,
-    ErrorKind, IoBuf, IoBufMut, PreparedReopen, ReadFlags, ReopenRequest, Result, SpecificInfo,
-    StatusMode, TruncateRequest, WriteFlags,
+    ErrorKind, IoBuf, IoBufMut, PreparedReopen, ReadFlags, ReopenRequest, Result, SnapshotInfo,
+    SpecificInfo, StatusMode, TruncateRequest, WriteFlags,
 };
 
 use crate::header::{Header, Incompatible};
 use crate::image::Image;
-use crate::{check, info};
+use crate::{check, info, snapshot};
 
 /// An open qcow2 image.
 pub struct Qcow2 {
@@ -140,6 +140,20 @@ impl BlockDriver for Qcow2 {
     async fn specific_info(&self) -> Result<Option<SpecificInfo>> {
         let header = self.header();
         Ok(Some(info::specific_info(&header)))
+    }
+
+    async fn snapshots(&self) -> Result<Vec<SnapshotInfo>> {
+        let table = snapshot::read_table(&self.header(), &self.image.file).await?;
+        let info = |s: snapshot::Snapshot| SnapshotInfo {
+            id: s.id,
+            name: s.name,
+            vm_state_size: s.vm_state_size,
+            date_sec: s.date_sec,
+            date_nsec: s.date_nsec,
+            vm_clock_nsec: s.vm_clock_nsec,
+            icount: s.icount,
+        };
+        Ok(table.snapshots.into_iter().map(info).collect())
     }
 
     fn backing_name(&self) -> Option<BackingName> {

@@ -3,7 +3,9 @@
 
 use std::collections::HashSet;
 
-use blockcore::{BackingName, Child, Node, Result, SpecificInfo, name::resolve_beside};
+use blockcore::{
+    BackingName, Child, Node, Result, SnapshotInfo, SpecificInfo, name::resolve_beside,
+};
 use serde_json::{Map, Value, json};
 use toolkit::getopt::{Arg, Long, long};
 
@@ -13,6 +15,7 @@ use crate::image::Image;
 use crate::json::pretty;
 use crate::number::human_size;
 use crate::options::{IMAGE_OPTS, OBJECT, OUTPUT, Output, Words};
+use crate::snapshot_list;
 
 const LONG: &[Long] = &[
     long("help", Arg::No, 'h'),
@@ -35,6 +38,7 @@ struct NodeInfo {
     backing: Option<BackingName>,
     full_backing: Option<String>,
     specific: Option<SpecificInfo>,
+    snapshots: Vec<SnapshotInfo>,
     children: Vec<(&'static str, NodeInfo)>,
 }
 
@@ -149,6 +153,12 @@ impl Tool {
                 print(format!("backing file format: {format}"));
             }
         }
+        if !info.snapshots.is_empty() {
+            print("Snapshot list:".to_owned());
+            for line in snapshot_list::lines(&info.snapshots) {
+                print(line);
+            }
+        }
         if let Some(specific) = info.specific.as_ref().filter(|s| !s.data.is_empty()) {
             print("Format specific information:".to_owned());
             for line in toolkit::specific::lines(&specific.data, depth + 1) {
@@ -186,6 +196,7 @@ async fn node_info(node: &Node) -> Result<NodeInfo> {
             .map(|b| resolve_beside(node.filename(), &b.filename)),
         backing,
         specific: driver.specific_info().await?,
+        snapshots: driver.snapshots().await?,
         children,
     })
 }
@@ -200,6 +211,12 @@ fn json_node(info: &NodeInfo) -> Value {
     put("children", info.children.iter().map(child).collect());
     if let Some(format) = info.backing.as_ref().and_then(|b| b.format.as_deref()) {
         put("backing-filename-format", format.into());
+    }
+    if !info.snapshots.is_empty() {
+        put(
+            "snapshots",
+            info.snapshots.iter().map(snapshot_list::json).collect(),
+        );
     }
     put("virtual-size", info.length.into());
     put("filename", info.filename.as_str().into());

@@ -25,6 +25,7 @@ mod number;
 mod options;
 mod progress;
 mod resize;
+mod snapshot_list;
 
 use blockcore::Registry;
 use toolkit::getopt::{Arg, Getopt, long};
