@@ -14,7 +14,13 @@ pub struct CacheMode {
 
 /// The cache mode of a name: `none` or `off`, `directsync`, `writeback`, `writethrough`, `unsafe`.
 pub fn parse(name: &str) -> Option<CacheMode> {
-    let mode = |direct, no_flush, write_through| Some(CacheMode { direct, no_flush, write_through });
+    let mode = |direct, no_flush, write_through| {
+        Some(CacheMode {
+            direct,
+            no_flush,
+            write_through,
+        })
+    };
     match name {
         "none" | "off" => mode(true, false, false),
         "directsync" => mode(true, false, true),

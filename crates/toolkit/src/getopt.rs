@@ -83,7 +83,14 @@ pub struct Getopt<'a> {
 impl<'a> Getopt<'a> {
     /// Over `words` (without the program's or command's name). `short` lists the letters, each with `:` behind it if it takes an argument.
     pub fn new(words: &'a [String], short: &'a str, long: &'a [Long]) -> Getopt<'a> {
-        Getopt { words, at: 0, joined: "", short, long, positionals: Vec::new() }
+        Getopt {
+            words,
+            at: 0,
+            joined: "",
+            short,
+            long,
+            positionals: Vec::new(),
+        }
     }
 
     /// The words that are no options, once [`next`](Getopt::next) has given `None`.
@@ -124,15 +131,27 @@ impl<'a> Getopt<'a> {
         let mut chars = self.joined.chars();
         let letter = chars.next().expect("the caller has looked");
         self.joined = chars.as_str();
-        let known = if letter == ':' { None } else { self.short.find(letter) };
+        let known = if letter == ':' {
+            None
+        } else {
+            self.short.find(letter)
+        };
         let Some(at) = known else {
-            return Err(GetoptError::Unknown(format!("invalid option -- '{letter}'")));
+            return Err(GetoptError::Unknown(format!(
+                "invalid option -- '{letter}'"
+            )));
         };
         if !self.short[at + letter.len_utf8()..].starts_with(':') {
-            return Ok(Opt { value: letter, arg: String::new() });
+            return Ok(Opt {
+                value: letter,
+                arg: String::new(),
+            });
         }
         if !self.joined.is_empty() {
-            return Ok(Opt { value: letter, arg: std::mem::take(&mut self.joined).to_owned() });
+            return Ok(Opt {
+                value: letter,
+                arg: std::mem::take(&mut self.joined).to_owned(),
+            });
         }
         match self.next_word() {
             Some(arg) => Ok(Opt { value: letter, arg }),
@@ -155,31 +174,58 @@ impl<'a> Getopt<'a> {
             None => (text, None),
         };
         let exact = self.long.iter().find(|l| l.name == name);
-        let candidates: Vec<&Long> = self.long.iter().filter(|l| l.name.starts_with(name)).collect();
-        let same = candidates.windows(2).all(|w| w[0].value == w[1].value && w[0].arg == w[1].arg);
+        let candidates: Vec<&Long> = self
+            .long
+            .iter()
+            .filter(|l| l.name.starts_with(name))
+            .collect();
+        let same = candidates
+            .windows(2)
+            .all(|w| w[0].value == w[1].value && w[0].arg == w[1].arg);
         let found = match exact {
             Some(l) => *l,
             None if candidates.is_empty() => {
-                return Err(GetoptError::Unknown(format!("unrecognized option '--{name}'")));
+                return Err(GetoptError::Unknown(format!(
+                    "unrecognized option '--{name}'"
+                )));
             }
             None if !same => {
-                let all: Vec<String> = candidates.iter().map(|l| format!(" '--{}'", l.name)).collect();
-                let text = format!("option '--{name}' is ambiguous; possibilities:{}", all.concat());
+                let all: Vec<String> = candidates
+                    .iter()
+                    .map(|l| format!(" '--{}'", l.name))
+                    .collect();
+                let text = format!(
+                    "option '--{name}' is ambiguous; possibilities:{}",
+                    all.concat()
+                );
                 return Err(GetoptError::Unknown(text));
             }
             None => *candidates[0],
         };
         match (found.arg, arg) {
-            (Arg::No, None) => Ok(Opt { value: found.value, arg: String::new() }),
-            (Arg::No, Some(_)) => {
-                Err(GetoptError::Unknown(format!("option '--{}' doesn't allow an argument", found.name)))
-            }
-            (Arg::Required, Some(arg)) => Ok(Opt { value: found.value, arg }),
+            (Arg::No, None) => Ok(Opt {
+                value: found.value,
+                arg: String::new(),
+            }),
+            (Arg::No, Some(_)) => Err(GetoptError::Unknown(format!(
+                "option '--{}' doesn't allow an argument",
+                found.name
+            ))),
+            (Arg::Required, Some(arg)) => Ok(Opt {
+                value: found.value,
+                arg,
+            }),
             (Arg::Required, None) => match self.next_word() {
-                Some(arg) => Ok(Opt { value: found.value, arg }),
+                Some(arg) => Ok(Opt {
+                    value: found.value,
+                    arg,
+                }),
                 None => {
                     let text = format!("option '--{}' requires an argument", found.name);
-                    Err(GetoptError::MissingArgument(text, format!("--{}", found.name)))
+                    Err(GetoptError::MissingArgument(
+                        text,
+                        format!("--{}", found.name),
+                    ))
                 }
             },
         }
@@ -192,21 +238,43 @@ mod tests {
 
     fn errors(words: &[&str]) -> Vec<String> {
         let words: Vec<String> = words.iter().map(|w| (*w).to_owned()).collect();
-        let long = [long("read-only", Arg::No, 'r'), long("readable", Arg::No, 'R'), long("cache", Arg::Required, 't')];
+        let long = [
+            long("read-only", Arg::No, 'r'),
+            long("readable", Arg::No, 'R'),
+            long("cache", Arg::Required, 't'),
+        ];
         let mut options = Getopt::new(&words, "rt:", &long);
-        std::iter::from_fn(|| options.next()).filter_map(|o| o.err()).map(|e| e.text().to_owned()).collect()
+        std::iter::from_fn(|| options.next())
+            .filter_map(|o| o.err())
+            .map(|e| e.text().to_owned())
+            .collect()
     }
 
     #[test]
     fn wrong_options_get_the_messages_of_getopt() {
-        assert_eq!(errors(&["-x", "-t"]), ["invalid option -- 'x'", "option requires an argument -- 't'"]);
+        assert_eq!(
+            errors(&["-x", "-t"]),
+            [
+                "invalid option -- 'x'",
+                "option requires an argument -- 't'"
+            ]
+        );
         assert_eq!(errors(&["--foo=1"]), ["unrecognized option '--foo'"]);
         assert_eq!(
             errors(&["--read"]),
             ["option '--read' is ambiguous; possibilities: '--read-only' '--readable'"]
         );
-        assert_eq!(errors(&["--read-only=1"]), ["option '--read-only' doesn't allow an argument"]);
-        assert_eq!(errors(&["--cac"]), ["option '--cache' requires an argument"]);
-        assert_eq!(errors(&["--cac=x", "--read-", "--", "-x"]), Vec::<String>::new());
+        assert_eq!(
+            errors(&["--read-only=1"]),
+            ["option '--read-only' doesn't allow an argument"]
+        );
+        assert_eq!(
+            errors(&["--cac"]),
+            ["option '--cache' requires an argument"]
+        );
+        assert_eq!(
+            errors(&["--cac=x", "--read-", "--", "-x"]),
+            Vec::<String>::new()
+        );
     }
 }
