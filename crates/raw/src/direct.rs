@@ -7,7 +7,7 @@ use std::io::IoSliceMut;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use blockcore::{IoBuf, IoBufMut, Result};
+use blockcore::{BlockError, IoBuf, IoBufMut, Perm, Permissions, Result, SECTOR_BYTES};
 use rustix::fs::{AtFlags, StatxFlags, statx};
 use rustix::io::{Errno, preadv};
 
@@ -75,6 +75,28 @@ impl Alignment {
     }
 }
 
+/// Whether somebody who may write, but not change the length, can do so: O_DIRECT writes whole blocks, and the last one may reach past the end.
+/// `QEMU: bdrv_node_check_perm`. Blocks.
+///
+/// # Errors
+/// `InvalidArgument`, in QEMU's words; the host's.
+pub(crate) fn check_writer(file: &HostFile, permissions: Permissions) -> Result<()> {
+    let Some(align) = file.direct else {
+        return Ok(());
+    };
+    let writes = permissions.used.contains(Perm::WRITE);
+    if !writes || permissions.used.contains(Perm::RESIZE) {
+        return Ok(());
+    }
+    let length = file.length()?.next_multiple_of(SECTOR_BYTES);
+    if align.is_aligned(length) {
+        return Ok(());
+    }
+    Err(BlockError::invalid(
+        "Cannot get 'write' permission without 'resize': Image size is not a multiple of request alignment",
+    ))
+}
+
 /// Reads, by way of an aligned buffer where the caller's is not.
 pub(crate) async fn read(file: &Arc<HostFile>, offset: u64, mut buf: IoBufMut) -> Result<IoBufMut> {
     let Some(align) = file.direct.map(Alignment::of_pieces) else {
@@ -110,4 +132,29 @@ pub(crate) async fn write(
         buf = aligned.freeze();
     }
     engine::write(file, orphans, offset, buf).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::Engine;
+    use crate::host::HostKind;
+
+    #[test]
+    fn a_writer_that_may_not_resize_needs_a_file_of_whole_blocks() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1000).unwrap();
+        let writer = Permissions::root(true);
+        let of_blocks = |request, permissions| {
+            let fd = OwnedFd::from(file.try_clone().unwrap());
+            let align = Alignment { request, memory: 1 };
+            let host = HostFile::new(fd, HostKind::File, Some(align), Engine::Pool);
+            check_writer(&host, permissions)
+        };
+        assert!(of_blocks(512, writer).is_ok(), "files count in sectors");
+        assert!(of_blocks(4096, Permissions::root(false)).is_ok());
+        assert!(of_blocks(4096, Permissions::storage(true)).is_ok());
+        let err = of_blocks(4096, writer).unwrap_err();
+        assert!(err.text().contains("without 'resize'"), "{err}");
+    }
 }

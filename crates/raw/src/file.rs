@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, RwLock};
 
 use async_trait::async_trait;
 use blockcore::{
-    BlockDriver, BlockError, BlockLimits, BlockStatus, DriverInfo, IoBuf, IoBufMut, Node,
+    BlockDriver, BlockError, BlockLimits, BlockStatus, DriverInfo, IoBuf, IoBufMut, Node, Perm,
     Permissions, PreparedReopen, ReadFlags, ReopenRequest, Result, SpecificInfo, StatusFlags,
     StatusMode, TruncateRequest, WriteFlags,
 };
@@ -78,6 +78,17 @@ impl FileState {
         lock::apply(self.host().as_fd(), &self.filename, *held, new)?;
         *held = new;
         Ok(())
+    }
+
+    /// Takes the lock of what the parent did not say it would do, and keeps it; blocks.
+    fn also_use(&self, perm: Perm) -> Result<()> {
+        match self.held() {
+            Some(held) if !held.used.contains(perm) => self.apply_permissions(Permissions {
+                used: held.used | perm,
+                ..held
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// Lets go of the locks that `keep` has no use for, on every opening given; what is kept has been taken before.
@@ -261,9 +272,13 @@ impl BlockDriver for FileDriver {
     }
 
     async fn truncate(&self, request: TruncateRequest) -> Result<()> {
-        self.state.orphans.wait_all().await;
-        self.change(0, u64::MAX, move |host| truncate::truncate(host, request))
-            .await
+        let state = self.state.clone();
+        self.change(0, u64::MAX, move |host| {
+            // Somebody may count on the length: a raw image with a fixed place in the file.
+            state.also_use(Perm::RESIZE)?;
+            truncate::truncate(host, request)
+        })
+        .await
     }
 
     async fn allocated_size(&self) -> Result<Option<u64>> {
@@ -292,9 +307,13 @@ impl BlockDriver for FileDriver {
             return Err(BlockError::from_errno(libc::ENOTSUP));
         };
         let orphans = &source.state.orphans;
-        orphans.wait(src_offset, src_offset + bytes).await;
+        let src_end = src_offset + bytes;
+        orphans.wait(src_offset, src_end).await;
         let from = source.state.host();
+        // What is being copied must not change before a copy that nobody waits for any more is over.
+        let (reader, _waiter) = orphans.begin(src_offset, src_end);
         self.change(dst_offset, dst_offset + bytes, move |host| {
+            let _reader = reader;
             host.copy_from(&from, src_offset, dst_offset, bytes)
         })
         .await
@@ -307,7 +326,11 @@ impl BlockDriver for FileDriver {
 
     async fn set_permissions(&self, permissions: Permissions) -> Result<()> {
         let state = self.state.clone();
-        pool::run(move || state.apply_permissions(permissions)).await
+        pool::run(move || {
+            direct::check_writer(&state.host(), permissions)?;
+            state.apply_permissions(permissions)
+        })
+        .await
     }
 
     async fn close(&self) -> Result<()> {

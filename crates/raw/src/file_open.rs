@@ -127,7 +127,8 @@ fn kind_of(fd: &OwnedFd) -> io::Result<HostKind> {
     Ok(match file_type(fd)? {
         FileType::BlockDevice => HostKind::BlockDevice,
         FileType::CharacterDevice => HostKind::CharDevice,
-        _ => HostKind::File,
+        FileType::RegularFile => HostKind::File,
+        _ => HostKind::Other,
     })
 }
 
@@ -167,7 +168,12 @@ async fn open(
         direct: flags.direct,
         aio,
     };
-    let (name, diagnostics) = (filename.clone(), ctx.diagnostics().clone());
+    if let Some(id) = options.take_str("pr-manager") {
+        // Nobody can have made one: there are no such objects here.
+        let text = format!("No persistent reservation manager with id '{id}'");
+        return Err(BlockError::unsupported(text));
+    }
+    let name = filename;
     pool::run(move || {
         if aio == Aio::Uring {
             uring::available()
@@ -181,19 +187,29 @@ async fn open(
             let text = format!("'{driver_name}' driver requires '{name}' to be {what}");
             BlockError::invalid(text)
         };
+        // Opening a pipe would wait for whoever is at its other end.
+        let is_pipe = |mode| FileType::from_raw_mode(mode) == FileType::Fifo;
+        if rustix::fs::stat(&name).is_ok_and(|stat| is_pipe(stat.st_mode)) {
+            return Err(wrong_kind());
+        }
         let host = open_host(&name, mode).map_err(|e| match e.raw_os_error() {
             // The host lets directories be opened, but not for writing.
             Some(libc::EISDIR) if mode.read_only => wrong_kind(),
             _ => open_failed(&name, mode, e),
         })?;
-        if wants_device != (host.kind != HostKind::File) {
+        let is_wanted = match host.kind {
+            HostKind::File => !wants_device,
+            HostKind::BlockDevice | HostKind::CharDevice => wants_device,
+            HostKind::Other => false,
+        };
+        if !is_wanted {
             return Err(wrong_kind());
         }
         let can_lock = lock::are_supported(host.as_fd());
         if locking == "on" && !can_lock {
-            diagnostics.warn(
-                "File lock requested but OFD locking syscall is unavailable, falling back to none",
-            );
+            return Err(BlockError::unsupported(format!(
+                "locking=on was specified, but '{name}' can't be locked: the host has no OFD locks"
+            )));
         }
         let locks = locking != "off" && can_lock;
         Ok(FileDriver::new(driver_name, name, aio, locks, host))

@@ -28,6 +28,8 @@ pub(crate) enum HostKind {
     File,
     BlockDevice,
     CharDevice,
+    /// A pipe, a socket ...: nothing that a disk can lie in.
+    Other,
 }
 
 /// An open file of the host.

@@ -37,8 +37,7 @@ pub(crate) fn apply(
     old: Permissions,
     new: Permissions,
 ) -> Result<()> {
-    take(file, new).map_err(BlockError::from_io)?;
-    if let Err(e) = check_others(file, name, new) {
+    if let Err(e) = take(file, new).and_then(|()| check_others(file, name, new)) {
         release(file, new, old)?;
         return Err(e);
     }
@@ -49,9 +48,13 @@ pub(crate) fn apply(
 ///
 /// # Errors
 /// The host's.
-pub(crate) fn take(file: BorrowedFd<'_>, permissions: Permissions) -> io::Result<()> {
+pub(crate) fn take(file: BorrowedFd<'_>, permissions: Permissions) -> Result<()> {
     for byte in bytes_of(permissions) {
-        lock_byte(file, libc::F_OFD_SETLK, libc::F_RDLCK, byte)?;
+        lock_byte(file, libc::F_OFD_SETLK, libc::F_RDLCK, byte).map_err(|e| {
+            BlockError::from_io(e)
+                .context(format!("Failed to lock byte {byte}"))
+                .during(Op::Lock)
+        })?;
     }
     Ok(())
 }

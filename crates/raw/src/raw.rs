@@ -7,8 +7,8 @@
 use async_trait::async_trait;
 use blockcore::{
     BlockDriver, BlockError, BlockLimits, BlockStatus, Child, DriverInfo, IoBuf, IoBufMut,
-    MAX_LENGTH_BYTES, Node, PreparedReopen, ReadFlags, Registry, ReopenRequest, Result,
-    SECTOR_BYTES, StatusFlags, StatusMode, TruncateRequest, WriteFlags,
+    MAX_LENGTH_BYTES, Node, Perm, Permissions, PreparedReopen, ReadFlags, Registry, ReopenRequest,
+    Result, SECTOR_BYTES, StatusFlags, StatusMode, TruncateRequest, WriteFlags,
 };
 
 use crate::file::FileDriver;
@@ -21,6 +21,8 @@ pub struct RawDriver {
     pub(crate) offset: u64,
     /// The length in bytes, where the option `size` says it.
     pub(crate) fixed_size: Option<u64>,
+    /// Nothing is forbidden to others.
+    pub(crate) force_share: bool,
     /// The drivers that guessed the format, if they did.
     pub(crate) probed_by: Option<Registry>,
 }
@@ -45,6 +47,12 @@ impl RawDriver {
         }
     }
 
+    /// What to ask of the file when the parent asks for `parent`.
+    fn permissions_below(&self, parent: Permissions) -> Permissions {
+        let counts_on_length = self.offset > 0 || self.fixed_size.is_some();
+        file_permissions(parent, counts_on_length && !self.force_share)
+    }
+
     /// Whether a range that the caller checked against the length lies in the file's part that is the image.
     fn shift(&self, offset: u64, bytes: u64) -> Result<u64> {
         if let Some(size) = self.fixed_size
@@ -56,6 +64,16 @@ impl RawDriver {
             .checked_add(self.offset)
             .ok_or_else(|| BlockError::from_errno(libc::EINVAL))
     }
+}
+
+/// What to ask of the file: where a part of it is the image, nobody may change the length that the part was checked against.
+pub(crate) fn file_permissions(parent: Permissions, counts_on_length: bool) -> Permissions {
+    let mut wanted = parent;
+    wanted.shared.set(
+        Perm::RESIZE,
+        wanted.shared.contains(Perm::RESIZE) && !counts_on_length,
+    );
+    wanted
 }
 
 #[async_trait]
@@ -114,6 +132,11 @@ impl BlockDriver for RawDriver {
     async fn pwrite_zeroes(&self, offset: u64, bytes: u64, flags: WriteFlags) -> Result<()> {
         let at = self.shift(offset, bytes)?;
         self.file.pwrite_zeroes(at, bytes, flags).await
+    }
+
+    async fn reserve_storage(&self, offset: u64, bytes: u64) -> Result<()> {
+        let at = self.shift(offset, bytes)?;
+        self.file.reserve_storage(at, bytes).await
     }
 
     async fn pdiscard(&self, offset: u64, bytes: u64) -> Result<()> {
@@ -209,6 +232,12 @@ impl BlockDriver for RawDriver {
             }
         }
         Ok(Box::new(Nothing))
+    }
+
+    /// Raw has no use of its own for the file: what its parent does and puts up with is what the file's locks say.
+    async fn set_permissions(&self, permissions: Permissions) -> Result<()> {
+        let wanted = self.permissions_below(permissions);
+        self.file.driver().set_permissions(wanted).await
     }
 
     fn as_any(&self) -> &dyn std::any::Any {

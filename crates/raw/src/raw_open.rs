@@ -4,11 +4,11 @@
 use async_trait::async_trait;
 use blockcore::{
     BlockDriver, BlockError, Child, CreateContext, CreateOption, Diagnostics, DriverFactory,
-    OpenContext, Options, Perm, Permissions, Result, SECTOR_BYTES,
+    OpenContext, Options, Permissions, Result, SECTOR_BYTES,
 };
 
 use crate::file_open::CREATE_OPTIONS;
-use crate::raw::RawDriver;
+use crate::raw::{RawDriver, file_permissions};
 
 /// Opens and creates raw images.
 #[derive(Clone, Copy, Debug, Default)]
@@ -54,16 +54,8 @@ async fn configure(
     let offset = options.take_size("offset")?.unwrap_or(0);
     let size = options.take_size("size")?;
     check_range(offset, size, file.length())?;
-    if offset > 0 || size.is_some() {
-        // The range is counted from this length on: nobody may change it.
-        let parent = ctx.permissions();
-        let mut wanted = Permissions {
-            used: parent.used,
-            shared: parent.shared - Perm::RESIZE,
-        };
-        if ctx.flags().force_share {
-            wanted = wanted.sharing_all();
-        }
+    if (offset > 0 || size.is_some()) && !ctx.flags().force_share {
+        let wanted = file_permissions(ctx.permissions(), true);
         file.driver().set_permissions(wanted).await?;
     }
     Ok((offset, size))
@@ -104,6 +96,7 @@ impl DriverFactory for RawFactory {
             file,
             offset,
             fixed_size,
+            force_share: ctx.flags().force_share,
             probed_by: ctx.probed().then(|| ctx.registry().clone()),
         }))
     }

@@ -14,7 +14,7 @@ use crate::engine::pool;
 use crate::file::FileState;
 use crate::file_open::{Aio, OpenMode, open_host};
 use crate::host::HostFile;
-use crate::lock;
+use crate::{direct, lock};
 
 struct Prepared {
     state: Arc<FileState>,
@@ -126,13 +126,14 @@ fn prepare_blocking(state: Arc<FileState>, mode: OpenMode) -> Result<Box<dyn Pre
         Some(old) => (old, permissions_after(old, mode.read_only)),
         None => (Permissions::NONE, Permissions::NONE),
     };
+    direct::check_writer(&host, new)?;
     // Until it is decided, both hold.
     state.apply_permissions(both(old, new))?;
     if state.held().is_some()
         && let Err(e) = lock::take(host.as_fd(), both(old, new))
     {
         state.narrow_permissions(&[&current], old);
-        return Err(could_not(e));
+        return Err(e);
     }
     Ok(Box::new(Prepared {
         state,

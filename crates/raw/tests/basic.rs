@@ -69,3 +69,20 @@ async fn a_file_that_is_not_there_is_named() {
         "Could not open 'no/such/file': No such file or directory"
     );
 }
+
+#[tokio::test]
+async fn a_pipe_is_refused_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("pipe");
+    let made = std::process::Command::new("mkfifo").arg(&path).status();
+    assert!(made.unwrap().success());
+    let name = path.to_str().unwrap();
+    let err = OpenOptions::new()
+        .format("raw")
+        .read_only(true)
+        .open(&registry(), name)
+        .await
+        .unwrap_err();
+    let text = format!("'file' driver requires '{name}' to be a regular file");
+    assert_eq!(err.text(), text);
+}

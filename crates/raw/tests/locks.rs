@@ -6,7 +6,9 @@ mod common;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Stdio};
 
-use blockcore::{Backend, ErrorKind, NodeFlags, OpenOptions, Options, Permissions, Result};
+use blockcore::{
+    Backend, ErrorKind, NodeFlags, OpenOptions, Options, Permissions, Result, TruncateRequest,
+};
 use common::{Disk, qemu_io, registry};
 
 /// Opens the file as a format would that writes to it, or only reads.
@@ -196,4 +198,51 @@ async fn a_reopen_for_writing_is_refused_while_somebody_reads() {
         .await
         .unwrap();
     first.close().await.unwrap();
+}
+
+/// Who works on a part of a file counts on its length; a resize says so to others, and keeps saying it.
+#[tokio::test]
+async fn a_file_is_not_resized_under_somebody_who_counts_on_its_length() {
+    let disk = Disk::create("1M").await;
+    let part = OpenOptions::new().read_only(true).option("size", "4k");
+    let part = disk.open(part).await;
+    let whole = disk.open(OpenOptions::new()).await;
+    let longer = TruncateRequest {
+        bytes: 2 << 20,
+        ..TruncateRequest::default()
+    };
+    let refused = whole.truncate(longer).await.unwrap_err();
+    assert_eq!(refused.text(), "Failed to get \"resize\" lock");
+    assert_eq!(whole.length(), 1 << 20);
+    part.close().await.unwrap();
+    whole.truncate(longer).await.unwrap();
+    let part = OpenOptions::new()
+        .format("raw")
+        .read_only(true)
+        .option("size", "4k")
+        .open(&registry(), disk.name())
+        .await;
+    let refused = part.unwrap_err();
+    assert_eq!(refused.text(), "Failed to get shared \"resize\" lock");
+    whole.close().await.unwrap();
+}
+
+/// A raw node between a format and the file passes on what the format asks for.
+#[tokio::test]
+async fn raw_over_raw_locks_as_raw_alone() {
+    let disk = Disk::create("1M").await;
+    let nested = async || {
+        OpenOptions::new()
+            .format("raw")
+            .option("file.driver", "raw")
+            .option("file.file.filename", disk.name())
+            .open_options(&registry())
+            .await
+    };
+    let first = nested().await.unwrap();
+    let strict = Permissions::storage(true);
+    first.root().driver().set_permissions(strict).await.unwrap();
+    assert_eq!(nested().await.unwrap_err().kind(), ErrorKind::Locked);
+    first.close().await.unwrap();
+    nested().await.unwrap().close().await.unwrap();
 }
