@@ -27,6 +27,9 @@ pub fn registry() -> Registry {
     #[cfg(feature = "qcow2")]
     registry.register(qcow2::Qcow2Factory);
     #[cfg(feature = "filters")]
-    registry.register(filters::NullFactory);
+    {
+        registry.register(filters::NullFactory::CO);
+        registry.register(filters::NullFactory::AIO);
+    }
     registry
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! `null-co`: a disk that forgets what is written, for measuring what lies above it. `QEMU: block/null.c`.
+//! `null-co` and `null-aio`: a disk that forgets what is written, for measuring what lies above it. `QEMU: block/null.c`.
 //!
 //! Options: `size` (1 GiB), `latency-ns` (how long a request takes; 0), `read-zeroes` (whether reads give zeroes; off: they leave the
 //! buffer as it is, which costs nothing).
@@ -17,6 +17,7 @@ const DEFAULT_BYTES: u64 = 1 << 30;
 /// A disk that keeps nothing.
 #[derive(Clone, Copy, Debug)]
 pub struct NullDriver {
+    name: &'static str,
     bytes: u64,
     latency: Duration,
     read_zeroes: bool,
@@ -33,7 +34,7 @@ impl NullDriver {
 #[async_trait]
 impl BlockDriver for NullDriver {
     fn format_name(&self) -> &'static str {
-        "null-co"
+        self.name
     }
 
     fn is_protocol(&self) -> bool {
@@ -95,18 +96,27 @@ impl BlockDriver for NullDriver {
     }
 }
 
-/// Opens `null-co://`.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct NullFactory;
+/// Opens `null-co://` or `null-aio://`. QEMU has two drivers to measure its two kinds of callers; to us they are one under two names.
+#[derive(Clone, Copy, Debug)]
+pub struct NullFactory {
+    name: &'static str,
+}
+
+impl NullFactory {
+    /// The driver `null-co`.
+    pub const CO: NullFactory = NullFactory { name: "null-co" };
+    /// The driver `null-aio`.
+    pub const AIO: NullFactory = NullFactory { name: "null-aio" };
+}
 
 #[async_trait]
 impl DriverFactory for NullFactory {
     fn format_name(&self) -> &'static str {
-        "null-co"
+        self.name
     }
 
     fn protocol_name(&self) -> Option<&'static str> {
-        Some("null-co")
+        Some(self.name)
     }
 
     async fn open(
@@ -121,9 +131,10 @@ impl DriverFactory for NullFactory {
         {
             let name = options.take_str("filename").unwrap_or_default();
             if name != "//" {
-                return Err(BlockError::invalid(
-                    "The only allowed filename for this driver is 'null-co://'",
-                ));
+                return Err(BlockError::invalid(format!(
+                    "The only allowed filename for this driver is '{}://'",
+                    self.name
+                )));
             }
         }
         let latency = options.take_str("latency-ns");
@@ -133,6 +144,7 @@ impl DriverFactory for NullFactory {
             Some(Err(_)) => return Err(BlockError::invalid("latency-ns is invalid")),
         };
         Ok(Box::new(NullDriver {
+            name: self.name,
             bytes: options.take_size("size")?.unwrap_or(DEFAULT_BYTES),
             latency: Duration::from_nanos(latency),
             read_zeroes: options.take_bool("read-zeroes")?.unwrap_or(false),
@@ -140,9 +152,10 @@ impl DriverFactory for NullFactory {
     }
 
     async fn create(&self, _ctx: &CreateContext<'_>, _name: &str, _options: Options) -> Result<()> {
-        Err(BlockError::unsupported(
-            "Protocol driver 'null-co' does not support image creation",
-        ))
+        Err(BlockError::unsupported(format!(
+            "Protocol driver '{}' does not support image creation",
+            self.name
+        )))
     }
 }
 
@@ -153,7 +166,8 @@ mod tests {
 
     fn registry() -> Registry {
         let mut registry = Registry::new();
-        registry.register(NullFactory);
+        registry.register(NullFactory::CO);
+        registry.register(NullFactory::AIO);
         registry
     }
 
@@ -188,6 +202,9 @@ mod tests {
                 .await
         };
         assert_eq!(open("null-co://").await.unwrap().length(), DEFAULT_BYTES);
+        let other = OpenOptions::new().format("null-aio");
+        let other = other.open(&registry(), "null-aio://").await.unwrap();
+        assert_eq!(other.root().format_name(), "null-aio");
         assert_eq!(
             open("null-co://x").await.unwrap_err().text(),
             "The only allowed filename for this driver is 'null-co://'"
