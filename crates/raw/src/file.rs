@@ -261,6 +261,9 @@ impl BlockDriver for FileDriver {
             return Ok(status);
         }
         self.state.orphans.wait(offset, offset + bytes).await;
+        if let Some(known) = status::status_nowait(&self.state.host(), offset, bytes) {
+            return Ok(known);
+        }
         self.blocking(move |host| Ok::<_, BlockError>(status::status(host, offset, bytes)))
             .await
     }

@@ -15,6 +15,7 @@ use rustix::io::{Errno, ReadWriteFlags, preadv, preadv2, pwritev};
 use crate::direct::Alignment;
 use crate::engine::Engine;
 use crate::ioctl;
+use crate::status::KnownData;
 
 /// The most pieces that one vectored call takes (`IOV_MAX`).
 const IOV_MAX: usize = 1024;
@@ -40,6 +41,7 @@ pub(crate) struct HostFile {
     /// What O_DIRECT asks for; `None`: the page cache is used.
     pub direct: Option<Alignment>,
     pub engine: Engine,
+    pub known_data: KnownData,
     can_zero_range: AtomicBool,
     can_punch: AtomicBool,
     can_discard: AtomicBool,
@@ -68,6 +70,7 @@ impl HostFile {
             kind,
             direct,
             engine,
+            known_data: KnownData::default(),
             can_zero_range: AtomicBool::new(true),
             can_punch: AtomicBool::new(true),
             can_discard: AtomicBool::new(true),
@@ -154,6 +157,7 @@ impl HostFile {
     }
 
     pub fn set_length(&self, bytes: u64) -> io::Result<()> {
+        let _holes = self.known_data.forget_afterwards();
         Ok(retry(|| rustix::fs::ftruncate(&self.fd, bytes))?)
     }
 
@@ -174,6 +178,7 @@ impl HostFile {
 
     /// Makes a range read as zero without writing it; `ENOTSUP` where the host can't. A range past the end grows the file.
     pub fn zero(&self, offset: u64, bytes: u64, flags: WriteFlags) -> io::Result<()> {
+        let _holes = self.known_data.forget_afterwards();
         let end = offset + bytes;
         if flags.contains(WriteFlags::MAY_UNMAP)
             && self.try_mode(&self.can_punch, PUNCH, offset, bytes)?
@@ -217,6 +222,7 @@ impl HostFile {
 
     /// Gives the storage of a range back; `ENOTSUP` where the host can't.
     pub fn discard(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        let _holes = self.known_data.forget_afterwards();
         if self.kind == HostKind::BlockDevice {
             return match ioctl::discard_blocks(self.fd.as_fd(), offset, bytes) {
                 Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {
@@ -234,6 +240,7 @@ impl HostFile {
 
     /// Copies from another file without the data passing through this process; `ENOTSUP` where the host can't.
     pub fn copy_from(&self, source: &HostFile, from: u64, to: u64, bytes: u64) -> io::Result<()> {
+        let _holes = self.known_data.forget_afterwards();
         let (mut from, mut to, mut left) = (from, to, bytes);
         while left > 0 {
             let n = left.min(1 << 30) as usize;
