@@ -276,8 +276,38 @@ impl Node {
             .await
             .map_err(|e| e.during(Op::Truncate).on_node(&self.name));
         self.mark_written();
-        drop(tracked);
         let refreshed = self.refresh_length().await;
+        drop(tracked);
+        result.and(refreshed.map(|_| ()))
+    }
+
+    /// Makes the node at least `bytes` long. Never makes it shorter, whatever is written to it meanwhile.
+    ///
+    /// # Errors
+    /// As [`truncate`](Node::truncate).
+    pub async fn extend(&self, bytes: u64) -> Result<()> {
+        self.check_writable(Op::Truncate)?;
+        let old = self.length();
+        if old >= bytes {
+            return Ok(());
+        }
+        let tracked = self.tracked.begin(old, u64::MAX, true).await;
+        // Looked at again: what was in flight past the old end has made the node longer, and must not be cut off.
+        if self.length() >= bytes {
+            return Ok(());
+        }
+        let request = TruncateRequest {
+            bytes,
+            ..TruncateRequest::default()
+        };
+        let result = self
+            .driver
+            .truncate(request)
+            .await
+            .map_err(|e| e.during(Op::Truncate).on_node(&self.name));
+        self.mark_written();
+        let refreshed = self.refresh_length().await;
+        drop(tracked);
         result.and(refreshed.map(|_| ()))
     }
 

@@ -8,8 +8,8 @@
 //! Who waits for whom follows the order of arrival, so nobody ever waits in a circle. A guard takes its entry out when it is dropped,
 //! also with its future.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::sync::Notify;
 
@@ -21,9 +21,8 @@ struct Entry {
     serialising: bool,
 }
 
-/// The changes in flight on one node.
 #[derive(Debug, Default)]
-pub struct TrackedRequests {
+struct Shared {
     /// In order of arrival.
     entries: Mutex<Vec<Entry>>,
     next_id: AtomicU64,
@@ -31,65 +30,105 @@ pub struct TrackedRequests {
     gone: Notify,
 }
 
-/// One change in flight. Dropping it ends the change.
-#[derive(Debug)]
-pub struct TrackedRequest<'a> {
-    owner: &'a TrackedRequests,
-    id: u64,
-}
-
-impl TrackedRequests {
-    /// Enters a change of `start..end` and waits until no other change stands in its way.
-    ///
-    /// Dropping the future takes the entry out again.
-    pub async fn begin(&self, start: u64, end: u64, serialising: bool) -> TrackedRequest<'_> {
-        let id = {
-            let mut entries = self.lock();
-            let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-            entries.push(Entry {
-                id,
-                start,
-                end,
-                serialising,
-            });
-            id
-        };
-        let guard = TrackedRequest { owner: self, id };
-        loop {
-            let gone = self.gone.notified();
-            let mut gone = std::pin::pin!(gone);
-            // Listening starts before the look, so that an entry that goes in between is not missed.
-            gone.as_mut().enable();
-            // INV REQ-SER-1
-            let blocked = self
-                .lock()
-                .iter()
-                .take_while(|e| e.id < id)
-                .any(|e| (serialising || e.serialising) && e.start < end && start < e.end);
-            if !blocked {
-                return guard;
-            }
-            gone.await;
-        }
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Entry>> {
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Vec<Entry>> {
         self.entries
             .lock()
             .expect("no code panics while it holds this lock")
     }
 }
 
-impl Drop for TrackedRequest<'_> {
-    fn drop(&mut self) {
-        let mut entries = self.owner.lock();
-        if let Some(at) = entries.iter().position(|e| e.id == self.id) {
-            let gone = entries.remove(at);
-            let watched = gone.serialising || entries.iter().any(|e| e.serialising);
-            drop(entries);
-            if watched {
-                self.owner.gone.notify_waiters();
+/// The changes in flight on one node.
+#[derive(Debug, Default)]
+pub struct TrackedRequests {
+    shared: Arc<Shared>,
+}
+
+/// One change in flight. Dropping it ends the change.
+#[derive(Debug)]
+pub struct TrackedRequest {
+    shared: Arc<Shared>,
+    entry: Entry,
+}
+
+impl TrackedRequests {
+    /// Enters a change of `start..end`, which has its place in the order of arrival from now on. It may begin after its [`turn`](TrackedRequest::turn).
+    pub fn enter(&self, start: u64, end: u64, serialising: bool) -> TrackedRequest {
+        let mut entries = self.shared.lock();
+        let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
+        let entry = Entry {
+            id,
+            start,
+            end,
+            serialising,
+        };
+        entries.push(entry);
+        drop(entries);
+        TrackedRequest {
+            shared: self.shared.clone(),
+            entry,
+        }
+    }
+
+    /// Waits until every change of `start..end` that has been entered is over, without entering one: nobody waits for the caller.
+    pub async fn settled(&self, start: u64, end: u64) {
+        let until = self.shared.next_id.load(Ordering::Relaxed);
+        loop {
+            let mut gone = std::pin::pin!(self.shared.gone.notified());
+            gone.as_mut().enable();
+            let overlaps = |e: &Entry| e.id < until && e.start < end && start < e.end;
+            if !self.shared.lock().iter().any(overlaps) {
+                return;
             }
+            gone.await;
+        }
+    }
+
+    /// Enters a change of `start..end` and waits until no other change stands in its way.
+    ///
+    /// Dropping the future takes the entry out again.
+    pub async fn begin(&self, start: u64, end: u64, serialising: bool) -> TrackedRequest {
+        let request = self.enter(start, end, serialising);
+        request.turn().await;
+        request
+    }
+}
+
+impl TrackedRequest {
+    /// Waits until no change that came before stands in the way.
+    pub async fn turn(&self) {
+        let Entry {
+            id,
+            start,
+            end,
+            serialising,
+        } = self.entry;
+        loop {
+            let mut gone = std::pin::pin!(self.shared.gone.notified());
+            // Listening starts before the look, so that an entry that goes in between is not missed.
+            gone.as_mut().enable();
+            // INV REQ-SER-1
+            let blocked = self
+                .shared
+                .lock()
+                .iter()
+                .take_while(|e| e.id < id)
+                .any(|e| (serialising || e.serialising) && e.start < end && start < e.end);
+            if !blocked {
+                return;
+            }
+            gone.await;
+        }
+    }
+}
+
+impl Drop for TrackedRequest {
+    fn drop(&mut self) {
+        let mut entries = self.shared.lock();
+        if let Some(at) = entries.iter().position(|e| e.id == self.entry.id) {
+            entries.remove(at);
+            drop(entries);
+            self.shared.gone.notify_waiters();
         }
     }
 }
@@ -135,6 +174,6 @@ mod tests {
         drop(rmw);
         assert!(tracked.begin(0, 10, false).now_or_never().is_some());
         drop(write);
-        assert!(tracked.lock().is_empty());
+        assert!(tracked.shared.lock().is_empty());
     }
 }

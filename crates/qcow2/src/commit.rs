@@ -23,7 +23,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use blockcore::{BlockError, IoBuf, Preallocation, Result, TruncateRequest, WriteFlags};
+use blockcore::{BlockError, IoBuf, Result, WriteFlags};
 
 use crate::alloc::{Freed, Meta};
 use crate::image::{Image, Owner};
@@ -148,15 +148,8 @@ impl Image {
         // Stays set until it has worked: the header may name the new place or the old one.
         plan.moved_table = meta.moving_table.clone();
         // A cluster that was written only in part at the very end: the file reaches to its end, as other readers expect.
-        let end = meta.needed_length;
-        if end > self.file.length() && !self.file.is_read_only() {
-            let request = TruncateRequest {
-                bytes: end,
-                exact: false,
-                preallocation: Preallocation::Off,
-                zero_new_area: false,
-            };
-            self.file.truncate(request).await?;
+        if !self.file.is_read_only() {
+            self.file.extend(meta.needed_length).await?;
         }
         plan.blocks = meta.refcounts.take_dirty();
         plan.table_entries = std::mem::take(&mut meta.refcounts.dirty_entries)

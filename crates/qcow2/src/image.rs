@@ -27,6 +27,7 @@ use crate::format::{L1E_OFFSET_MASK, L2E_OFFSET_MASK, OFLAG_ZERO};
 use crate::header::{CompressionType, Header, Incompatible};
 use crate::l2_cache::{L2Cache, NumberMap, PinnedSlice};
 use crate::l2_table::{BadEntry, L1Table, Mapping};
+use crate::orphan::Orphans;
 
 /// Byte offset of the incompatible feature bits in the header.
 pub(crate) const INCOMPATIBLE_OFFSET: u64 = 72;
@@ -99,6 +100,8 @@ pub(crate) struct Image {
     pub commits: CommitState,
     /// Work that goes on when its future is dropped.
     pub tasks: Arc<InFlight>,
+    /// Changes whose future was dropped, and that are still going on.
+    pub orphans: Orphans,
     pub corrupt: AtomicBool,
     /// Corruption was found since the image was opened, and somebody was told.
     pub corruption_said: AtomicBool,

@@ -22,6 +22,7 @@ mod l2_cache;
 mod l2_table;
 mod map;
 mod open;
+mod orphan;
 mod read;
 mod refcount;
 mod remap;

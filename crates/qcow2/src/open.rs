@@ -137,6 +137,7 @@ pub(crate) async fn open_image(
         epochs: Default::default(),
         commits: CommitState::default(),
         tasks: Default::default(),
+        orphans: Default::default(),
         corrupt: AtomicBool::new(header.is_corrupt()),
         corruption_said: AtomicBool::new(false),
         writable: AtomicBool::new(false),

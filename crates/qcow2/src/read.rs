@@ -16,6 +16,9 @@ use crate::l2_table::Mapping;
 impl Image {
     /// Reads without waiting, if all of it can be told from memory and the host's page cache.
     pub fn read_nowait(&self, offset: u64, buf: &mut [u8]) -> bool {
+        if self.orphans.any() {
+            return false;
+        }
         let _epoch = self.epochs.enter();
         let mut at = offset;
         let mut left = buf;
@@ -67,6 +70,16 @@ impl Image {
     /// # Errors
     /// Those of the file and the backing node; `Corrupt`.
     pub async fn read(&self, offset: u64, mut buf: IoBufMut) -> Result<IoBufMut> {
+        // INV REQ-DROP-1: a read waits for changes that nobody else waits for any more: what it has seen stays.
+        if self.orphans.any() {
+            let end = offset + buf.len() as u64;
+            self.changing
+                .settled(
+                    offset >> self.cluster_bits,
+                    end.div_ceil(self.cluster_size()),
+                )
+                .await;
+        }
         let _epoch = self.epochs.enter();
         let bytes = buf.len() as u64;
         let (mapping, first) = self.run(offset, bytes, Intent::Read).await?;

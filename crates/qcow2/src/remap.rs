@@ -47,10 +47,13 @@ impl Image {
             // Version 2 has no zero clusters, and an unallocated one would show the backing node.
             return not_supported();
         }
-        self.spawn(move |image| async move { image.write_zeroes_now(offset, bytes, flags).await })
-            .await
+        self.spawn(offset, offset + bytes, move |image| async move {
+            image.write_zeroes_now(offset, bytes, flags).await
+        })
+        .await
     }
 
+    /// As [`write_zeroes`](Image::write_zeroes). The caller holds `changing`.
     async fn write_zeroes_now(
         self: Arc<Self>,
         offset: u64,
@@ -60,41 +63,34 @@ impl Image {
         let end = offset + bytes;
         let first = offset >> self.cluster_bits;
         let last = (end - 1) >> self.cluster_bits;
-        let changing = self.changing.begin(first, last + 1, true).await;
-        {
-            let _epoch = self.epochs.enter();
-            let head = self.in_cluster(offset);
-            // At the end of the disk the cluster is covered to its end: nothing is exposed behind.
-            let tail = if end == self.size() {
-                0
-            } else {
-                end.next_multiple_of(self.cluster_size()) - end
-            };
-            if (head > 0 || tail > 0)
-                && !self.may_widen(first, last, offset, head, end, tail).await?
-            {
-                return not_supported();
-            }
-            let unmap = flags.contains(WriteFlags::MAY_UNMAP);
-            let version = self.version;
-            self.remap(first, last + 1, unmap, |mapping, entry| match mapping {
-                _ if version < 3 => match mapping {
-                    Mapping::Unallocated => Remap::Keep,
-                    _ => Remap::Replace(0),
-                },
-                Mapping::ZeroPlain => Remap::Keep,
-                Mapping::Unallocated => Remap::Set(OFLAG_ZERO),
-                Mapping::Compressed(_) => Remap::Replace(OFLAG_ZERO),
-                Mapping::ZeroAllocated { .. } | Mapping::Data { .. } if unmap => {
-                    Remap::Replace(OFLAG_ZERO)
-                }
-                Mapping::ZeroAllocated { .. } => Remap::Keep,
-                Mapping::Data { .. } => Remap::Set(entry | OFLAG_ZERO),
-            })
-            .await?;
+        let _epoch = self.epochs.enter();
+        let head = self.in_cluster(offset);
+        // At the end of the disk the cluster is covered to its end: nothing is exposed behind.
+        let tail = if end == self.size() {
+            0
+        } else {
+            end.next_multiple_of(self.cluster_size()) - end
+        };
+        if (head > 0 || tail > 0) && !self.may_widen(first, last, offset, head, end, tail).await? {
+            return not_supported();
         }
-        drop(changing);
-        self.commit_if_wanted().await
+        let unmap = flags.contains(WriteFlags::MAY_UNMAP);
+        let version = self.version;
+        self.remap(first, last + 1, unmap, |mapping, entry| match mapping {
+            _ if version < 3 => match mapping {
+                Mapping::Unallocated => Remap::Keep,
+                _ => Remap::Replace(0),
+            },
+            Mapping::ZeroPlain => Remap::Keep,
+            Mapping::Unallocated => Remap::Set(OFLAG_ZERO),
+            Mapping::Compressed(_) => Remap::Replace(OFLAG_ZERO),
+            Mapping::ZeroAllocated { .. } | Mapping::Data { .. } if unmap => {
+                Remap::Replace(OFLAG_ZERO)
+            }
+            Mapping::ZeroAllocated { .. } => Remap::Keep,
+            Mapping::Data { .. } => Remap::Set(entry | OFLAG_ZERO),
+        })
+        .await
     }
 
     /// Whether what a request leaves out of its one cluster, in front of it and behind it, reads as zero. The caller holds `changing`.
@@ -138,25 +134,20 @@ impl Image {
         if !whole || (self.version < 3 && self.backing.is_some()) {
             return not_supported();
         }
-        self.spawn(move |image| async move {
+        self.spawn(offset, end, move |image| async move {
+            let _epoch = image.epochs.enter();
             let first = offset >> image.cluster_bits;
             let last = (end - 1) >> image.cluster_bits;
-            let changing = image.changing.begin(first, last + 1, true).await;
             let zero = if image.version < 3 { 0 } else { OFLAG_ZERO };
             let has_backing = image.backing.is_some();
-            {
-                let _epoch = image.epochs.enter();
-                image
-                    .remap(first, last + 1, true, |mapping, _| match mapping {
-                        Mapping::ZeroPlain => Remap::Keep,
-                        Mapping::Unallocated if has_backing => Remap::Set(zero),
-                        Mapping::Unallocated => Remap::Keep,
-                        _ => Remap::Replace(zero),
-                    })
-                    .await?;
-            }
-            drop(changing);
-            image.commit_if_wanted().await
+            image
+                .remap(first, last + 1, true, |mapping, _| match mapping {
+                    Mapping::ZeroPlain => Remap::Keep,
+                    Mapping::Unallocated if has_backing => Remap::Set(zero),
+                    Mapping::Unallocated => Remap::Keep,
+                    _ => Remap::Replace(zero),
+                })
+                .await
         })
         .await
     }

@@ -55,10 +55,13 @@ impl Image {
             let text = "Failed to zero out new clusters: Operation not supported";
             return Err(BlockError::unsupported(text));
         }
-        self.spawn(move |image| async move { image.grow(old, request).await })
-            .await
+        self.spawn(old, request.bytes, move |image| async move {
+            image.grow(old, request).await
+        })
+        .await
     }
 
+    /// Grows the disk. The caller holds `changing` over what appears, or is alone.
     pub(crate) async fn grow(self: Arc<Self>, old: u64, request: TruncateRequest) -> Result<()> {
         let new = request.bytes;
         let table_bytes = 1u64 << (self.l2_bits() + self.cluster_bits);
@@ -68,9 +71,6 @@ impl Image {
             return Err(BlockError::from_errno(27).message(text));
         }
         {
-            let first = old >> self.cluster_bits;
-            let last = (new - 1) >> self.cluster_bits;
-            let _changing = self.changing.begin(first, last + 1, true).await;
             let _epoch = self.epochs.enter();
             self.grow_l1(l1_entries as usize, new).await?;
             self.zero_new_area(old, new).await?;

@@ -36,32 +36,54 @@ impl Image {
     /// Those of the file and the backing node; `NoSpace`; `Corrupt`.
     pub async fn write(self: &Arc<Self>, offset: u64, buf: IoBuf) -> Result<()> {
         self.check_sound()?;
-        let epoch = self.epochs.enter();
-        if let Some(runs) = self.runs_in_place(offset, buf.len() as u64).await? {
-            return self.write_in_place(&runs, buf).await;
+        let end = offset + buf.len() as u64;
+        // INV REQ-DROP-1: while a change is on its way that nobody waits for any more, later writes line up behind it.
+        if !self.orphans.any() {
+            let epoch = self.epochs.enter();
+            if let Some(runs) = self.runs_in_place(offset, buf.len() as u64).await? {
+                return self.write_in_place(&runs, buf).await;
+            }
+            drop(epoch);
         }
-        drop(epoch);
-        self.spawn(move |image| async move { image.write_allocating(offset, buf).await })
-            .await
+        self.spawn(offset, end, move |image| async move {
+            image.write_allocating(offset, buf).await
+        })
+        .await
     }
 
-    /// Runs a change to its end even if the caller's future is dropped.
+    /// Changes what the clusters of `start..end` (guest bytes) map to. The change runs to its end even if the caller's future is dropped, and has its
+    /// place among other changes from the moment of the call: what is asked for later comes later (INV REQ-DROP-1).
     ///
     /// # Errors
     /// Those of the change; `Cancelled` if the runtime shuts down.
-    pub async fn spawn<F>(self: &Arc<Self>, change: impl FnOnce(Arc<Image>) -> F) -> Result<()>
+    pub async fn spawn<F>(
+        self: &Arc<Self>,
+        start: u64,
+        end: u64,
+        change: impl FnOnce(Arc<Image>) -> F,
+    ) -> Result<()>
     where
         F: Future<Output = Result<()>> + Send + 'static,
     {
-        let guard = self.tasks.enter_owned();
+        let in_flight = self.tasks.enter_owned();
+        let changing = self.changing.enter(
+            start >> self.cluster_bits,
+            end.div_ceil(self.cluster_size()),
+            true,
+        );
+        let (done, _unless_dropped) = self.orphans.watch();
+        let image = self.clone();
         let work = change(self.clone());
         let task = tokio::spawn(async move {
-            let _guard = guard;
-            work.await
+            let _in_flight = in_flight;
+            let _done = done;
+            changing.turn().await;
+            let result = work.await;
+            drop(changing);
+            result.and(image.commit_if_wanted().await)
         });
-        task.await.unwrap_or_else(|_| {
-            Err(BlockError::from_errno(125).message("The request was cancelled"))
-        })
+        let cancelled = || BlockError::from_errno(125).message("The request was cancelled");
+        task.await.unwrap_or_else(|_| Err(cancelled()))
     }
 
     /// The host ranges of a guest range that can all be written in place.
@@ -104,22 +126,14 @@ impl Image {
         result
     }
 
+    /// As [`write`](Image::write), whatever the clusters are. The caller holds `changing`.
     async fn write_allocating(self: Arc<Self>, offset: u64, buf: IoBuf) -> Result<()> {
+        let _epoch = self.epochs.enter();
         let end = offset + buf.len() as u64;
-        let wants_commit = {
-            let first = offset >> self.cluster_bits;
-            let last = (end - 1) >> self.cluster_bits;
-            let _changing = self.changing.begin(first, last + 1, true).await;
-            let _epoch = self.epochs.enter();
-            let mut at = offset;
-            while at < end {
-                let rest = buf.slice((at - offset) as usize..);
-                at += self.write_some(at, rest).await?;
-            }
-            self.meta.lock().await.wants_commit()
-        };
-        if wants_commit {
-            self.commit().await?;
+        let mut at = offset;
+        while at < end {
+            let rest = buf.slice((at - offset) as usize..);
+            at += self.write_some(at, rest).await?;
         }
         Ok(())
     }

@@ -4,6 +4,7 @@
 mod crash;
 mod model;
 mod rules;
+mod stress;
 
 use std::sync::Arc;
 
