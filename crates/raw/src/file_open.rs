@@ -275,6 +275,12 @@ impl DriverFactory for FileFactory {
             Some(mode) => Preallocation::from_name(&mode).ok_or_else(|| bad_value(&mode))?,
             None => Preallocation::Off,
         };
+        if preallocation == Preallocation::Metadata {
+            // Before a file that may be there is cut: it would be lost for nothing.
+            return Err(BlockError::unsupported(format!(
+                "Unsupported preallocation mode: {preallocation}"
+            )));
+        }
         let nocow = options.take_bool("nocow")?.unwrap_or(false);
         let extent_bytes = options
             .take_size("extent_size_hint")?
@@ -322,6 +328,12 @@ impl Hints {
 
 /// Makes a file, or empties the one that is there; blocks. `QEMU: raw_co_create`.
 fn create(name: &str, bytes: u64, preallocation: Preallocation, hints: Hints) -> Result<()> {
+    if preallocation == Preallocation::Metadata {
+        // Before the file that may be there is emptied for nothing.
+        return Err(BlockError::unsupported(format!(
+            "Unsupported preallocation mode: {preallocation}"
+        )));
+    }
     let failed = |e| could_not("create", name, BlockError::from_io(e));
     let fd = open_fd(name, OFlags::RDWR | OFlags::CREATE).map_err(failed)?;
     let kind = kind_of(&fd).map_err(failed)?;
