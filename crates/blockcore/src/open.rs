@@ -415,10 +415,10 @@ impl OpenContext<'_> {
 }
 
 async fn open_node(shared: &Shared<'_>, mut request: NodeRequest) -> Result<Arc<Node>> {
-    if request.by_image {
-        if let Some(name) = request.filename.take() {
-            request.filename = Some(shared.policy.admit(&name).await?);
-        }
+    if request.by_image
+        && let Some(name) = request.filename.take()
+    {
+        request.filename = Some(shared.policy.admit(&name).await?);
     }
     if let Some(json) = request.filename.take_if(|f| f.starts_with("json:")) {
         let mut merged = Options::from_json(&json)?;

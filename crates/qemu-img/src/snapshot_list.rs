@@ -65,7 +65,7 @@ pub(crate) fn json(s: &SnapshotInfo) -> Value {
 fn date(seconds: u32) -> String {
     let (days, rest) = (seconds / 86400, seconds % 86400);
     let (mut year, mut day) = (1970, days);
-    let leap = |y: u32| y % 4 == 0 && (y % 100 != 0 || y % 400 == 0);
+    let leap = |y: u32| y.is_multiple_of(4) && (!y.is_multiple_of(100) || y.is_multiple_of(400));
     while day >= 365 + u32::from(leap(year)) {
         day -= 365 + u32::from(leap(year));
         year += 1;

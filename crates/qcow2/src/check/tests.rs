@@ -45,7 +45,7 @@ async fn damage_is_told_line_by_line() {
         (L2, 0, &["Leaked cluster 5 refcount=1 reference=0"]),
         (
             L2 + 8,
-            copied | 5 * CLUSTER as u64,
+            copied | (5 * CLUSTER as u64),
             &["ERROR cluster 5 refcount=1 reference=2"],
         ),
         (
@@ -55,7 +55,7 @@ async fn damage_is_told_line_by_line() {
         ),
         (
             L2,
-            copied | 5 * CLUSTER as u64 | 2,
+            copied | (5 * CLUSTER as u64) | 2,
             &["ERROR found l2 entry with reserved bits set: 8000000000005002"],
         ),
         (
@@ -87,7 +87,7 @@ async fn damage_is_told_line_by_line() {
 #[tokio::test]
 async fn a_second_reference_that_does_not_fit_is_an_overflow() {
     let mut image = image(0);
-    put(&mut image, L2 + 8, OFLAG_COPIED | 5 * CLUSTER as u64);
+    put(&mut image, L2 + 8, OFLAG_COPIED | (5 * CLUSTER as u64));
     assert_eq!(
         findings(image).await,
         ["ERROR: overflow cluster offset=0x5000", OVERFLOW_HINT]
@@ -106,7 +106,7 @@ async fn no_bytes_make_the_check_panic() {
             let word = match rng.below(4) {
                 0 => rng.next_u64(),
                 1 => 1 << rng.below(64),
-                2 => rng.below(8) * CLUSTER as u64 | OFLAG_COPIED,
+                2 => (rng.below(8) * CLUSTER as u64) | OFLAG_COPIED,
                 _ => u64::MAX,
             };
             put(&mut image, at, word);

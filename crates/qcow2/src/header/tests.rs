@@ -58,7 +58,9 @@ async fn what_is_written_is_read_again_with_extensions_that_nobody_knows() {
 
 #[tokio::test]
 async fn what_is_damaged_is_named() {
-    let cases: &[(&[(usize, &[u8])], &str)] = &[
+    /// Bytes to put somewhere.
+    type Damage<'a> = &'a [(usize, &'a [u8])];
+    let cases: &[(Damage<'_>, &str)] = &[
         (&[(0, b"QFI\xfa")], "Image is not in qcow2 format"),
         (&[(7, &[4])], "Unsupported qcow2 version 4"),
         (&[(23, &[8])], "Unsupported cluster size: 2^8"),
