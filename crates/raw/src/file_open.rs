@@ -275,12 +275,6 @@ impl DriverFactory for FileFactory {
             Some(mode) => Preallocation::from_name(&mode).ok_or_else(|| bad_value(&mode))?,
             None => Preallocation::Off,
         };
-        if preallocation == Preallocation::Metadata {
-            // Before a file that may be there is cut: it would be lost for nothing.
-            return Err(BlockError::unsupported(format!(
-                "Unsupported preallocation mode: {preallocation}"
-            )));
-        }
         let nocow = options.take_bool("nocow")?.unwrap_or(false);
         let extent_bytes = options
             .take_size("extent_size_hint")?
