@@ -143,7 +143,7 @@ impl BlockDriver for Qcow2 {
     }
 
     async fn snapshots(&self) -> Result<Vec<SnapshotInfo>> {
-        let table = snapshot::read_table(&self.header(), &self.image.file).await?;
+        let table = snapshot::read_entries(&self.header(), &self.image.file).await?;
         let info = |s: snapshot::Snapshot| SnapshotInfo {
             id: s.id,
             name: s.name,

@@ -224,6 +224,18 @@ impl Image {
         if header.nb_snapshots > 0 {
             let table = snapshot::read_table(header, &self.file).await?;
             self.own(header.snapshots_offset, table.bytes, Owner::SnapshotTable);
+            // Tables of different snapshots are different tables, so together they fit into the file. A forged header must not make this loop long.
+            let total: u64 = table
+                .snapshots
+                .iter()
+                .map(|s| u64::from(s.l1_size) * 8)
+                .sum();
+            if total > self.file.length() {
+                let text = format!(
+                    "The L1 tables of the snapshots have {total} bytes, more than the file"
+                );
+                return Err(BlockError::corrupt(text));
+            }
             for s in &table.snapshots {
                 self.own(
                     s.l1_table_offset,
