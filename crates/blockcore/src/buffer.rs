@@ -7,7 +7,7 @@
 //! split into disjoint parts that different drivers work on at once.
 //!
 //! This file and the engines in the `raw` crate are the only places with `unsafe`. The invariant everything here
-//! rests on: *the byte ranges of all live [`MutSegment`]s over one allocation are disjoint*. A range is only ever
+//! rests on: *the byte ranges of all live `MutSegment`s over one allocation are disjoint*. A range is only ever
 //! made by allocating it or by splitting a range in two.
 #![allow(unsafe_code)]
 

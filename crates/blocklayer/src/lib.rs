@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What an application depends on: the standard drivers in one [`registry`], and the block layer's interface.
+//! What an application depends on: the standard drivers in one [`registry()`], and the block layer's interface.
 //!
 //! Drivers are feature flags (`raw`, `qcow2`, `filters`; all on by default), so that a program carries only what it uses.
 

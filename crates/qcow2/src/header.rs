@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The image header: [`RawHeader`] is what is on disk, [`Header`] is what has been checked.
+//! The image header: `RawHeader` is what is on disk, [`Header`] is what has been checked.
 //!
 //! Nothing here is believed before it was looked at: sizes and offsets are bounded before anything is read or allocated by them. Features that
 //! this release can't handle are refused by name.

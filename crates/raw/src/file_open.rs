@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use async_trait::async_trait;
 use blockcore::{
-    BlockDriver, BlockError, CreateContext, CreateOption, DriverFactory, ErrorKind, OpenContext,
+    BlockDriver, BlockError, CreateContext, CreateOption, DriverFactory, IoBuf, OpenContext,
     OptionKind, Options, Perm, Permissions, Preallocation, Result, SECTOR_BYTES, TruncateRequest,
     strerror,
 };
@@ -406,25 +406,57 @@ impl DriverFactory for HostDeviceFactory {
             .unwrap_or(filename)
             .to_owned();
         let bytes = options.take_size("size")?.unwrap_or(0);
+        if let Some(mode) = options.take_str("preallocation") {
+            match Preallocation::from_name(&mode) {
+                Some(Preallocation::Off) => {}
+                Some(_) => {
+                    let text = format!("Unsupported preallocation mode '{mode}'");
+                    return Err(BlockError::unsupported(text));
+                }
+                None => return Err(bad_value(&mode)),
+            }
+        }
         if let Some(key) = options.keys().next() {
             return Err(BlockError::invalid(format!("Invalid parameter '{key}'")));
         }
-        pool::run(move || {
-            let failed = |e| could_not("open", &name, BlockError::from_io(e));
-            let fd = open_fd(&name, OFlags::RDWR).map_err(failed)?;
-            let kind = kind_of(&fd).map_err(failed)?;
-            if kind == HostKind::File {
-                let text = format!("The given file '{name}' is not a device");
-                return Err(BlockError::new(ErrorKind::InvalidArgument, text));
-            }
-            let host = HostFile::new(fd, kind, None, Engine::Pool);
-            let request = TruncateRequest {
-                bytes,
-                exact: false,
-                ..TruncateRequest::default()
-            };
-            truncate::truncate(&host, request)
-        })
-        .await
+        pool::run(move || use_as_new(&name, bytes)).await
     }
+}
+
+/// Takes a device that is there for a new image of `bytes`; blocks. `QEMU: bdrv_co_create_opts_simple`.
+fn use_as_new(name: &str, bytes: u64) -> Result<()> {
+    let cannot_open = |e: BlockError| {
+        e.context(
+            "Protocol driver 'host_device' does not support creating new images, so an existing image must be selected as the target; however, opening the given target as an existing image failed",
+        )
+    };
+    let failed = |e| cannot_open(could_not("open", name, BlockError::from_io(e)));
+    let is_file = |mode| FileType::from_raw_mode(mode) == FileType::RegularFile;
+    if rustix::fs::stat(name).is_ok_and(|stat| is_file(stat.st_mode)) {
+        let text = format!(
+            "'host_device' driver requires '{name}' to be either a character or block device"
+        );
+        return Err(cannot_open(BlockError::invalid(text)));
+    }
+    let fd = open_fd(name, OFlags::RDWR).map_err(failed)?;
+    let kind = kind_of(&fd).map_err(failed)?;
+    let host = HostFile::new(fd, kind, None, Engine::Pool);
+    let mine = Permissions {
+        used: Perm::CONSISTENT_READ | Perm::WRITE | Perm::RESIZE,
+        shared: Perm::all(),
+    };
+    if lock::are_supported(host.as_fd()) {
+        lock::apply(host.as_fd(), name, Permissions::NONE, mine).map_err(cannot_open)?;
+    }
+    let request = TruncateRequest {
+        bytes,
+        exact: false,
+        ..TruncateRequest::default()
+    };
+    truncate::truncate(&host, request)?;
+    // The header of what was there before must not make the next guess find it.
+    let first_sector = bytes.min(SECTOR_BYTES) as usize;
+    host.write(0, &IoBuf::zeroes(first_sector))
+        .and_then(|()| host.sync_data())
+        .map_err(|e| BlockError::from_io(e).context("Failed to clear the new image's first sector"))
 }
