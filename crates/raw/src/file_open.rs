@@ -455,8 +455,13 @@ fn use_as_new(name: &str, bytes: u64) -> Result<()> {
     };
     truncate::truncate(&host, request)?;
     // The header of what was there before must not make the next guess find it.
-    let first_sector = bytes.min(SECTOR_BYTES) as usize;
-    host.write(0, &IoBuf::zeroes(first_sector))
-        .and_then(|()| host.sync_data())
-        .map_err(|e| BlockError::from_io(e).context("Failed to clear the new image's first sector"))
+    let cannot_clear =
+        |e| BlockError::from_io(e).context("Failed to clear the new image's first sector");
+    let first_sector = host.length().map_err(cannot_clear)?.min(SECTOR_BYTES);
+    if first_sector > 0 {
+        host.write(0, &IoBuf::zeroes(first_sector as usize))
+            .and_then(|()| host.sync_data())
+            .map_err(cannot_clear)?;
+    }
+    Ok(())
 }
