@@ -113,6 +113,10 @@ impl BlockDriver for Qcow2 {
         if !self.image.writable.load(Ordering::Acquire) {
             return Ok(());
         }
+        // INV REQ-DROP-1: what a dropped future left going on is over before the flush is.
+        if self.image.orphans.any() {
+            self.image.changing.settled(0, u64::MAX).await;
+        }
         self.image.commit().await
     }
 
