@@ -452,7 +452,7 @@ async fn open_node(shared: &Shared<'_>, mut request: NodeRequest) -> Result<Arc<
         .as_ref()
         .map_or(request.kind == NodeKind::Protocol, is_protocol);
     let driver = if on_protocol {
-        protocol_driver(shared, driver, request.filename, options, &mut ctx)?
+        protocol_driver(shared, driver, request.filename, options, &mut ctx).await?
     } else {
         let file = open_format_file(shared, request.filename, options, &ctx).await?;
         ctx.filename = file
@@ -546,7 +546,7 @@ async fn open_node(shared: &Shared<'_>, mut request: NodeRequest) -> Result<Arc<
 }
 
 /// The driver of a protocol node, with the file name in the option `filename`.
-fn protocol_driver(
+async fn protocol_driver(
     shared: &Shared<'_>,
     driver: Option<Arc<dyn DriverFactory>>,
     filename: Option<String>,
@@ -556,7 +556,7 @@ fn protocol_driver(
     if let Some(filename) = filename {
         let driver = match driver {
             Some(driver) => driver,
-            None => shared.registry.protocol_for(&filename)?.clone(),
+            None => shared.registry.find_protocol(&filename).await?,
         };
         if options.contains("filename") {
             return Err(BlockError::invalid(
@@ -578,7 +578,7 @@ fn protocol_driver(
     ctx.filename = options.get_str("filename").unwrap_or_default();
     match (driver, options.get_str("filename")) {
         (Some(driver), _) => Ok(driver),
-        (None, Some(name)) => shared.registry.protocol_for(&name).cloned(),
+        (None, Some(name)) => shared.registry.find_protocol(&name).await,
         (None, None) => Err(BlockError::invalid("Must specify either driver or file")),
     }
 }
@@ -696,7 +696,7 @@ impl CreateContext<'_> {
     /// # Errors
     /// The protocol driver's.
     pub async fn create_file(&self, filename: &str, options: Options) -> Result<Backend> {
-        let protocol = self.registry.protocol_for(filename)?.clone();
+        let protocol = self.registry.find_protocol(filename).await?;
         protocol.create(self, filename, options).await?;
         let shared = Shared {
             registry: self.registry,

@@ -83,7 +83,19 @@ impl Registry {
             .ok_or_else(unknown)
     }
 
-    /// The protocol driver that a file name belongs to.
+    /// As [`protocol_for`](Registry::protocol_for), with the look at the host on a thread that may wait.
+    ///
+    /// # Errors
+    /// `NotFound`: `Unknown protocol 'x'`.
+    pub async fn find_protocol(&self, filename: &str) -> Result<Arc<dyn DriverFactory>> {
+        let (registry, filename) = (self.clone(), filename.to_owned());
+        let look = move || registry.protocol_for(&filename).cloned();
+        tokio::task::spawn_blocking(look)
+            .await
+            .unwrap_or_else(|_| Err(BlockError::from_errno(libc::ECANCELED)))
+    }
+
+    /// The protocol driver that a file name belongs to. Looks at the host (is it a device?), and may wait for it.
     ///
     /// # Errors
     /// `NotFound`: `Unknown protocol 'x'`.

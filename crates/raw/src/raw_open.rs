@@ -111,7 +111,7 @@ impl DriverFactory for RawFactory {
         filename: &str,
         options: Options,
     ) -> Result<()> {
-        let protocol = ctx.registry().protocol_for(filename)?.clone();
+        let protocol = ctx.registry().find_protocol(filename).await?;
         protocol.create(ctx, filename, options).await
     }
 }
