@@ -323,11 +323,19 @@ impl Image {
     }
 
     /// Notes that the host clusters of a mapping lost the reference of an L2 entry.
-    pub fn free_mapping(&self, meta: &mut Meta, old: &Mapping, punch: bool) {
+    ///
+    /// # Errors
+    /// `Corrupt` where they hold metadata.
+    pub fn free_mapping(&self, meta: &mut Meta, old: &Mapping, punch: bool) -> Result<()> {
         if let Some((host, bytes)) = old.referenced(self.cluster_size()) {
+            // INV QCOW2-META-1: an entry that points at metadata must not make that metadata free, or a hole.
+            if let Some(owner) = self.owner_in(host, bytes) {
+                return Err(self.refuse_overlap(host, owner));
+            }
             let first = host >> self.cluster_bits;
             let end = (host + bytes).div_ceil(self.cluster_size());
             meta.free_later(first, end - first, punch);
         }
+        Ok(())
     }
 }

@@ -306,7 +306,9 @@ impl Image {
             .owned
             .write()
             .expect("no code panics while it holds this lock");
-        for cluster in host >> self.cluster_bits..(host + bytes).div_ceil(self.cluster_size()) {
+        for cluster in
+            host >> self.cluster_bits..host.saturating_add(bytes).div_ceil(self.cluster_size())
+        {
             owned
                 .entry(cluster)
                 .and_modify(|o| *o = Owner::Disputed)
@@ -328,7 +330,7 @@ impl Image {
             .owned
             .read()
             .expect("no code panics while it holds this lock");
-        (host >> self.cluster_bits..(host + bytes).div_ceil(self.cluster_size()))
+        (host >> self.cluster_bits..host.saturating_add(bytes).div_ceil(self.cluster_size()))
             .find_map(|c| owned.get(&c).copied())
     }
 

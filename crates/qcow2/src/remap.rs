@@ -201,7 +201,7 @@ impl Image {
                         self.ensure_l2_table(&mut meta, self.l1_index(cluster))
                             .await?;
                         self.set_entry(&mut meta, cluster, new).await?;
-                        self.free_mapping(&mut meta, &mapping, punch);
+                        self.free_mapping(&mut meta, &mapping, punch)?;
                     }
                 }
             }

@@ -72,27 +72,40 @@ impl Image {
         }
         {
             let _epoch = self.epochs.enter();
-            self.grow_l1(l1_entries as usize, new).await?;
+            self.grow_l1(l1_entries as usize).await?;
             self.zero_new_area(old, new).await?;
             if request.preallocation != Preallocation::Off {
                 self.preallocate(old, new, request.preallocation).await?;
             }
         }
-        self.commit().await?;
+        let set_size = async |size: u64| {
+            let mut meta = self.meta.lock().await;
+            let growth = meta.growth.get_or_insert_with(|| Growth {
+                size,
+                old_l1: Vec::new(),
+            });
+            growth.size = size;
+        };
+        set_size(new).await;
+        if let Err(e) = self.commit().await {
+            set_size(old).await;
+            return Err(e);
+        }
         self.size.store(new, std::sync::atomic::Ordering::Release);
         Ok(())
     }
 
     /// Makes room for L1 entries, at a new place if need be, and notes the new length for the commit.
-    async fn grow_l1(&self, entries: usize, new_size: u64) -> Result<()> {
+    async fn grow_l1(&self, entries: usize) -> Result<()> {
         let mut meta = self.meta.lock().await;
         let meta = &mut *meta;
         let have = self.l1.len();
-        let mut old_l1 = meta.growth.take().map(|g| g.old_l1).unwrap_or_default();
         if entries > have {
             let clusters = (entries as u64 * 8).div_ceil(self.cluster_size());
             let run = self.alloc_run(meta, clusters).await?;
             let host = run.cluster << self.cluster_bits;
+            // Only now, when nothing can fail any more: what an earlier growth has left to do must not be forgotten.
+            let mut old_l1 = meta.growth.take().map(|g| g.old_l1).unwrap_or_default();
             if have > 0 {
                 let count = (have as u64 * 8).div_ceil(self.cluster_size());
                 old_l1.push(Freed {
@@ -105,11 +118,12 @@ impl Image {
             self.l1.grow(entries);
             meta.l1_offset = host;
             meta.dirty_l1.extend(0..entries);
+            // The header may name the new place at once, but the new length only when what appears is zero: a flush may come between.
+            meta.growth = Some(Growth {
+                size: self.size(),
+                old_l1,
+            });
         }
-        meta.growth = Some(Growth {
-            size: new_size,
-            old_l1,
-        });
         Ok(())
     }
 
@@ -216,7 +230,7 @@ impl Image {
         for i in 0..run.count {
             let host = (run.cluster + i) << self.cluster_bits;
             let old = self.set_entry(meta, first + i, host | OFLAG_COPIED).await?;
-            self.free_mapping(meta, &old, false);
+            self.free_mapping(meta, &old, false)?;
         }
         Ok(())
     }

@@ -276,7 +276,7 @@ impl Image {
             match old {
                 // The cluster was kept for this.
                 Mapping::ZeroAllocated { host: kept, .. } if kept == host => {}
-                old => self.free_mapping(&mut meta, &old, false),
+                old => self.free_mapping(&mut meta, &old, false)?,
             }
         }
         Ok(())
