@@ -21,7 +21,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use blockcore::{BlockError, IoBuf, Result, WriteFlags};
 
@@ -40,6 +40,9 @@ pub(crate) struct CommitState {
     begun: AtomicU64,
     /// The number of the last commit that ended well.
     done: AtomicU64,
+    /// A commit has taken changes and not yet said what became of them. Stays set if its runtime ends meanwhile: then the changes are lost, and no
+    /// later flush may say otherwise.
+    unsettled: AtomicBool,
 }
 
 /// A copy of everything that is to be written.
@@ -99,7 +102,13 @@ impl Image {
     pub(crate) async fn commit_now(&self) -> Result<()> {
         self.mark_corrupt_on_disk().await?;
         self.check_sound()?;
+        if self.commits.unsettled.load(Ordering::Acquire) {
+            let text =
+                "An earlier write-back of metadata was cut off; the image has to be opened again";
+            return Err(BlockError::from_errno(5).message(text));
+        }
         let mut plan = self.take_plan().await?;
+        self.commits.unsettled.store(true, Ordering::Release);
         let result = self.write_plan(&plan).await;
         let mut meta = self.meta.lock().await;
         meta.refcounts.written(&plan.blocks, result.is_ok());
@@ -122,6 +131,7 @@ impl Image {
             }
             meta.limbo.extend(plan.freed.drain(..).map(|f| (stamp, f)));
             drop(meta);
+            self.commits.unsettled.store(false, Ordering::Release);
             return self.empty_limbo().await;
         };
         // Nothing is lost: what may not have reached the disk goes into the next commit.
@@ -131,6 +141,7 @@ impl Image {
         }
         meta.dirty_l1.extend(plan.l1_entries);
         meta.freed.append(&mut plan.freed);
+        self.commits.unsettled.store(false, Ordering::Release);
         Err(e)
     }
 
