@@ -70,9 +70,9 @@ impl Child {
 }
 
 impl Deref for Child {
-    type Target = Node;
+    type Target = Arc<Node>;
 
-    fn deref(&self) -> &Node {
+    fn deref(&self) -> &Arc<Node> {
         &self.node
     }
 }

@@ -112,6 +112,16 @@ pub struct TruncateRequest {
     pub zero_new_area: bool,
 }
 
+impl TruncateRequest {
+    /// To `bytes` bytes, with no further wishes.
+    pub fn to(bytes: u64) -> TruncateRequest {
+        TruncateRequest {
+            bytes,
+            ..TruncateRequest::default()
+        }
+    }
+}
+
 /// General facts about an open image. `QEMU: BlockDriverInfo`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DriverInfo {

@@ -10,12 +10,13 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock};
 
+use crate::backend::InFlight;
 use crate::child::Child;
 use crate::driver::{BlockDriver, ReopenRequest, TruncateRequest};
 use crate::error::{BlockError, ErrorKind, Op, Result};
 use crate::limits::{BlockLimits, MAX_LENGTH_BYTES};
 use crate::options::{OptionValue, Options};
-use crate::tracked::TrackedRequests;
+use crate::tracked::{TrackedRequest, TrackedRequests};
 
 /// The size of a sector in bytes. Lengths of nodes are multiples of it, as in QEMU.
 pub const SECTOR_BYTES: u64 = 512;
@@ -63,6 +64,8 @@ pub struct Node {
     no_flush: AtomicBool,
     unmap: AtomicBool,
     pub(crate) tracked: TrackedRequests,
+    /// Changes of length that go on when their future is dropped.
+    tasks: Arc<InFlight>,
     /// Counts changes that are done, given up or failed. Two flushes without a step in between are one.
     write_generation: AtomicU64,
     flushed_generation: AtomicU64,
@@ -106,6 +109,7 @@ impl Node {
             no_flush: AtomicBool::new(f.no_flush),
             unmap: AtomicBool::new(f.unmap),
             tracked: TrackedRequests::default(),
+            tasks: Arc::default(),
             write_generation: AtomicU64::new(0),
             flushed_generation: AtomicU64::new(0),
             users: AtomicUsize::new(0),
@@ -255,9 +259,11 @@ impl Node {
 
     /// Changes the length. What is new reads as zero, or as the backing node where that is longer.
     ///
+    /// Runs to its end even if the future is dropped: the length that the node knows and the one that the driver has never part (INV REQ-DROP-1).
+    ///
     /// # Errors
     /// `ReadOnly`, the driver's, or `InvalidArgument` for a length out of bounds.
-    pub async fn truncate(&self, request: TruncateRequest) -> Result<()> {
+    pub async fn truncate(self: &Arc<Self>, request: TruncateRequest) -> Result<()> {
         self.check_writable(Op::Truncate)?;
         if request.bytes > MAX_LENGTH_BYTES {
             let text = format!(
@@ -266,49 +272,52 @@ impl Node {
             );
             return Err(BlockError::from_errno(libc::EFBIG).message(text));
         }
-        let old = self.length();
-        let from = old.min(request.bytes);
+        let from = self.length().min(request.bytes);
         // Serialising: nothing may write to what appears or goes while it does.
-        let tracked = self.tracked.begin(from, u64::MAX, true).await;
-        let result = self
-            .driver
-            .truncate(request)
-            .await
-            .map_err(|e| e.during(Op::Truncate).on_node(&self.name));
-        self.mark_written();
-        let refreshed = self.refresh_length().await;
-        drop(tracked);
-        result.and(refreshed.map(|_| ()))
+        let tracked = self.tracked.enter(from, u64::MAX, true);
+        self.set_length(tracked, move |_| Some(request)).await
     }
 
-    /// Makes the node at least `bytes` long. Never makes it shorter, whatever is written to it meanwhile.
+    /// Makes the node at least `bytes` long. Never makes it shorter, whatever is written to it meanwhile. Runs to its end even if the future is dropped.
     ///
     /// # Errors
     /// As [`truncate`](Node::truncate).
-    pub async fn extend(&self, bytes: u64) -> Result<()> {
+    pub async fn extend(self: &Arc<Self>, bytes: u64) -> Result<()> {
         self.check_writable(Op::Truncate)?;
         let old = self.length();
         if old >= bytes {
             return Ok(());
         }
-        let tracked = self.tracked.begin(old, u64::MAX, true).await;
+        let tracked = self.tracked.enter(old, u64::MAX, true);
         // Looked at again: what was in flight past the old end has made the node longer, and must not be cut off.
-        if self.length() >= bytes {
-            return Ok(());
-        }
-        let request = TruncateRequest {
-            bytes,
-            ..TruncateRequest::default()
-        };
-        let result = self
-            .driver
-            .truncate(request)
-            .await
-            .map_err(|e| e.during(Op::Truncate).on_node(&self.name));
-        self.mark_written();
-        let refreshed = self.refresh_length().await;
-        drop(tracked);
-        result.and(refreshed.map(|_| ()))
+        let still_short = move |length| (length < bytes).then(|| TruncateRequest::to(bytes));
+        self.set_length(tracked, still_short).await
+    }
+
+    /// Changes the length when it is the turn of `tracked`, as `request` wants, which is told the length at that time.
+    async fn set_length(
+        self: &Arc<Self>,
+        tracked: TrackedRequest,
+        request: impl FnOnce(u64) -> Option<TruncateRequest> + Send + 'static,
+    ) -> Result<()> {
+        let node = self.clone();
+        let in_flight = self.tasks.enter_owned();
+        let task = tokio::spawn(async move {
+            let _in_flight = in_flight;
+            tracked.turn().await;
+            let Some(request) = request(node.length()) else {
+                return Ok(());
+            };
+            let result = node.driver.truncate(request).await;
+            node.mark_written();
+            let refreshed = node.refresh_length().await;
+            drop(tracked);
+            result
+                .map_err(|e| e.during(Op::Truncate).on_node(&node.name))
+                .and(refreshed.map(|_| ()))
+        });
+        let cancelled = |_| Err(BlockError::from_errno(libc::ECANCELED).during(Op::Truncate));
+        task.await.unwrap_or_else(cancelled)
     }
 
     /// Changes mode and options of this node. The caller has seen to it that nothing is in flight.
@@ -351,6 +360,7 @@ impl Node {
         if self.users.fetch_sub(1, Ordering::AcqRel) != 1 {
             return Ok(());
         }
+        self.tasks.wait_idle().await;
         let mut result = self
             .driver
             .close()

@@ -11,6 +11,7 @@
 //! 5. *free*: those are over, and its hole is punched if the guest asked for that; the refcount goes down, and it can be allocated (INV QCOW2-ORD-4).
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 
 use blockcore::{BlockError, ErrorKind, IoBufMut, ReadFlags, Result, WriteFlags};
 
@@ -138,7 +139,7 @@ impl Image {
         }
         if (cluster + taken) << self.cluster_bits > L2E_OFFSET_MASK {
             let text = "The image file can't grow further";
-            return Err(BlockError::new(ErrorKind::NoSpace, text).errno_is(27));
+            return Err(BlockError::new(ErrorKind::NoSpace, text).errno_is(libc::EFBIG));
         }
         let (host, bytes) = (cluster << self.cluster_bits, taken << self.cluster_bits);
         // INV QCOW2-META-1: a cluster that is counted free and holds metadata all the same is never handed out.
@@ -223,25 +224,33 @@ impl Image {
         Ok(())
     }
 
-    /// Takes one reference from each cluster of a freed run. The caller has seen to INV QCOW2-ORD-3 and QCOW2-ORD-4.
+    /// Takes one reference from each cluster of the first run in limbo, and the run out of it. The caller has seen to INV QCOW2-ORD-3 and QCOW2-ORD-4.
     ///
     /// # Errors
-    /// Those of reading refcount blocks; `Corrupt` where there was no reference.
-    pub async fn release_run(&self, meta: &mut Meta, freed: Freed) -> Result<()> {
-        for cluster in freed.cluster..freed.cluster + freed.count {
-            match meta.refcounts.get(&self.file, cluster).await? {
-                0 => {
-                    let host = cluster << self.cluster_bits;
-                    let text =
-                        format!("Cluster at offset {host:#x} was freed, but had no references");
-                    return Err(self.signal_corruption(&text, host));
-                }
-                1 => {
-                    meta.refcounts.set(&self.file, cluster, 0).await?;
-                    self.disown(cluster);
-                    meta.next_free = meta.next_free.min(cluster);
-                }
-                n => meta.refcounts.set(&self.file, cluster, n - 1).await?,
+    /// Those of reading refcount blocks, with what is left to do still in limbo; `Corrupt` where there was no reference.
+    pub async fn release_first(&self, meta: &mut Meta) -> Result<()> {
+        while let Some((_, freed)) = meta.limbo.front_mut() {
+            if freed.count == 0 {
+                meta.limbo.pop_front();
+                break;
+            }
+            let cluster = freed.cluster;
+            let references = meta.refcounts.get(&self.file, cluster).await?;
+            if references == 0 {
+                let host = cluster << self.cluster_bits;
+                let text = format!("Cluster at offset {host:#x} was freed, but had no references");
+                return Err(self.signal_corruption(&text, host));
+            }
+            meta.refcounts
+                .set(&self.file, cluster, references - 1)
+                .await?;
+            if let Some((_, freed)) = meta.limbo.front_mut() {
+                freed.cluster += 1;
+                freed.count -= 1;
+            }
+            if references == 1 {
+                self.disown(cluster);
+                meta.next_free = meta.next_free.min(cluster);
             }
         }
         Ok(())
@@ -307,7 +316,7 @@ impl Image {
     /// # Errors
     /// Those of reading the table; `Corrupt` for an old entry that makes no sense.
     pub async fn set_entry(
-        &self,
+        self: &Arc<Self>,
         meta: &mut Meta,
         guest_cluster: u64,
         entry: u64,

@@ -68,11 +68,12 @@ pub async fn check(header: &Header, file: &Child, fix: CheckFix) -> Result<Check
     let mut checker = Checker::new(header, file)?;
     checker.count_references().await?;
     checker.compare().await?;
-    checker.check_copied().await?;
+    checker.check_copied(Counted::OnDisk).await?;
     Ok(checker.result)
 }
 
-/// Counts all references of an image, as `check` does; for repairs.
+/// Counts all references of an image, as `check` does; for repairs. An entry that says `COPIED` of a cluster with several references is a corruption of
+/// the result, whatever the refcounts on disk say.
 ///
 /// # Errors
 /// As [`check`].
@@ -82,7 +83,17 @@ pub async fn compute_refcounts(
 ) -> Result<(RefcountMap, CheckResult)> {
     let mut checker = Checker::new(header, file)?;
     checker.count_references().await?;
+    checker.check_copied(Counted::ByThis).await?;
     Ok((checker.map, checker.result))
+}
+
+/// Whose count `COPIED` is compared with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Counted {
+    /// The refcounts on disk.
+    OnDisk,
+    /// What this check has counted. Then a missing flag is no fault: it costs a copy, and no data.
+    ByThis,
 }
 
 /// The largest refcount of a width that a counter here can reach.
@@ -379,7 +390,7 @@ impl<'a> Checker<'a> {
                     "qcow2: Image is corrupt: {text}; further non-fatal corruption events will be suppressed"
                 ));
             }
-            return Err(BlockError::from_errno(5));
+            return Err(BlockError::from_errno(libc::EIO));
         }
         if self.block.as_ref().is_none_or(|(n, _)| *n != number) {
             let buf = IoBufMut::zeroed(self.cluster as usize);
@@ -427,18 +438,26 @@ impl<'a> Checker<'a> {
         Ok(())
     }
 
+    /// The refcount that contradicts an entry's `COPIED` flag, if it does.
+    async fn wrong_copied(&mut self, entry: u64, host: u64, counted: Counted) -> Option<u64> {
+        let cluster = host / self.cluster;
+        let copied = entry & OFLAG_COPIED != 0;
+        let (refcount, harmless) = match counted {
+            Counted::OnDisk => (self.refcount(cluster).await.ok()?, false),
+            Counted::ByThis => (self.map.get(cluster), !copied),
+        };
+        ((refcount == 1) != copied && !harmless).then_some(refcount)
+    }
+
     /// INV QCOW2-META-2: `COPIED` is set exactly where the refcount is one.
-    async fn check_copied(&mut self) -> Result<()> {
+    async fn check_copied(&mut self, counted: Counted) -> Result<()> {
         for i in 0..self.l1.len() {
             let entry = self.l1[i];
             let table = entry & L1E_OFFSET_MASK;
             if table == 0 {
                 continue;
             }
-            let Ok(refcount) = self.refcount(table / self.cluster).await else {
-                continue;
-            };
-            if (refcount == 1) != (entry & OFLAG_COPIED != 0) {
+            if let Some(refcount) = self.wrong_copied(entry, table, counted).await {
                 let line = format!(
                     "ERROR OFLAG_COPIED L2 cluster: l1_index={i} l1_entry={entry:x} refcount={refcount}"
                 );
@@ -452,10 +471,7 @@ impl<'a> Checker<'a> {
                 if entry & OFLAG_COMPRESSED != 0 || host == 0 {
                     continue;
                 }
-                let Ok(refcount) = self.refcount(host / self.cluster).await else {
-                    continue;
-                };
-                if (refcount == 1) != (entry & OFLAG_COPIED != 0) {
+                if let Some(refcount) = self.wrong_copied(entry, host, counted).await {
                     let line = format!(
                         "ERROR OFLAG_COPIED data cluster: l2_entry={entry:x} refcount={refcount}"
                     );

@@ -5,8 +5,8 @@
 //!
 //! | step | what | why then |
 //! |---|---|---|
-//! | 1 | changed refcount blocks; a moved refcount table | nothing refers to new ones yet |
-//! | 2 | *fdatasync*, then new refcount table entries or the header that names the moved table | they must not point at garbage |
+//! | 1 | the file is made long enough; changed refcount blocks | nothing refers to new ones yet |
+//! | 2 | *fdatasync*, then new refcount table entries; for a moved table *fdatasync*, and the header that names it | they must not point at garbage |
 //! | 3 | *fdatasync* | INV QCOW2-ORD-1: refcounts; INV QCOW2-ORD-2: guest data and COW that finished before the copy was taken |
 //! | 4 | changed L2 slices, changed L1 entries | everything they point at is durable |
 //! | 5 | *fdatasync* | INV QCOW2-ORD-5 |
@@ -20,13 +20,13 @@
 //! after a flush was called does for that flush.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 
-use blockcore::{BlockError, IoBuf, Result, WriteFlags};
+use blockcore::{IoBuf, Result, WriteFlags};
 
 use crate::alloc::{Freed, Meta};
-use crate::image::{Image, Owner};
+use crate::image::{Image, Owner, cancelled};
 use crate::l2_cache::PinnedSlice;
 use crate::refcount::BlockWrite;
 
@@ -40,13 +40,20 @@ pub(crate) struct CommitState {
     begun: AtomicU64,
     /// The number of the last commit that ended well.
     done: AtomicU64,
-    /// A commit has taken changes and not yet said what became of them. Stays set if its runtime ends meanwhile: then the changes are lost, and no
-    /// later flush may say otherwise.
-    unsettled: AtomicBool,
+    /// What a commit has taken and not yet settled. Its runtime may end meanwhile: then the next commit, in another one, finds it here.
+    unsettled: Mutex<Option<Arc<Plan>>>,
+}
+
+impl CommitState {
+    fn unsettled(&self) -> MutexGuard<'_, Option<Arc<Plan>>> {
+        self.unsettled
+            .lock()
+            .expect("no code panics while it holds this lock")
+    }
 }
 
 /// A copy of everything that is to be written.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Plan {
     blocks: Vec<BlockWrite>,
     /// Pieces of the refcount table, by host offset, or the whole table at its new place.
@@ -58,9 +65,11 @@ struct Plan {
     l1: BTreeMap<usize, Vec<u8>>,
     l1_entries: Vec<usize>,
     l1_offset: u64,
-    /// The header's size and L1 fields, if they change, and what the L1 table leaves behind.
-    size_and_l1: Option<(Vec<u8>, Vec<Freed>)>,
+    /// The header's size and L1 fields, if they change.
+    growth: Option<PlannedGrowth>,
     freed: Vec<Freed>,
+    /// The file has to reach this far, in bytes.
+    needed_length: u64,
     /// Host ranges to reserve storage for.
     unwritten: Vec<(u64, u64)>,
 }
@@ -73,6 +82,70 @@ pub(crate) struct MovedTable {
     /// The places it had before.
     old: Vec<Freed>,
 }
+
+/// A disk on its way to a greater length.
+#[derive(Clone, Debug)]
+pub(crate) struct Growth {
+    /// The length in bytes that the header is to name.
+    pub size: u64,
+    /// The places the L1 table had before.
+    pub old_l1: Vec<Freed>,
+}
+
+impl Meta {
+    /// Puts back what a commit took and could not write.
+    fn give_back(&mut self, plan: &Plan) {
+        self.refcounts.written(&plan.blocks, false);
+        self.refcounts.dirty_entries.extend(&plan.table_entries);
+        for (number, slice, _, _) in &plan.slices {
+            self.dirty_slices
+                .entry(*number)
+                .or_insert_with(|| slice.clone());
+        }
+        self.dirty_l1.extend(&plan.l1_entries);
+        self.freed.extend(&plan.freed);
+        self.unwritten.extend(&plan.unwritten);
+    }
+
+    /// The header says what was planned. If the disk has begun to grow further meanwhile, that is still to be written.
+    fn growth_settled(&mut self, planned: &PlannedGrowth) {
+        let Some(growth) = &mut self.growth else {
+            return;
+        };
+        // A newer growth has added its own at the end.
+        growth.old_l1.drain(..planned.old_l1.len());
+        if growth.size == planned.size && self.l1_offset == planned.l1_offset {
+            self.growth = None;
+        }
+    }
+}
+
+/// A [`Growth`] as one commit writes it. Meanwhile the disk may begin to grow further.
+#[derive(Debug)]
+struct PlannedGrowth {
+    size: u64,
+    l1_entries: u32,
+    l1_offset: u64,
+    old_l1: Vec<Freed>,
+}
+
+impl PlannedGrowth {
+    /// The header from the field `size` to the L1 table's offset.
+    fn header_bytes(&self) -> Vec<u8> {
+        let mut bytes = self.size.to_be_bytes().to_vec();
+        let crypt_method = 0u32;
+        bytes.extend(crypt_method.to_be_bytes());
+        bytes.extend(self.l1_entries.to_be_bytes());
+        bytes.extend(self.l1_offset.to_be_bytes());
+        bytes
+    }
+}
+
+/// Byte offset of the disk's length in the header; encryption method, L1 size and L1 offset follow.
+const SIZE_FIELD: u64 = 24;
+
+/// Byte offset of the refcount table's offset in the header; its length in clusters follows.
+const REFCOUNT_TABLE_OFFSET_FIELD: u64 = 48;
 
 impl Image {
     /// Makes all completed writes durable, with the metadata that makes them reachable. INV QCOW2-ORD-5.
@@ -94,74 +167,56 @@ impl Image {
             image.commits.done.store(number, Ordering::Release);
             Ok(())
         });
-        task.await
-            .unwrap_or_else(|_| Err(BlockError::from_errno(125)))
+        task.await.unwrap_or_else(|_| Err(cancelled()))
     }
 
     /// One commit. The caller sees to it that there is only one at a time.
     pub(crate) async fn commit_now(&self) -> Result<()> {
         self.mark_corrupt_on_disk().await?;
         self.check_sound()?;
-        if self.commits.unsettled.load(Ordering::Acquire) {
-            let text =
-                "An earlier write-back of metadata was cut off; the image has to be opened again";
-            return Err(BlockError::from_errno(5).message(text));
-        }
-        let mut plan = self.take_plan().await?;
-        self.commits.unsettled.store(true, Ordering::Release);
-        let result = self.write_plan(&plan).await;
-        let mut meta = self.meta.lock().await;
-        meta.refcounts.written(&plan.blocks, result.is_ok());
-        let Err(e) = result else {
-            let stamp = self.epochs.stamp();
-            if let Some(moved) = plan.moved_table.take() {
-                plan.freed.extend(moved.old);
-                meta.moving_table = None;
+        let plan = {
+            let mut meta = self.meta.lock().await;
+            if let Some(cut_off) = self.commits.unsettled().take() {
+                meta.give_back(&cut_off);
             }
-            if let Some((_, old)) = plan.size_and_l1.take() {
-                plan.freed.extend(old);
-                let size = meta.growth.take().map(|g| g.size);
-                let mut header = self
-                    .header
-                    .lock()
-                    .expect("no code panics while it holds this lock");
-                header.size = size.unwrap_or(header.size);
-                header.l1_size = self.l1.len() as u32;
-                header.l1_table_offset = meta.l1_offset;
-            }
-            meta.limbo.extend(plan.freed.drain(..).map(|f| (stamp, f)));
-            drop(meta);
-            self.commits.unsettled.store(false, Ordering::Release);
-            return self.empty_limbo().await;
+            let plan = Arc::new(self.take_plan(&mut meta).await?);
+            *self.commits.unsettled() = Some(plan.clone());
+            plan
         };
-        // Nothing is lost: what may not have reached the disk goes into the next commit.
-        meta.refcounts.dirty_entries.extend(plan.table_entries);
-        for (number, slice, _, _) in plan.slices {
-            meta.dirty_slices.entry(number).or_insert(slice);
+        let result = self.write_plan(&plan).await;
+        {
+            let mut meta = self.meta.lock().await;
+            match &result {
+                Ok(()) => self.settle(&mut meta, &plan),
+                // Nothing is lost: what may not have reached the disk goes into the next commit.
+                Err(_) => meta.give_back(&plan),
+            }
+            self.commits.unsettled().take();
         }
-        meta.dirty_l1.extend(plan.l1_entries);
-        meta.freed.append(&mut plan.freed);
-        self.commits.unsettled.store(false, Ordering::Release);
-        Err(e)
+        result?;
+        self.empty_limbo().await
     }
 
-    /// Copies all changes, and takes them for written.
-    async fn take_plan(&self) -> Result<Plan> {
-        let mut meta = self.meta.lock().await;
-        let meta = &mut *meta;
-        let mut plan = Plan {
-            l1_offset: meta.l1_offset,
-            ..Plan::default()
-        };
+    /// Copies all changes, and takes them for written. What can fail comes first: what has been taken is in the plan.
+    async fn take_plan(&self, meta: &mut Meta) -> Result<Plan> {
         if meta.refcounts.needs_move() {
             self.move_refcount_table(meta).await?;
         }
-        // Stays set until it has worked: the header may name the new place or the old one.
-        plan.moved_table = meta.moving_table.clone();
-        // A cluster that was written only in part at the very end: the file reaches to its end, as other readers expect.
-        if !self.file.is_read_only() {
-            self.file.extend(meta.needed_length).await?;
+        let mut plan = Plan {
+            l1_offset: meta.l1_offset,
+            needed_length: meta.needed_length,
+            // Stays set until it has worked: the header may name the new place or the old one.
+            moved_table: meta.moving_table.clone(),
+            ..Plan::default()
+        };
+        for (&number, slice) in &meta.dirty_slices {
+            let Some(host) = self.slice_offset(number)? else {
+                unreachable!("a changed slice has a table")
+            };
+            let bytes = slice.to_bytes();
+            plan.slices.push((number, slice.clone(), host, bytes));
         }
+        meta.dirty_slices.clear();
         plan.blocks = meta.refcounts.take_dirty();
         plan.table_entries = std::mem::take(&mut meta.refcounts.dirty_entries)
             .into_iter()
@@ -180,13 +235,6 @@ impl Image {
                 ));
             }
         }
-        for (number, slice) in std::mem::take(&mut meta.dirty_slices) {
-            let Some(host) = self.slice_offset(number)? else {
-                unreachable!("a changed slice has a table")
-            };
-            let bytes = slice.to_bytes();
-            plan.slices.push((number, slice, host, bytes));
-        }
         plan.l1_entries = std::mem::take(&mut meta.dirty_l1).into_iter().collect();
         let per_piece = L1_WRITE_BYTES / 8;
         for &i in &plan.l1_entries {
@@ -196,20 +244,40 @@ impl Image {
                 .entry(piece)
                 .or_insert_with(|| entries.flat_map(|i| self.l1.get(i).to_be_bytes()).collect());
         }
-        if let Some(growth) = &meta.growth {
-            plan.size_and_l1 = Some((
-                growth.header_bytes(self.l1.len(), meta.l1_offset),
-                growth.old_l1.clone(),
-            ));
-        }
+        plan.growth = meta.growth.as_ref().map(|growth| PlannedGrowth {
+            size: growth.size,
+            l1_entries: self.l1.len() as u32,
+            l1_offset: meta.l1_offset,
+            old_l1: growth.old_l1.clone(),
+        });
         plan.freed = std::mem::take(&mut meta.freed);
         plan.unwritten = std::mem::take(&mut meta.unwritten);
         Ok(plan)
     }
 
+    /// A plan has been written and is durable.
+    fn settle(&self, meta: &mut Meta, plan: &Plan) {
+        meta.refcounts.written(&plan.blocks, true);
+        let mut freed = plan.freed.clone();
+        if let Some(moved) = &plan.moved_table {
+            freed.extend(&moved.old);
+            meta.moving_table = None;
+        }
+        if let Some(planned) = &plan.growth {
+            freed.extend(&planned.old_l1);
+            let mut header = self.header();
+            header.size = planned.size;
+            header.l1_size = planned.l1_entries;
+            header.l1_table_offset = planned.l1_offset;
+            meta.growth_settled(planned);
+        }
+        let stamp = self.epochs.stamp();
+        meta.limbo.extend(freed.into_iter().map(|f| (stamp, f)));
+    }
+
     /// Finds a new place for a refcount table that has outgrown its own.
     async fn move_refcount_table(&self, meta: &mut Meta) -> Result<()> {
-        let mut old = meta.moving_table.take().map(|m| m.old).unwrap_or_default();
+        let mut old = meta.moving_table.clone().map(|m| m.old).unwrap_or_default();
         old.push(Freed {
             cluster: meta.refcounts.table_offset >> self.cluster_bits,
             count: meta.refcounts.table_clusters.into(),
@@ -237,47 +305,39 @@ impl Image {
     }
 
     async fn write_plan(&self, plan: &Plan) -> Result<()> {
+        // A cluster that was written only in part at the very end: the file reaches to its end, as other readers expect.
+        if !self.file.is_read_only() {
+            self.file.extend(plan.needed_length).await?;
+        }
         for &(start, end) in &plan.unwritten {
             // A host that has no room, or no such call, is no reason to fail: nothing is lost.
             if let Err(e) = self.file.reserve_storage(start, end - start).await {
                 tracing::debug!("no storage reserved at {start:#x}: {e}");
             }
         }
-        for w in &plan.blocks {
-            let at = w.host + w.range.start as u64;
-            self.write_metadata(Owner::RefcountBlock, at, w.bytes.clone())
-                .await?;
+        self.write_blocks(&plan.blocks).await?;
+        if !plan.table.is_empty() {
+            // INV QCOW2-ORD-1: a table entry that names a new block is durable only after the block. Also in a table that moves: the header may
+            // name its new place already, if an earlier commit failed.
+            self.file.flush().await?;
+            for (host, bytes) in &plan.table {
+                self.write_metadata(Owner::RefcountTable, *host, bytes.clone())
+                    .await?;
+            }
         }
         if let Some(moved) = &plan.moved_table {
-            for (host, bytes) in &plan.table {
-                self.write_metadata(Owner::RefcountTable, *host, bytes.clone())
-                    .await?;
-            }
             self.file.flush().await?;
-            let bytes = {
-                let mut header = self
-                    .header
-                    .lock()
-                    .expect("no code panics while it holds this lock");
-                header.refcount_table_offset = moved.offset;
-                header.refcount_table_clusters = moved.clusters;
-                let mut bytes = moved.offset.to_be_bytes().to_vec();
-                bytes.extend(moved.clusters.to_be_bytes());
-                bytes
-            };
+            let mut bytes = moved.offset.to_be_bytes().to_vec();
+            bytes.extend(moved.clusters.to_be_bytes());
             self.write_metadata(Owner::Header, REFCOUNT_TABLE_OFFSET_FIELD, bytes)
                 .await?;
-        } else if !plan.table.is_empty() {
-            // INV QCOW2-ORD-1: a table entry that names a new block is durable only after the block.
-            self.file.flush().await?;
-            for (host, bytes) in &plan.table {
-                self.write_metadata(Owner::RefcountTable, *host, bytes.clone())
-                    .await?;
-            }
+            let mut header = self.header();
+            header.refcount_table_offset = moved.offset;
+            header.refcount_table_clusters = moved.clusters;
         }
         // INV QCOW2-ORD-1, QCOW2-ORD-2: what the entries below point at is durable before they are.
         self.file.flush().await?;
-        if plan.slices.is_empty() && plan.l1.is_empty() && plan.size_and_l1.is_none() {
+        if plan.slices.is_empty() && plan.l1.is_empty() && plan.growth.is_none() {
             return Ok(());
         }
         for (_, _, host, bytes) in &plan.slices {
@@ -289,8 +349,8 @@ impl Image {
         }
         // INV QCOW2-ORD-5
         self.file.flush().await?;
-        if let Some((bytes, _)) = &plan.size_and_l1 {
-            self.write_metadata(Owner::Header, SIZE_FIELD, bytes.clone())
+        if let Some(growth) = &plan.growth {
+            self.write_metadata(Owner::Header, SIZE_FIELD, growth.header_bytes())
                 .await?;
             self.file.flush().await?;
         }
@@ -298,19 +358,14 @@ impl Image {
     }
 
     /// Frees for good what nobody can still be looking at.
+    ///
+    /// What can't be freed now because of an error stays in limbo, and is tried again by the next commit.
     async fn empty_limbo(&self) -> Result<()> {
         let ready: Vec<Freed> = {
-            let mut meta = self.meta.lock().await;
-            let mut ready = Vec::new();
+            let meta = self.meta.lock().await;
             // INV QCOW2-ORD-4: not before all who may have looked the cluster up are done.
-            while let Some(&(stamp, freed)) = meta.limbo.front() {
-                if !self.epochs.has_passed(stamp) {
-                    break;
-                }
-                meta.limbo.pop_front();
-                ready.push(freed);
-            }
-            ready
+            let passed = |&&(stamp, _): &&(u64, Freed)| self.epochs.has_passed(stamp);
+            meta.limbo.iter().take_while(passed).map(|l| l.1).collect()
         };
         if ready.is_empty() {
             return Ok(());
@@ -319,28 +374,40 @@ impl Image {
             // INV QCOW2-ORD-4: the hole is punched while nobody can be given the cluster. A host that can't is no reason to fail a flush.
             let (host, bytes) = (f.cluster << self.cluster_bits, f.count << self.cluster_bits);
             if self.is_unshared(f).await?
+                && self.owner_in(host, bytes).is_none()
                 && let Err(e) = self.file.pdiscard(host, bytes).await
             {
                 tracing::debug!("no hole at {host:#x}: {e}");
             }
         }
         let mut meta = self.meta.lock().await;
-        for f in ready {
-            self.release_run(&mut meta, f).await?;
-        }
-        // Written, not synced: if the process ends here, the image has no leaks; if the power goes, it may.
-        let blocks = meta.refcounts.take_dirty();
         let mut result = Ok(());
-        for w in &blocks {
+        for _ in &ready {
             if result.is_ok() {
-                let at = w.host + w.range.start as u64;
-                result = self
-                    .write_metadata(Owner::RefcountBlock, at, w.bytes.clone())
-                    .await;
+                result = self.release_first(&mut meta).await;
             }
         }
-        meta.refcounts.written(&blocks, result.is_ok());
-        result
+        // Written, not synced: if the process ends here, the image has no leaks; if the power goes, it may.
+        let plan = Arc::new(Plan {
+            blocks: meta.refcounts.take_dirty(),
+            ..Plan::default()
+        });
+        *self.commits.unsettled() = Some(plan.clone());
+        drop(meta);
+        let written = self.write_blocks(&plan.blocks).await;
+        let mut meta = self.meta.lock().await;
+        meta.refcounts.written(&plan.blocks, written.is_ok());
+        self.commits.unsettled().take();
+        result.and(written)
+    }
+
+    async fn write_blocks(&self, blocks: &[BlockWrite]) -> Result<()> {
+        for w in blocks {
+            let at = w.host + w.range.start as u64;
+            self.write_metadata(Owner::RefcountBlock, at, w.bytes.clone())
+                .await?;
+        }
+        Ok(())
     }
 
     /// Whether the last reference of every cluster of a run is the one that goes.
@@ -365,30 +432,3 @@ impl Image {
         self.file.flush().await
     }
 }
-
-/// A disk on its way to a greater length.
-#[derive(Clone, Debug)]
-pub(crate) struct Growth {
-    /// The new length in bytes.
-    pub size: u64,
-    /// The places the L1 table had before.
-    pub old_l1: Vec<Freed>,
-}
-
-impl Growth {
-    /// The header from the field `size` to the L1 table's offset.
-    fn header_bytes(&self, l1_entries: usize, l1_offset: u64) -> Vec<u8> {
-        let mut bytes = self.size.to_be_bytes().to_vec();
-        let crypt_method = 0u32;
-        bytes.extend(crypt_method.to_be_bytes());
-        bytes.extend((l1_entries as u32).to_be_bytes());
-        bytes.extend(l1_offset.to_be_bytes());
-        bytes
-    }
-}
-
-/// Byte offset of the disk's length in the header; encryption method, L1 size and L1 offset follow.
-const SIZE_FIELD: u64 = 24;
-
-/// Byte offset of the refcount table's offset in the header; its length in clusters follows.
-const REFCOUNT_TABLE_OFFSET_FIELD: u64 = 48;

@@ -12,6 +12,7 @@ use flate2::{Decompress, FlushDecompress};
 use zstd::zstd_safe::{DCtx, InBuffer, OutBuffer, ResetDirective};
 
 use crate::header::CompressionType;
+use crate::image::cancelled;
 
 /// Clusters up to this size are inflated on the spot: the way to another thread would take longer.
 const INLINE_BYTES_MAX: usize = 4096;
@@ -29,8 +30,7 @@ pub async fn decompress(
         return inflate(kind, &raw, cluster_size);
     }
     let task = tokio::task::spawn_blocking(move || inflate(kind, &raw, cluster_size));
-    task.await
-        .unwrap_or_else(|_| Err(BlockError::from_errno(125)))
+    task.await.unwrap_or_else(|_| Err(cancelled()))
 }
 
 fn inflate(kind: CompressionType, raw: &[u8], cluster_size: usize) -> Result<Vec<u8>> {

@@ -274,7 +274,7 @@ fn check_size(size: u64, geometry: Geometry) -> Result<u64> {
     if geometry.l1_entries(size) * 8 > MAX_L1_BYTES {
         let text =
             "The image size is too large for file format 'qcow2' (try using a larger cluster size)";
-        return Err(BlockError::from_errno(27).message(text));
+        return Err(BlockError::from_errno(libc::EFBIG).message(text));
     }
     Ok(size)
 }
@@ -378,7 +378,7 @@ async fn write_image(
         preallocation: request.preallocation,
         ..Default::default()
     };
-    let grown = image.clone().grow(0, grow).await;
+    let grown = image.truncate(grow).await;
     image.tasks.wait_idle().await;
     grown.and(image.file.close().await)
 }

@@ -22,11 +22,7 @@ pub struct Qcow2 {
 
 impl Qcow2 {
     fn header(&self) -> Header {
-        self.image
-            .header
-            .lock()
-            .expect("no code panics while it holds this lock")
-            .clone()
+        self.image.header().clone()
     }
 
     /// Hands a result on. Corruption that was found is noted on disk first, so that the next program knows too.
@@ -185,6 +181,8 @@ impl BlockDriver for Qcow2 {
         }
         if !writable && self.image.writable.load(Ordering::Acquire) {
             self.image.tasks.wait_idle().await;
+            self.image.commit().await?;
+            // Once more for what the first has freed: a reader may have ended since, and later nothing can be written.
             self.image.commit().await?;
         }
         Ok(Box::new(Prepared(self.image.clone(), writable)))

@@ -263,19 +263,21 @@ impl Header {
             "Snapshot table",
         )?;
         if u64::from(self.l1_size) * 8 > MAX_L1_BYTES {
-            return Err(BlockError::from_errno(27).message("Active L1 table too large"));
+            return Err(BlockError::from_errno(libc::EFBIG).message("Active L1 table too large"));
         }
         // A size near the end of the number range counts as none here; the next check but one refuses it.
         let table_bytes = self.geometry().table_bytes();
         let needed = self.size.wrapping_add(table_bytes - 1) / table_bytes;
         if needed > i32::MAX as u64 {
-            return Err(BlockError::from_errno(27).message("Image is too big"));
+            return Err(BlockError::from_errno(libc::EFBIG).message("Image is too big"));
         }
         if u64::from(self.l1_size) < needed {
             return bad("L1 table is too small");
         }
         if self.size > blockcore::MAX_LENGTH_BYTES {
-            return Err(BlockError::from_errno(27).context("Could not refresh total sector count"));
+            return Err(
+                BlockError::from_errno(libc::EFBIG).context("Could not refresh total sector count")
+            );
         }
         self.check_place(
             self.l1_table_offset,
@@ -318,7 +320,7 @@ impl Header {
             return Err(BlockError::corrupt(
                 "qcow2: Image is corrupt; cannot be opened read/write",
             )
-            .errno_is(13));
+            .errno_is(libc::EACCES));
         }
         let has_bitmaps = self.extensions.iter().any(|e| e.kind == extension::BITMAPS);
         if has_bitmaps && self.autoclear & AUTOCLEAR_BITMAPS != 0 {

@@ -12,7 +12,7 @@
 //! Whoever looks up a host offset and uses it is inside an epoch (`epoch`) until it is done with it.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock};
 
 use blockcore::tracked::TrackedRequests;
 use blockcore::{
@@ -43,6 +43,17 @@ impl std::fmt::Display for Hex {
             write!(f, "{:#x}", self.0)
         }
     }
+}
+
+/// A request's task ended with its runtime.
+pub(crate) fn cancelled() -> BlockError {
+    BlockError::from_errno(libc::ECANCELED).message("The request was cancelled")
+}
+
+/// Words as they lie on disk.
+pub(crate) fn be_words(bytes: &[u8]) -> Vec<u64> {
+    let word = |c: &[u8]| u64::from_be_bytes(c.try_into().expect("eight bytes"));
+    bytes.chunks_exact(8).map(word).collect()
 }
 
 /// What a mapping is looked up for: a wrong entry is described in other words to a reader than to a writer.
@@ -123,6 +134,13 @@ impl Image {
         self.size.load(Ordering::Acquire)
     }
 
+    /// The header as it is in memory. Not to be held over an await.
+    pub fn header(&self) -> MutexGuard<'_, Header> {
+        self.header
+            .lock()
+            .expect("no code panics while it holds this lock")
+    }
+
     /// Entries in an L2 table, as a power of two.
     pub fn l2_bits(&self) -> u32 {
         self.cluster_bits - 3
@@ -160,30 +178,52 @@ impl Image {
     }
 
     /// A slice; `None` where there is no L2 table. The caller is inside an epoch, or holds the metadata lock.
-    pub async fn slice(&self, number: u64) -> Result<Option<PinnedSlice>> {
+    ///
+    /// Reading it from disk is the work of a task, so that a caller who is never polled again holds up nobody else (INV REQ-PARK-1).
+    ///
+    /// # Errors
+    /// Those of the file; `Corrupt` for a table at an impossible place.
+    pub async fn slice(self: &Arc<Self>, number: u64) -> Result<Option<PinnedSlice>> {
         if let Some(slice) = self.l2.pinned_now(number) {
             return Ok(Some(slice));
         }
         if self.slice_offset(number)?.is_none() {
             return Ok(None);
         }
-        let load = async {
-            // Looked up only now, with the right to load in hand: whoever waited for that right may have slept through a copy of the table.
-            let Some(offset) = self.slice_offset(number)? else {
-                return Ok(vec![0; self.l2.slice_entries() as usize]);
-            };
-            let buf = IoBufMut::zeroed(self.l2.slice_entries() as usize * 8);
-            let bytes = self
-                .file
-                .preadv(offset, buf, ReadFlags::empty())
-                .await?
-                .to_vec();
-            Ok(bytes
-                .chunks_exact(8)
-                .map(|c| u64::from_be_bytes(c.try_into().expect("eight bytes")))
-                .collect())
-        };
-        self.l2.pinned(number, load).await.map(Some)
+        if let Some(slice) = self.l2.load_now(number, || self.read_slice_now(number)) {
+            return Ok(Some(slice));
+        }
+        let image = self.clone();
+        let load = tokio::spawn(async move {
+            // The caller's epoch may end before this does.
+            let _epoch = image.epochs.enter();
+            image.l2.pinned(number, image.read_slice(number)).await
+        });
+        load.await.unwrap_or_else(|_| Err(cancelled())).map(Some)
+    }
+
+    /// A slice's entries from disk. The caller has the right to load: who waited for it may have slept through a copy of the table.
+    async fn read_slice(&self, number: u64) -> Result<Vec<u64>> {
+        let bytes = self.l2.slice_entries() as usize * 8;
+        match self.slice_offset(number)? {
+            None => Ok(vec![0; bytes / 8]),
+            Some(offset) => self.read_words(offset, bytes).await,
+        }
+    }
+
+    /// `bytes` bytes of 64-bit entries of metadata.
+    pub async fn read_words(&self, offset: u64, bytes: usize) -> Result<Vec<u64>> {
+        let buf = IoBufMut::zeroed(bytes);
+        let read = self.file.preadv(offset, buf, ReadFlags::empty()).await?;
+        Ok(be_words(&read.to_vec()))
+    }
+
+    /// As [`read_slice`](Image::read_slice), if the host has it in memory.
+    fn read_slice_now(&self, number: u64) -> Option<Vec<u64>> {
+        let mut bytes = vec![0; self.l2.slice_entries() as usize * 8];
+        let offset = self.slice_offset(number).ok()??;
+        let there = self.file.read_nowait(offset, &mut bytes);
+        there.then(|| be_words(&bytes))
     }
 
     /// The mapping of a guest cluster, if it can be told without reading the disk. `Some(Err)`: the entry makes no sense.
@@ -201,7 +241,7 @@ impl Image {
     ///
     /// # Errors
     /// Those of reading its L2 table; `Corrupt` for an entry that makes no sense.
-    pub async fn mapping(&self, guest_cluster: u64, intent: Intent) -> Result<Mapping> {
+    pub async fn mapping(self: &Arc<Self>, guest_cluster: u64, intent: Intent) -> Result<Mapping> {
         if let Some(Ok(mapping)) = self.mapping_now(guest_cluster) {
             return Ok(mapping);
         }
@@ -263,7 +303,12 @@ impl Image {
     ///
     /// # Errors
     /// As [`mapping`](Image::mapping).
-    pub async fn run(&self, offset: u64, bytes: u64, intent: Intent) -> Result<(Mapping, u64)> {
+    pub async fn run(
+        self: &Arc<Self>,
+        offset: u64,
+        bytes: u64,
+        intent: Intent,
+    ) -> Result<(Mapping, u64)> {
         let cluster = offset >> self.cluster_bits;
         let first = self.mapping(cluster, intent).await?;
         let mut covered = ((cluster + 1) << self.cluster_bits) - offset;
@@ -395,26 +440,15 @@ impl Image {
     /// # Errors
     /// The file's.
     pub async fn mark_corrupt_on_disk(&self) -> Result<()> {
-        let bits = {
-            let mut header = self
-                .header
-                .lock()
-                .expect("no code panics while it holds this lock");
-            let known =
-                self.corrupt.load(Ordering::Acquire) && self.writable.load(Ordering::Acquire);
-            if !known || self.version < 3 || header.incompatible.contains(Incompatible::CORRUPT) {
-                return Ok(());
-            }
-            header.incompatible.insert(Incompatible::CORRUPT);
-            header.incompatible.bits()
-        };
-        self.file
-            .pwritev(
-                INCOMPATIBLE_OFFSET,
-                IoBuf::from(bits.to_be_bytes().to_vec()),
-                WriteFlags::empty(),
-            )
+        let known = self.corrupt.load(Ordering::Acquire) && self.writable.load(Ordering::Acquire);
+        let bits = self.header().incompatible;
+        if !known || self.version < 3 || bits.contains(Incompatible::CORRUPT) {
+            return Ok(());
+        }
+        let bits = bits | Incompatible::CORRUPT;
+        self.write_header_bytes(INCOMPATIBLE_OFFSET, bits.bits().to_be_bytes().to_vec())
             .await?;
-        self.file.flush().await
+        self.header().incompatible = bits;
+        Ok(())
     }
 }

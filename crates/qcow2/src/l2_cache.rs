@@ -192,7 +192,21 @@ impl L2Cache {
         Some(PinnedSlice::new(slice))
     }
 
-    /// A slice, read by `load` if it isn't in memory.
+    /// A slice, read by `load` if it isn't in memory. `load` answers at once, without waiting: `None` if it can't, or somebody else is loading.
+    pub fn load_now(
+        &self,
+        number: u64,
+        load: impl FnOnce() -> Option<Vec<u64>>,
+    ) -> Option<PinnedSlice> {
+        let shard = self.shard(number);
+        let _loading = shard.loading.try_lock().ok()?;
+        if let Some(slice) = self.pinned_now(number) {
+            return Some(slice);
+        }
+        Some(self.insert(number, load()?))
+    }
+
+    /// A slice, read by `load` if it isn't in memory. To be called in a task of its own: who is given up while he loads holds up everybody else.
     ///
     /// # Errors
     /// Those of `load`.
@@ -209,13 +223,19 @@ impl L2Cache {
         if let Some(slice) = self.pinned_now(number) {
             return Ok(slice);
         }
-        let slice = Arc::new(L2Slice::new(load.await?));
+        Ok(self.insert(number, load.await?))
+    }
+
+    /// Puts in a slice that isn't there. The caller has the right to load.
+    fn insert(&self, number: u64, entries: Vec<u64>) -> PinnedSlice {
+        let shard = self.shard(number);
+        let slice = Arc::new(L2Slice::new(entries));
         let mut slices = shard.write();
         if slices.len() >= self.shard_capacity {
             Self::evict(&mut slices, self.shard_capacity);
         }
         slices.insert(number, slice.clone());
-        Ok(PinnedSlice::new(&slice))
+        PinnedSlice::new(&slice)
     }
 
     /// Makes room for one more: takes out slices that are neither pinned nor used lately, and forgets which were used.

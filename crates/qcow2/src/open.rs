@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use async_trait::async_trait;
 use blockcore::{
     BlockDriver, BlockError, Child, CreateContext, CreateOption, DriverFactory, IoBufMut,
-    OpenContext, Options, ReadFlags, Result,
+    OpenContext, Options, ReadFlags, Result, SECTOR_BYTES,
 };
 
 use crate::alloc::Meta;
@@ -127,7 +127,8 @@ pub(crate) async fn open_image(
         backing,
         version: header.version,
         cluster_bits: bits,
-        size: AtomicU64::new(header.size),
+        // Whole sectors, as other readers have it.
+        size: AtomicU64::new(header.size / SECTOR_BYTES * SECTOR_BYTES),
         compression: header.compression_type,
         l1: L1Table::new(l1),
         l2: L2Cache::new(L2_CACHE_BYTES, slice_bits),
@@ -167,11 +168,7 @@ impl Image {
     /// # Errors
     /// Those of metadata I/O; `Corrupt`, `Unsupported` where the image must not be written.
     pub async fn prepare_writing(&self) -> Result<()> {
-        let header = self
-            .header
-            .lock()
-            .expect("no code panics while it holds this lock")
-            .clone();
+        let header = self.header().clone();
         header.check_writable()?;
         self.find_owners(&header).await?;
         self.recount_if_dirty(&header).await?;
@@ -185,10 +182,7 @@ impl Image {
         }
         self.write_header_bytes(AUTOCLEAR_OFFSET, 0u64.to_be_bytes().to_vec())
             .await?;
-        self.header
-            .lock()
-            .expect("no code panics while it holds this lock")
-            .autoclear = 0;
+        self.header().autoclear = 0;
         Ok(())
     }
 
@@ -282,10 +276,7 @@ impl Image {
         let bits = header.incompatible - Incompatible::DIRTY;
         self.write_header_bytes(INCOMPATIBLE_OFFSET, bits.bits().to_be_bytes().to_vec())
             .await?;
-        self.header
-            .lock()
-            .expect("no code panics while it holds this lock")
-            .incompatible = bits;
+        self.header().incompatible = bits;
         Ok(())
     }
 }

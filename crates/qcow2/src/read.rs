@@ -5,6 +5,8 @@
 //! cluster. Lookups of cached L2 entries take no lock worth the name, and no lock is held while data is read; the epoch keeps a cluster that
 //! is freed meanwhile from being handed out again.
 
+use std::sync::Arc;
+
 use futures::stream::{FuturesOrdered, StreamExt};
 
 use blockcore::{IoBufMut, ReadFlags, Result};
@@ -69,7 +71,7 @@ impl Image {
     ///
     /// # Errors
     /// Those of the file and the backing node; `Corrupt`.
-    pub async fn read(&self, offset: u64, mut buf: IoBufMut) -> Result<IoBufMut> {
+    pub async fn read(self: &Arc<Self>, offset: u64, mut buf: IoBufMut) -> Result<IoBufMut> {
         // INV REQ-DROP-1: a read waits for changes that nobody else waits for any more: what it has seen stays.
         if self.orphans.any() {
             let end = offset + buf.len() as u64;

@@ -149,7 +149,7 @@ impl Refcounts {
         let index = number as usize;
         if (number + 1) * 8 > MAX_REFCOUNT_TABLE_BYTES {
             let text = "The refcount table of the image can't grow further";
-            return Err(BlockError::new(ErrorKind::NoSpace, text).errno_is(libc_efbig()));
+            return Err(BlockError::new(ErrorKind::NoSpace, text).errno_is(libc::EFBIG));
         }
         if index >= self.table.len() {
             // Half as much again, so that growing stays rare.
@@ -257,10 +257,6 @@ impl Refcounts {
             }
         }
     }
-}
-
-fn libc_efbig() -> i32 {
-    27
 }
 
 /// A refcount of `1 << order` bits out of a block. The specification counts narrow ones from the least significant bit.

@@ -18,7 +18,7 @@ use crate::l2_table::Mapping;
 
 /// What becomes of one L2 entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Remap {
+pub(crate) enum Remap {
     /// Nothing.
     Keep,
     /// A new entry that keeps the host cluster of the old one.
@@ -28,7 +28,7 @@ enum Remap {
 }
 
 fn not_supported<T>() -> Result<T> {
-    Err(BlockError::from_errno(95))
+    Err(BlockError::from_errno(libc::EOPNOTSUPP))
 }
 
 impl Image {
@@ -95,7 +95,7 @@ impl Image {
 
     /// Whether what a request leaves out of its one cluster, in front of it and behind it, reads as zero. The caller holds `changing`.
     async fn may_widen(
-        &self,
+        self: &Arc<Self>,
         first: u64,
         last: u64,
         offset: u64,
@@ -114,7 +114,7 @@ impl Image {
                     return Ok(true);
                 };
                 // What lies past the end of the disk is not exposed, whatever the backing node has there.
-                let tail = tail.min(self.size() - end);
+                let tail = tail.min(self.size().saturating_sub(end));
                 Ok(chain_is_zero(backing.node(), offset - head, head).await?
                     && chain_is_zero(backing.node(), end, tail).await?)
             }
@@ -165,8 +165,8 @@ impl Image {
 
     /// Changes the entries of guest clusters `first..end` as `decide` says, which sees the mapping and the entry. Tables that need no change are
     /// not made. The caller holds `changing` and an epoch.
-    async fn remap(
-        &self,
+    pub(crate) async fn remap(
+        self: &Arc<Self>,
         first: u64,
         end: u64,
         punch: bool,

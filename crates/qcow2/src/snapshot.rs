@@ -13,8 +13,6 @@ const FIXED_BYTES: u64 = 40;
 const MAX_EXTRA_BYTES: u64 = 1024;
 /// The extra data that every entry of a version 3 image has: the length of the VM state and that of the disk.
 const COMPLETE_EXTRA_BYTES: u64 = 16;
-/// The errno of tables that are too long.
-const EFBIG: i32 = 27;
 /// What is read of the table at a time, in bytes; more than the longest id and name.
 const WINDOW_BYTES: u64 = 256 << 10;
 
@@ -75,7 +73,7 @@ pub struct SnapshotTable {
 }
 
 fn too_long(text: impl Into<String>) -> BlockError {
-    BlockError::new(ErrorKind::InvalidImage, text).errno_is(EFBIG)
+    BlockError::new(ErrorKind::InvalidImage, text).errno_is(libc::EFBIG)
 }
 
 /// Reads the snapshot table of an image that is to be used: every entry's L1 table is of a possible length and at a possible place.

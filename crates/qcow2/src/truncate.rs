@@ -5,18 +5,26 @@
 
 use std::sync::Arc;
 
-use blockcore::{BlockError, IoBuf, Preallocation, Result, TruncateRequest, WriteFlags};
+use blockcore::{
+    BlockError, IoBuf, MAX_LENGTH_BYTES, Preallocation, Result, TruncateRequest, WriteFlags,
+};
 
 use crate::alloc::{Freed, Meta, Run};
 use crate::commit::Growth;
 use crate::format::{MAX_L1_BYTES, OFLAG_COPIED, OFLAG_ZERO};
 use crate::image::{Image, Intent, Owner};
 use crate::l2_table::Mapping;
+use crate::remap::Remap;
 
 /// How many clusters are preallocated under one hold of the metadata lock.
 const PREALLOCATION_CLUSTERS: u64 = 512;
 /// The most zeroes that one write carries, in bytes.
 const ZERO_WRITE_BYTES: u64 = 1 << 20;
+
+fn shrinking() -> Result<()> {
+    let text = "Shrinking qcow2 images is not supported yet";
+    Err(BlockError::unsupported(text))
+}
 
 impl Image {
     /// Changes the length of the disk. Only growing so far.
@@ -33,15 +41,9 @@ impl Image {
         }
         let old = self.size();
         if request.bytes < old {
-            return Err(BlockError::unsupported(
-                "Shrinking qcow2 images is not supported yet",
-            ));
+            return shrinking();
         }
-        let snapshots = self
-            .header
-            .lock()
-            .expect("no code panics while it holds this lock")
-            .nb_snapshots;
+        let snapshots = self.header().nb_snapshots;
         if self.version < 3 && snapshots > 0 {
             return Err(BlockError::unsupported(
                 "Can't resize a v2 image which has snapshots",
@@ -55,20 +57,25 @@ impl Image {
             let text = "Failed to zero out new clusters: Operation not supported";
             return Err(BlockError::unsupported(text));
         }
-        self.spawn(old, request.bytes, move |image| async move {
-            image.grow(old, request).await
+        // All behind the end: no two growths at a time.
+        self.spawn(old, MAX_LENGTH_BYTES, move |image| async move {
+            image.grow(request).await
         })
         .await
     }
 
-    /// Grows the disk. The caller holds `changing` over what appears, or is alone.
-    pub(crate) async fn grow(self: Arc<Self>, old: u64, request: TruncateRequest) -> Result<()> {
-        let new = request.bytes;
+    /// Grows the disk. The caller holds `changing` over all behind the old end.
+    async fn grow(self: Arc<Self>, request: TruncateRequest) -> Result<()> {
+        // Looked at only now: a growth that nobody waits for any more may have come before this one.
+        let (old, new) = (self.size(), request.bytes);
+        if new < old {
+            return shrinking();
+        }
         let table_bytes = 1u64 << (self.l2_bits() + self.cluster_bits);
         let l1_entries = new.div_ceil(table_bytes);
         if l1_entries * 8 > MAX_L1_BYTES {
             let text = "Failed to grow the L1 table: Image size too big for its cluster size";
-            return Err(BlockError::from_errno(27).message(text));
+            return Err(BlockError::from_errno(libc::EFBIG).message(text));
         }
         {
             let _epoch = self.epochs.enter();
@@ -128,7 +135,7 @@ impl Image {
     }
 
     /// Makes `old..new` read as zero where it would not by itself. The caller holds `changing` and an epoch.
-    async fn zero_new_area(&self, old: u64, new: u64) -> Result<()> {
+    async fn zero_new_area(self: &Arc<Self>, old: u64, new: u64) -> Result<()> {
         let partial_end = old
             .next_multiple_of(self.cluster_size())
             .min(new.next_multiple_of(self.cluster_size()));
@@ -147,21 +154,29 @@ impl Image {
                     .await?;
             }
         }
-        let end = backing_end.min(new);
-        let mut at = partial_end;
-        while at < end {
-            let mut meta = self.meta.lock().await;
-            let cluster = at >> self.cluster_bits;
-            self.ensure_l2_table(&mut meta, self.l1_index(cluster))
-                .await?;
-            self.set_entry(&mut meta, cluster, OFLAG_ZERO).await?;
-            at += self.cluster_size();
-        }
-        Ok(())
+        // Entries behind the old end are none of this disk's data: another disk's life has left them.
+        let forget = if self.version < 3 { 0 } else { OFLAG_ZERO };
+        let cluster = |offset: u64| offset.div_ceil(self.cluster_size());
+        let (first, hidden, end) = (
+            cluster(partial_end),
+            cluster(backing_end.clamp(partial_end, new.max(partial_end))),
+            cluster(new),
+        );
+        self.remap(first, hidden, false, |mapping, _| match mapping {
+            Mapping::ZeroPlain => Remap::Keep,
+            Mapping::Unallocated => Remap::Set(OFLAG_ZERO),
+            _ => Remap::Replace(OFLAG_ZERO),
+        })
+        .await?;
+        self.remap(hidden, end, false, |mapping, _| match mapping {
+            Mapping::ZeroPlain | Mapping::Unallocated => Remap::Keep,
+            _ => Remap::Replace(forget),
+        })
+        .await
     }
 
     /// Gives every cluster of `old..new` a host cluster that reads as zero. The caller holds `changing` and an epoch.
-    async fn preallocate(&self, old: u64, new: u64, mode: Preallocation) -> Result<()> {
+    async fn preallocate(self: &Arc<Self>, old: u64, new: u64, mode: Preallocation) -> Result<()> {
         let mut at = old.next_multiple_of(self.cluster_size()) >> self.cluster_bits;
         let end = new.div_ceil(self.cluster_size());
         let mut last = None;
@@ -225,7 +240,12 @@ impl Image {
         }
     }
 
-    async fn link_preallocated(&self, meta: &mut Meta, first: u64, run: Run) -> Result<()> {
+    async fn link_preallocated(
+        self: &Arc<Self>,
+        meta: &mut Meta,
+        first: u64,
+        run: Run,
+    ) -> Result<()> {
         meta.needs_file_to(run, self.cluster_bits);
         for i in 0..run.count {
             let host = (run.cluster + i) << self.cluster_bits;

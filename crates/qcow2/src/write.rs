@@ -3,7 +3,8 @@
 //!
 //! # In place
 //!
-//! A run of `COPIED` data clusters is written where it lies, by the caller's own future, without any lock (INV QCOW2-META-2).
+//! A run of `COPIED` data clusters that the file already reaches behind is written where it lies, by the caller's own future, without any lock
+//! (INV QCOW2-META-2).
 //!
 //! # To new clusters
 //!
@@ -18,12 +19,12 @@
 
 use std::sync::Arc;
 
-use blockcore::{BlockError, IoBuf, IoBufMut, Result, WriteFlags};
+use blockcore::{IoBuf, IoBufMut, Result, WriteFlags};
 use futures::stream::{FuturesUnordered, StreamExt};
 
 use crate::alloc::Run;
 use crate::format::OFLAG_COPIED;
-use crate::image::{Image, Intent};
+use crate::image::{Image, Intent, cancelled};
 use crate::l2_table::Mapping;
 
 /// The most clusters that one allocation takes at a time, in bytes.
@@ -82,12 +83,15 @@ impl Image {
             drop(changing);
             result.and(image.commit_if_wanted().await)
         });
-        let cancelled = || BlockError::from_errno(125).message("The request was cancelled");
         task.await.unwrap_or_else(|_| Err(cancelled()))
     }
 
     /// The host ranges of a guest range that can all be written in place.
-    async fn runs_in_place(&self, offset: u64, bytes: u64) -> Result<Option<Vec<(u64, u64)>>> {
+    async fn runs_in_place(
+        self: &Arc<Self>,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<Option<Vec<(u64, u64)>>> {
         let mut runs = Vec::with_capacity(1);
         let mut at = offset;
         let end = offset + bytes;
@@ -100,7 +104,12 @@ impl Image {
             let Mapping::Data { host, copied: true } = mapping else {
                 return Ok(None);
             };
-            runs.push((host + self.in_cluster(at), n));
+            let host = host + self.in_cluster(at);
+            // INV REQ-PARK-1: a write that makes the file longer is not for the caller's own future, since a commit may have to wait for it.
+            if (host + n).next_multiple_of(self.cluster_size()) > self.file.length() {
+                return Ok(None);
+            }
+            runs.push((host, n));
             at += n;
         }
         Ok(Some(runs))
@@ -139,7 +148,7 @@ impl Image {
     }
 
     /// Writes the first part of `buf` that can be treated in one way, and says how long it was. The caller holds `changing` and an epoch.
-    pub(crate) async fn write_some(&self, at: u64, buf: IoBuf) -> Result<u64> {
+    pub(crate) async fn write_some(self: &Arc<Self>, at: u64, buf: IoBuf) -> Result<u64> {
         let (mapping, bytes) = self.run(at, buf.len() as u64, Intent::Write).await?;
         match mapping {
             Mapping::Data { host, copied: true } => {
@@ -170,7 +179,7 @@ impl Image {
     }
 
     /// For how many bytes from `at` on every cluster needs a new place, within one L2 table.
-    async fn needs_allocation(&self, at: u64, bytes: u64) -> Result<u64> {
+    async fn needs_allocation(self: &Arc<Self>, at: u64, bytes: u64) -> Result<u64> {
         let table_bytes = 1u64 << (self.l2_bits() + self.cluster_bits);
         let table_end = (at / table_bytes + 1) * table_bytes;
         let end = (at + bytes).min(table_end).min(at + ALLOCATION_BYTES_MAX);
@@ -188,7 +197,7 @@ impl Image {
         Ok(found - at)
     }
 
-    async fn write_new(&self, at: u64, buf: IoBuf) -> Result<()> {
+    async fn write_new(self: &Arc<Self>, at: u64, buf: IoBuf) -> Result<()> {
         let first = at >> self.cluster_bits;
         let bytes = buf.len() as u64;
         let count = (self.in_cluster(at) + buf.len() as u64).div_ceil(self.cluster_size());
@@ -208,7 +217,7 @@ impl Image {
     }
 
     /// Writes `buf` to where it belongs in the host clusters of `run`, with what the guest clusters hold around it.
-    async fn fill_run(&self, at: u64, buf: IoBuf, run: Run) -> Result<()> {
+    async fn fill_run(self: &Arc<Self>, at: u64, buf: IoBuf, run: Run) -> Result<()> {
         let end = at + buf.len() as u64;
         let head_bytes = self.in_cluster(at);
         let tail_bytes = end.next_multiple_of(self.cluster_size()) - end;
@@ -232,7 +241,12 @@ impl Image {
     /// What a guest range inside one cluster reads as. `None`: zero, and `fresh` clusters read as zero without being written.
     ///
     /// What lies past the end of the disk is zero, whatever the backing node has there: it must not show when the disk grows.
-    async fn cow_part(&self, offset: u64, bytes: u64, fresh: bool) -> Result<Option<IoBuf>> {
+    async fn cow_part(
+        self: &Arc<Self>,
+        offset: u64,
+        bytes: u64,
+        fresh: bool,
+    ) -> Result<Option<IoBuf>> {
         if bytes == 0 {
             return Ok(None);
         }
@@ -260,7 +274,7 @@ impl Image {
     }
 
     /// Points the L2 entries of guest clusters at host clusters that hold their data, and frees what they pointed at before.
-    async fn link_run(&self, first: u64, run: Run, sparse: bool) -> Result<()> {
+    async fn link_run(self: &Arc<Self>, first: u64, run: Run, sparse: bool) -> Result<()> {
         let mut meta = self.meta.lock().await;
         self.ensure_l2_table(&mut meta, self.l1_index(first))
             .await?;
