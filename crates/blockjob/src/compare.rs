@@ -29,15 +29,6 @@ pub enum Outcome {
     LengthDiffers,
 }
 
-/// What a comparison found, and how far it got.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Comparison {
-    /// The finding.
-    pub outcome: Outcome,
-    /// The lengths differ, and what both have is equal.
-    pub reached_longer_tail: bool,
-}
-
 /// One of the two disks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
@@ -79,7 +70,8 @@ impl std::error::Error for CompareFailure {
     }
 }
 
-/// Compares two disks. `strict`: the lengths, and what is allocated and zero, have to be equal too.
+/// Compares two disks. `strict`: the lengths, and what is allocated and zero, have to be equal too. `on_tail` is called when all that both have is
+/// equal, and one goes on.
 ///
 /// *If the future is dropped*: nothing has changed.
 ///
@@ -90,18 +82,13 @@ pub async fn compare(
     second: &Backend,
     strict: bool,
     job: &Job,
-) -> Result<Comparison, CompareFailure> {
+    on_tail: impl FnOnce(),
+) -> Result<Outcome, CompareFailure> {
     let (len1, len2) = (first.length(), second.length());
     let (common, longest) = (len1.min(len2), len1.max(len2));
     job.begin(longest);
-    let found = |outcome, reached_longer_tail| {
-        Ok(Comparison {
-            outcome,
-            reached_longer_tail,
-        })
-    };
     if strict && len1 != len2 {
-        return found(Outcome::LengthDiffers, false);
+        return Ok(Outcome::LengthDiffers);
     }
     let buffers = BufferPool::new(CHUNK_BYTES as usize);
     let mut at = 0;
@@ -112,7 +99,7 @@ pub async fn compare(
         let (flags1, flags2) = (status1.status.flags, status2.status.flags);
         let mut chunk = status1.status.bytes.min(status2.status.bytes);
         if strict && flags1 != flags2 {
-            return found(Outcome::StatusDiffers(at), false);
+            return Ok(Outcome::StatusDiffers(at));
         }
         if !(flags1 & flags2).contains(StatusFlags::ZERO) {
             let held1 = flags1.contains(StatusFlags::ALLOCATED);
@@ -136,7 +123,7 @@ pub async fn compare(
                 }
             };
             if let Some(sector) = differs {
-                return found(Outcome::ContentDiffers(at + sector), false);
+                return Ok(Outcome::ContentDiffers(at + sector));
             }
         }
         at += chunk;
@@ -147,6 +134,9 @@ pub async fn compare(
     } else {
         (second, Side::Second)
     };
+    if at < longest {
+        on_tail();
+    }
     while at < longest {
         job.check().map_err(|_| CompareFailure::Cancelled)?;
         let found_here = status(longer, side, at, longest - at).await?.status;
@@ -155,13 +145,13 @@ pub async fn compare(
             chunk = chunk.min(CHUNK_BYTES);
             let buf = read(longer, side, at, buffers.take(chunk as usize)).await?;
             if let Some(sector) = first_data(&buf) {
-                return found(Outcome::ContentDiffers(at + sector), true);
+                return Ok(Outcome::ContentDiffers(at + sector));
             }
         }
         at += chunk;
         job.advance(chunk);
     }
-    found(Outcome::Identical, len1 != len2)
+    Ok(Outcome::Identical)
 }
 
 async fn status(

@@ -37,6 +37,9 @@ pub struct ConvertOptions {
     /// The length of the target's backing file, if it has one; it then reads as the backing file of the source does, and only what the
     /// source's top layer holds is copied.
     pub target_backing: Option<u64>,
+    /// Look through the sources before anything is copied, so that the job's progress counts only what has to be written. Else it counts the whole
+    /// length, holes too.
+    pub measure_first: bool,
     /// Sectors that can't be read become zeroes, each with a warning, instead of ending the copy.
     pub salvage: Option<Diagnostics>,
 }
@@ -49,6 +52,7 @@ impl Default for ConvertOptions {
             in_order: true,
             target_is_zero: false,
             target_backing: None,
+            measure_first: false,
             salvage: None,
         }
     }
@@ -72,7 +76,6 @@ pub async fn convert(
         starts.push(total);
         total += source.length();
     }
-    job.begin(total);
     let block = match options.sparse_bytes {
         0 => SECTOR_BYTES,
         n => 1 << n.ilog2(),
@@ -93,6 +96,10 @@ pub async fn convert(
         written: watch::Sender::new(0),
         buffers: BufferPool::new(CHUNK_BYTES as usize),
     };
+    job.begin(match options.measure_first {
+        true => copy.measure().await?,
+        false => total,
+    });
     let workers: FuturesUnordered<_> = (0..options.parallel.clamp(1, MAX_PARALLEL))
         .map(|_| copy.work())
         .collect();
@@ -167,9 +174,34 @@ impl Copy<'_> {
             if self.options.in_order {
                 self.written.send_replace(step.at + step.bytes);
             }
-            self.job.advance(step.bytes);
+            if self.is_written(step.run) || !self.options.measure_first {
+                self.job.advance(step.bytes);
+            }
         }
         Ok(())
+    }
+
+    /// Whether a run of this kind has to be written, as far as is known before it is read.
+    fn is_written(&self, run: Run) -> bool {
+        match run {
+            Run::Data => true,
+            Run::Zero => self.options.sparse_bytes == 0,
+            Run::Kept => false,
+        }
+    }
+
+    /// How many bytes have to be written.
+    async fn measure(&self) -> Result<u64> {
+        let (mut at, mut written) = (0, 0);
+        while at < self.total {
+            self.job.check()?;
+            let (run, bytes) = self.status(at).await?;
+            if self.is_written(run) {
+                written += bytes;
+            }
+            at += bytes;
+        }
+        Ok(written)
     }
 
     /// The source that holds an offset, with where it begins.
@@ -190,7 +222,7 @@ impl Copy<'_> {
             plan.run_end = plan.at + bytes;
         }
         let bytes = plan.run_end - plan.at;
-        let writes = plan.run == Run::Data || self.options.sparse_bytes == 0;
+        let writes = self.is_written(plan.run);
         let step = Step {
             at: plan.at,
             bytes: if writes {

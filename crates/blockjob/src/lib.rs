@@ -13,7 +13,7 @@ pub mod map;
 pub mod progress;
 
 pub use bench::{Bench, BenchFailure, Direction};
-pub use compare::{CompareFailure, Comparison, Outcome, Side, compare};
+pub use compare::{CompareFailure, Outcome, Side, compare};
 pub use convert::{ConvertOptions, convert};
 pub use create::{CreatePlan, CreateRequest};
 pub use map::{Extent, Extents};

@@ -18,10 +18,14 @@ async fn the_first_sector_that_differs_is_named() {
     bytes[(2 << 20) + 1000] = 2;
     let (second, _) = disk(bytes).await;
     let job = Job::new();
-    let found = compare(&first, &second, false, &job).await.expect("reads");
-    assert_eq!(found.outcome, Outcome::ContentDiffers((2 << 20) + 512));
-    let found = compare(&first, &first, true, &job).await.expect("reads");
-    assert_eq!(found.outcome, Outcome::Identical);
+    let found = compare(&first, &second, false, &job, || ())
+        .await
+        .expect("reads");
+    assert_eq!(found, Outcome::ContentDiffers((2 << 20) + 512));
+    let found = compare(&first, &first, true, &job, || ())
+        .await
+        .expect("reads");
+    assert_eq!(found, Outcome::Identical);
     assert_eq!(job.progress().done, 3 << 20);
 }
 
@@ -32,14 +36,22 @@ async fn a_longer_disk_is_equal_only_with_zeroes_behind_the_end() {
     bytes.resize(10 << 20, 0);
     let (long, memory) = disk(bytes).await;
     let job = Job::new();
-    let found = compare(&short, &long, false, &job).await.expect("reads");
-    assert_eq!(found.outcome, Outcome::Identical);
-    assert!(found.reached_longer_tail);
-    let found = compare(&short, &long, true, &job).await.expect("reads");
-    assert_eq!(found.outcome, Outcome::LengthDiffers);
+    let mut reached_tail = false;
+    let on_tail = || reached_tail = true;
+    let found = compare(&short, &long, false, &job, on_tail)
+        .await
+        .expect("reads");
+    assert_eq!(found, Outcome::Identical);
+    assert!(reached_tail);
+    let found = compare(&short, &long, true, &job, || ())
+        .await
+        .expect("reads");
+    assert_eq!(found, Outcome::LengthDiffers);
     memory.lock()[(9 << 20) + 1] = 1;
-    let found = compare(&long, &short, false, &job).await.expect("reads");
-    assert_eq!(found.outcome, Outcome::ContentDiffers(9 << 20));
+    let found = compare(&long, &short, false, &job, || ())
+        .await
+        .expect("reads");
+    assert_eq!(found, Outcome::ContentDiffers(9 << 20));
 }
 
 #[tokio::test]

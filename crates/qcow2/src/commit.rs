@@ -20,7 +20,7 @@
 //! after a flush was called does for that flush.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use blockcore::{IoBuf, Result, WriteFlags};
@@ -56,8 +56,8 @@ impl CommitState {
 #[derive(Debug, Default)]
 struct Plan {
     blocks: Vec<BlockWrite>,
-    /// Pieces of the refcount table, by host offset, or the whole table at its new place.
-    table: Vec<(u64, Vec<u8>)>,
+    /// Pieces of the refcount table in rounds (see `Refcounts::table_rounds`), or the whole table at its new place.
+    table: Vec<Vec<(u64, Vec<u8>)>>,
     table_entries: Vec<usize>,
     /// The refcount table has moved here: the header has to say so.
     moved_table: Option<MovedTable>,
@@ -81,6 +81,8 @@ pub(crate) struct MovedTable {
     clusters: u32,
     /// The places it had before.
     old: Vec<Freed>,
+    /// The header may name the new place already: from now on it is changed entry by entry, as every table is.
+    named: Arc<AtomicBool>,
 }
 
 /// A disk on its way to a greater length.
@@ -221,20 +223,14 @@ impl Image {
         plan.table_entries = std::mem::take(&mut meta.refcounts.dirty_entries)
             .into_iter()
             .collect();
-        let table = meta.refcounts.table();
-        if let Some(moved) = &plan.moved_table {
-            plan.table.push((
-                moved.offset,
-                table.iter().flat_map(|e| e.to_be_bytes()).collect(),
-            ));
-        } else {
-            for &i in &plan.table_entries {
-                plan.table.push((
-                    meta.refcounts.table_offset + i as u64 * 8,
-                    table[i].to_be_bytes().to_vec(),
-                ));
+        plan.table = match &plan.moved_table {
+            Some(moved) if !moved.named.load(Ordering::Acquire) => {
+                let entries = meta.refcounts.table().iter();
+                let bytes = entries.flat_map(|e| e.to_be_bytes()).collect();
+                vec![vec![(moved.offset, bytes)]]
             }
-        }
+            _ => meta.refcounts.table_rounds(&plan.table_entries),
+        };
         plan.l1_entries = std::mem::take(&mut meta.dirty_l1).into_iter().collect();
         let per_piece = L1_WRITE_BYTES / 8;
         for &i in &plan.l1_entries {
@@ -300,6 +296,7 @@ impl Image {
             offset,
             clusters: run.count as u32,
             old,
+            named: Arc::default(),
         });
         Ok(())
     }
@@ -316,17 +313,17 @@ impl Image {
             }
         }
         self.write_blocks(&plan.blocks).await?;
-        if !plan.table.is_empty() {
-            // INV QCOW2-ORD-1: a table entry that names a new block is durable only after the block. Also in a table that moves: the header may
-            // name its new place already, if an earlier commit failed.
+        for round in &plan.table {
+            // INV QCOW2-ORD-1: a table entry that names a new block is durable only after the block, and after the entry of the block that counts it.
             self.file.flush().await?;
-            for (host, bytes) in &plan.table {
+            for (host, bytes) in round {
                 self.write_metadata(Owner::RefcountTable, *host, bytes.clone())
                     .await?;
             }
         }
         if let Some(moved) = &plan.moved_table {
             self.file.flush().await?;
+            moved.named.store(true, Ordering::Release);
             let mut bytes = moved.offset.to_be_bytes().to_vec();
             bytes.extend(moved.clusters.to_be_bytes());
             self.write_metadata(Owner::Header, REFCOUNT_TABLE_OFFSET_FIELD, bytes)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `qemu-img compare`. Exit status: 0 identical, 1 different, 2 an image can't be opened, 3 block status failed, 4 a read failed.
 
-use blockjob::{CompareFailure, Comparison, Outcome as Found, Side};
+use blockjob::{CompareFailure, Outcome as Found, Side};
 use toolkit::getopt::{Arg, Long, long};
 
 use crate::Tool;
@@ -62,10 +62,11 @@ impl Tool {
             force_share,
             ..Image::new(name, format, image_opts)
         };
-        let job = progress::job(&self.console, show);
+        let job = progress::job(&self.console, show, 2.0);
         let disk1 = self.open(image(&name1, format1)).await.map_err(trouble)?;
         let disk2 = self.open(image(&name2, format2)).await.map_err(trouble)?;
-        let found = blockjob::compare(&disk1, &disk2, strict, &job).await;
+        let on_tail = || self.say(quiet, "Warning: Image size mismatch!");
+        let found = blockjob::compare(&disk1, &disk2, strict, &job, on_tail).await;
         let name_of = |side| match side {
             Side::First => &name1,
             Side::Second => &name2,
@@ -92,16 +93,15 @@ impl Tool {
         result
     }
 
-    fn report_comparison(&self, found: Comparison, quiet: bool) -> Outcome {
-        let say = |text: &str| {
-            if !quiet {
-                self.console.line(text);
-            }
-        };
-        if found.reached_longer_tail {
-            say("Warning: Image size mismatch!");
+    fn say(&self, quiet: bool, text: &str) {
+        if !quiet {
+            self.console.line(text);
         }
-        match found.outcome {
+    }
+
+    fn report_comparison(&self, found: Found, quiet: bool) -> Outcome {
+        let say = |text: &str| self.say(quiet, text);
+        match found {
             Found::Identical => {
                 say("Images are identical.");
                 return Ok(());

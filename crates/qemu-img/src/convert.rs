@@ -79,7 +79,7 @@ impl Tool {
         let Some(request) = self.convert_request(args)? else {
             return Ok(());
         };
-        let job = progress::job(&self.console, request.show);
+        let job = progress::job(&self.console, request.show, 1.0);
         let result = self.convert_images(&request, &job).await;
         if result.is_ok() {
             progress::complete(&self.console, request.show);
@@ -340,6 +340,7 @@ impl Tool {
             in_order: request.in_order,
             target_is_zero: zero,
             target_backing,
+            measure_first: request.show,
             salvage: request.salvage.then(|| self.salvage_warnings(request)),
         };
         convert(sources, target, &options, job)

@@ -7,16 +7,13 @@ use blockjob::{Job, Progress};
 
 use crate::console::Console;
 
-/// The least step that is printed, in percent.
-const STEP_PERCENT: f64 = 1.0;
-
 fn print(console: &Console, percent: f64) {
     console.print(&format!("    ({percent:3.2}/100%)\r"));
     console.flush();
 }
 
-/// A job; with `shown`, one whose progress is printed.
-pub(crate) fn job(console: &Console, shown: bool) -> Job {
+/// A job; with `shown`, one whose progress is printed, when it is more than `step` percent further.
+pub(crate) fn job(console: &Console, shown: bool, step: f64) -> Job {
     if !shown {
         return Job::new();
     }
@@ -32,7 +29,7 @@ pub(crate) fn job(console: &Console, shown: bool) -> Job {
         let mut last = last
             .lock()
             .expect("no code panics while it holds this lock");
-        if percent - *last >= STEP_PERCENT || (percent >= 100.0 && *last < 100.0) {
+        if percent - *last > step || (percent >= 100.0 && *last < 100.0) {
             *last = percent;
             print(&console, percent);
         }

@@ -3,12 +3,15 @@
 //!
 //! * [`memory`]: a disk in memory.
 //! * [`crash`]: a disk in memory that rebuilds what a power cut could leave.
+//! * [`fault`]: any driver, with errors and delays at chosen requests.
 //! * [`rng`]: seeded randomness.
 
 pub mod crash;
+pub mod fault;
 pub mod memory;
 pub mod rng;
 
 pub use crash::CrashDriver;
+pub use fault::{FaultDriver, Faults};
 pub use memory::{MemoryDriver, MemoryFactory};
 pub use rng::Rng;

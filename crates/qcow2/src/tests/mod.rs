@@ -2,13 +2,17 @@
 //! Tests of the format over test disks: a model, power cuts, and the rules of docs/INVARIANTS.md one by one.
 
 mod crash;
+mod failing;
+mod growth;
+mod hostile;
 mod model;
+mod parked;
 mod rules;
 mod stress;
 
 use std::sync::Arc;
 
-use blockcore::testing::{CrashDriver, MemoryDriver};
+use blockcore::testing::{CrashDriver, FaultDriver, Faults, MemoryDriver};
 use blockcore::{Child, ChildRole, Diagnostics, Node, NodeConfig, NodeFlags};
 
 use crate::driver::Qcow2;
@@ -70,11 +74,20 @@ pub(crate) async fn open_on(
     disk: CrashDriver,
     backing: Option<Vec<u8>>,
 ) -> (Arc<Node>, Arc<Image>) {
-    let file = Child::new(
-        "file",
-        ChildRole::File,
-        disk.into_node(NodeFlags::default()).await.unwrap(),
-    );
+    open_over(disk.into_node(NodeFlags::default()).await.unwrap(), backing).await
+}
+
+/// As [`open_on`], with faults between the image and its disk.
+pub(crate) async fn open_with_faults(disk: CrashDriver) -> (Arc<Node>, Arc<Image>, Faults) {
+    let driver = FaultDriver::new(Box::new(disk));
+    let faults = driver.faults();
+    let (node, image) =
+        open_over(driver.into_node(NodeFlags::default()).await.unwrap(), None).await;
+    (node, image, faults)
+}
+
+async fn open_over(file: Arc<Node>, backing: Option<Vec<u8>>) -> (Arc<Node>, Arc<Image>) {
+    let file = Child::new("file", ChildRole::File, file);
     let backing = match backing {
         None => None,
         Some(bytes) => {

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Commits that fail at each of their requests in turn, and are tried again.
+
+use blockcore::testing::fault::{Event, Rule};
+use blockcore::testing::{CrashDriver, Rng};
+use blockcore::{Node, Result, TruncateRequest, WriteFlags};
+
+use super::{Shape, corruptions, findings, fresh_image, open_on, open_with_faults, read_all};
+
+async fn write(node: &Node, offset: u64, bytes: usize, value: u8) -> Result<()> {
+    node.pwritev(offset, vec![value; bytes].into(), WriteFlags::empty())
+        .await
+}
+
+/// Clusters of 512 bytes with refcounts of 64 bits: a refcount table of one cluster counts 4096 clusters, so that it soon has to move.
+const MANY_BLOCKS: Shape = Shape {
+    size: 4 << 20,
+    cluster_bits: 9,
+    version: 3,
+    refcount_order: 6,
+};
+
+// INV QCOW2-ORD-1, INV QCOW2-ORD-3, INV QCOW2-ORD-5: a commit that failed anywhere has lost nothing, and may be tried again without harm.
+#[tokio::test]
+async fn a_commit_that_failed_is_done_by_the_next() {
+    let mut failed = 0;
+    for (event, nth) in [Event::Write, Event::Flush]
+        .into_iter()
+        .flat_map(|event| (0..40).map(move |nth| (event, nth)))
+    {
+        let disk = CrashDriver::new(fresh_image(MANY_BLOCKS));
+        let (node, _image, faults) = open_with_faults(disk.clone()).await;
+        write(&node, 0, 1 << 20, 1).await.unwrap();
+        node.flush().await.unwrap();
+        write(&node, 1 << 20, 1 << 20, 2).await.unwrap();
+        node.pdiscard(0, 256 << 10).await.unwrap();
+        faults.add(Rule::fail(event, libc::EIO).only(nth));
+        let first = node.flush().await;
+        faults.clear();
+        failed += u32::from(first.is_err());
+        write(&node, 3 << 20, 1024, 3).await.unwrap();
+        node.flush().await.unwrap();
+        let expected = read_all(&node).await;
+        for at in [0, 1 << 20, 3 << 20] {
+            let value = [0, 2, 2, 3][at >> 20];
+            assert_eq!(expected[at], value);
+        }
+        let mut rng = Rng::new(u64::from(nth));
+        for _ in 0..6 {
+            let cut = rng.below(disk.log_len() as u64 + 1) as usize;
+            let left = disk.image_after(cut, rng.below(101), &mut rng);
+            let wrong = corruptions(left).await;
+            assert_eq!(wrong, Vec::<String>::new(), "{event:?} {nth} cut {cut}");
+        }
+        node.driver().close().await.unwrap();
+        let (again, _) = open_on(CrashDriver::new(disk.snapshot()), None).await;
+        assert!(read_all(&again).await == expected, "{event:?} {nth}");
+        let left = findings(disk.snapshot()).await;
+        assert_eq!(left, Vec::<String>::new(), "{event:?} {nth}");
+    }
+    assert!(failed > 20, "only {failed} commits failed");
+}
+
+#[tokio::test]
+async fn a_growth_whose_commit_fails_leaves_the_old_length() {
+    let mut failed = 0;
+    for (event, nth) in [Event::Write, Event::Flush]
+        .into_iter()
+        .flat_map(|event| (0..12).map(move |nth| (event, nth)))
+    {
+        let disk = CrashDriver::new(fresh_image(MANY_BLOCKS));
+        let (node, _image, faults) = open_with_faults(disk.clone()).await;
+        write(&node, 0, 1 << 20, 1).await.unwrap();
+        faults.add(Rule::fail(event, libc::EIO).only(nth));
+        let grown = node.truncate(TruncateRequest::to(8 << 20)).await;
+        faults.clear();
+        failed += u32::from(grown.is_err());
+        let length = if grown.is_ok() { 8 << 20 } else { 4 << 20 };
+        assert_eq!(node.length(), length);
+        write(&node, 3 << 20, 1024, 3).await.unwrap();
+        node.flush().await.unwrap();
+        let (again, _) = open_on(CrashDriver::new(disk.snapshot()), None).await;
+        assert_eq!(again.length(), length, "{event:?} {nth}");
+        assert!(read_all(&again).await == read_all(&node).await);
+        node.driver().close().await.unwrap();
+        let left = findings(disk.snapshot()).await;
+        assert_eq!(left, Vec::<String>::new(), "{event:?} {nth}");
+    }
+    assert!(failed > 5, "only {failed} growths failed");
+}

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Images that were made to do harm, or were damaged. More of them in `check/tests`, `header/tests`, `snapshot/tests` and the golden scripts `bad-*`.
+
+use blockcore::testing::CrashDriver;
+use blockcore::testing::fault::{Event, Rule};
+use blockcore::{Child, ChildRole, Diagnostics, NodeFlags, WriteFlags};
+
+use super::{Shape, fresh_image, open_on, open_with_faults};
+use crate::format::OFLAG_COPIED;
+use crate::header::Header;
+use crate::open::open_image;
+
+const CLUSTER: u64 = 4096;
+const DIRTY: u8 = 1;
+const CORRUPT: u8 = 2;
+
+// INV QCOW2-META-1: giving back a cluster that is metadata by another entry must neither free it nor make a hole of it.
+#[tokio::test]
+async fn a_discard_never_hits_metadata() {
+    for (entry, what) in [
+        (CLUSTER | OFLAG_COPIED, "refcount table"),
+        ((2 * CLUSTER) | OFLAG_COPIED, "refcount block"),
+        ((3 * CLUSTER) | OFLAG_COPIED, "active L1 table"),
+        ((4 * CLUSTER) | OFLAG_COPIED, "active L2 table"),
+        (1 << 62, "qcow2_header"),
+    ] {
+        let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
+        let (node, image) = open_on(disk.clone(), None).await;
+        for offset in [0, 8192] {
+            node.pwritev(offset, vec![1; 512].into(), WriteFlags::empty())
+                .await
+                .unwrap();
+        }
+        node.flush().await.unwrap();
+        let mut meta = image.meta.lock().await;
+        image.set_entry(&mut meta, 0, entry).await.unwrap();
+        drop(meta);
+        let mut before = disk.snapshot();
+        let err = node.pdiscard(0, CLUSTER).await.unwrap_err();
+        assert!(err.to_string().contains(what), "{err}");
+        assert!(node.flush().await.is_err());
+        before[79] |= CORRUPT;
+        assert!(disk.snapshot() == before, "{what}: nothing else changed");
+    }
+}
+
+// The image is known to be corrupt on disk only when the bit is there.
+#[tokio::test]
+async fn the_corrupt_bit_is_tried_again() {
+    let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
+    let (node, image, faults) = open_with_faults(disk.clone()).await;
+    node.pwritev(0, vec![1; 512].into(), WriteFlags::empty())
+        .await
+        .unwrap();
+    let mut meta = image.meta.lock().await;
+    image
+        .set_entry(&mut meta, 0, CLUSTER | OFLAG_COPIED)
+        .await
+        .unwrap();
+    drop(meta);
+    faults.add(
+        Rule::fail(Event::Write, libc::EIO)
+            .within(0..CLUSTER)
+            .only(0),
+    );
+    assert!(node.pdiscard(0, CLUSTER).await.is_err());
+    assert_eq!(disk.snapshot()[79], 0);
+    assert!(node.pdiscard(0, CLUSTER).await.is_err());
+    assert_eq!(disk.snapshot()[79], CORRUPT);
+}
+
+/// Opens an image for writing, and says what it answers.
+async fn open_for_writing(disk: CrashDriver) -> Result<(), String> {
+    let file = disk.into_node(NodeFlags::default()).await.unwrap();
+    let file = Child::new("file", ChildRole::File, file);
+    let header = Header::read(&file).await.map_err(|e| e.to_string())?;
+    let image = open_image(file, None, header, Diagnostics::new(|_| {})).await;
+    let image = image.map_err(|e| e.to_string())?;
+    image.prepare_writing().await.map_err(|e| e.to_string())
+}
+
+#[tokio::test]
+async fn offsets_at_their_extremes_are_no_surprise() {
+    let mut bytes = fresh_image(Shape::small(1 << 20));
+    bytes[4096 + 8..4096 + 16].copy_from_slice(&0xffff_ffff_ffff_f000u64.to_be_bytes());
+    let _answer = open_for_writing(CrashDriver::new(bytes)).await;
+    let mut bytes = fresh_image(Shape::small(1 << 20));
+    bytes.resize(5 * 4096, 0);
+    bytes[60..64].copy_from_slice(&1u32.to_be_bytes());
+    bytes[64..72].copy_from_slice(&(4 * CLUSTER).to_be_bytes());
+    bytes[4 * 4096..4 * 4096 + 8].copy_from_slice(&u64::MAX.to_be_bytes());
+    bytes[4 * 4096 + 8..4 * 4096 + 12].copy_from_slice(&1u32.to_be_bytes());
+    let _answer = open_for_writing(CrashDriver::new(bytes)).await;
+}
+
+// INV QCOW2-META-2: an image that is recounted at open is not written in place where two entries share a cluster, whatever its flags say.
+#[tokio::test]
+async fn a_dirty_image_with_wrong_flags_is_not_written() {
+    for (shared, accepted) in [(false, true), (true, false)] {
+        let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
+        let (node, image) = open_on(disk.clone(), None).await;
+        node.pwritev(0, vec![1; 4096].into(), WriteFlags::empty())
+            .await
+            .unwrap();
+        let first = image.l2.entry_now(0).unwrap();
+        if shared {
+            let mut meta = image.meta.lock().await;
+            image.set_entry(&mut meta, 1, first).await.unwrap();
+        }
+        node.flush().await.unwrap();
+        let mut bytes = disk.snapshot();
+        bytes[79] |= DIRTY;
+        let before = bytes.clone();
+        let disk = CrashDriver::new(bytes);
+        let answer = open_for_writing(disk.clone()).await;
+        assert_eq!(answer.is_ok(), accepted, "{answer:?}");
+        assert_eq!(disk.snapshot() == before, shared, "written only if sound");
+    }
+}
