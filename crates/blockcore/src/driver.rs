@@ -406,6 +406,16 @@ pub trait BlockDriver: Send + Sync + 'static {
         None
     }
 
+    /// The driver's own options that change what a guest sees; they are part of a node's [`full_name`](crate::Node::full_name). *If omitted*: none.
+    fn strong_options(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    /// The one name that a driver without files has (`null-co://`). *If omitted*: the name the node was opened by.
+    fn exact_filename(&self) -> Option<&'static str> {
+        None
+    }
+
     /// Checks the metadata. *If omitted*: unsupported.
     async fn check(&self, fix: CheckFix) -> Result<CheckResult> {
         let _nothing = fix;

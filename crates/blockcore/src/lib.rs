@@ -26,6 +26,7 @@ pub mod buffer;
 pub mod child;
 pub mod driver;
 pub mod error;
+mod full_name;
 pub mod limits;
 pub mod name;
 pub mod node;

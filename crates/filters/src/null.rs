@@ -41,6 +41,17 @@ impl BlockDriver for NullDriver {
         true
     }
 
+    fn strong_options(&self) -> &'static [&'static str] {
+        &["read-zeroes", "size"]
+    }
+
+    fn exact_filename(&self) -> Option<&'static str> {
+        Some(match self.name {
+            "null-aio" => "null-aio://",
+            _ => "null-co://",
+        })
+    }
+
     async fn length(&self) -> Result<u64> {
         Ok(self.bytes)
     }

@@ -109,6 +109,13 @@ impl Meta {
         self.unwritten.extend(&plan.unwritten);
     }
 
+    /// Whether the header may name a new place of the refcount table that isn't settled yet.
+    #[cfg(test)]
+    pub fn header_may_name_moved_table(&self) -> bool {
+        let moving = self.moving_table.as_ref();
+        moving.is_some_and(|m| m.named.load(Ordering::Acquire))
+    }
+
     /// The header says what was planned. If the disk has begun to grow further meanwhile, that is still to be written.
     fn growth_settled(&mut self, planned: &PlannedGrowth) {
         let Some(growth) = &mut self.growth else {

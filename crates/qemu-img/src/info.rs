@@ -184,7 +184,7 @@ async fn node_info(node: &Node) -> Result<NodeInfo> {
     }
     let backing = driver.backing_name().filter(|b| !b.filename.is_empty());
     Ok(NodeInfo {
-        filename: node.filename().to_owned(),
+        filename: node.full_name(),
         format: node.format_name(),
         length: node.length(),
         // Without a number there still is all the rest to say.

@@ -100,7 +100,8 @@ impl Tool {
         let Some(offset) = extent.offset else {
             return Err(self.unmappable());
         };
-        let file = extent.file.as_ref().map(|f| f.filename()).unwrap_or("");
+        let file = extent.file.as_ref().map(|f| f.full_name());
+        let file = file.as_deref().unwrap_or("");
         let hex = |n: u64| {
             if n == 0 {
                 "0".to_owned()

@@ -86,6 +86,10 @@ impl BlockDriver for RawDriver {
         vec![&self.file]
     }
 
+    fn strong_options(&self) -> &'static [&'static str] {
+        &["offset", "size"]
+    }
+
     fn limits(&self) -> BlockLimits {
         let file = self.file.limits();
         let sector = match self.probed_by {
