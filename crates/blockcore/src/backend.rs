@@ -294,11 +294,11 @@ impl Backend {
         if !self.root.is_read_only() {
             self.root.flush().await?;
         }
-        let mut done: Vec<(Arc<Node>, NodeFlags)> = Vec::new();
+        let mut done = Vec::new();
         let result = reopen_down(self.root.node(), flags, options, &mut done).await;
         if let Err(err) = result {
-            for (node, old) in done.into_iter().rev() {
-                node.reopen(old, Options::new()).await?;
+            for (node, flags, options) in done.into_iter().rev() {
+                node.reopen(flags, options).await?;
             }
             return Err(err);
         }
@@ -326,13 +326,27 @@ impl Backend {
     }
 }
 
+/// What takes a change of options back: the values from before, `null` where there was none.
+fn undo(node: &Node, change: &Options) -> Options {
+    let before = node.options();
+    let mut undo = Options::new();
+    for (key, _) in change.iter() {
+        match before.get(key) {
+            Some(value) => undo.set(key, value.clone()),
+            None if key == "driver" || key == "node-name" => {}
+            None => undo.set(key, crate::OptionValue::Null),
+        }
+    }
+    undo
+}
+
 /// Reopens a node after its own storage when that becomes writable, before it when it becomes read-only: a format never is writable over a
 /// file that is not. Backing nodes keep their mode but for the cache.
 async fn reopen_down(
     node: &Arc<Node>,
     flags: NodeFlags,
     mut options: Options,
-    done: &mut Vec<(Arc<Node>, NodeFlags)>,
+    done: &mut Vec<(Arc<Node>, NodeFlags, Options)>,
 ) -> Result<()> {
     let own: Vec<(Arc<Node>, bool, Options)> = node
         .driver()
@@ -347,9 +361,9 @@ async fn reopen_down(
         })
         .collect();
     if flags.read_only {
-        let old = node.flags();
+        let (old, undo) = (node.flags(), undo(node, &options));
         node.reopen(flags, std::mem::take(&mut options)).await?;
-        done.push((node.clone(), old));
+        done.push((node.clone(), old, undo));
     }
     for (child, is_backing, child_options) in own {
         let read_only = if is_backing {
@@ -366,9 +380,9 @@ async fn reopen_down(
         .await?;
     }
     if !flags.read_only {
-        let old = node.flags();
+        let (old, undo) = (node.flags(), undo(node, &options));
         node.reopen(flags, options).await?;
-        done.push((node.clone(), old));
+        done.push((node.clone(), old, undo));
     }
     Ok(())
 }

@@ -16,15 +16,16 @@ impl Node {
     }
 
     /// The options given at open that change what a guest sees.
-    fn strong_options(&self) -> impl Iterator<Item = (&str, &OptionValue)> {
-        let strong = self.driver().strong_options();
-        self.options()
-            .iter()
-            .filter(move |(key, _)| strong.contains(key))
+    fn strong_options(&self) -> Vec<(&'static str, OptionValue)> {
+        let options = self.options();
+        let strong = self.driver().strong_options().iter();
+        strong
+            .filter_map(|&key| Some((key, options.get(key)?.clone())))
+            .collect()
     }
 
     fn plain_name(&self) -> Option<String> {
-        if self.strong_options().next().is_some() {
+        if !self.strong_options().is_empty() {
             return None;
         }
         let driver = self.driver();
@@ -41,7 +42,8 @@ impl Node {
     fn full_options(&self) -> String {
         let driver = self.driver();
         let mut members = vec![("driver", quoted(self.format_name()))];
-        members.extend(self.strong_options().map(|(k, v)| (k, shown(v))));
+        let strong = self.strong_options();
+        members.extend(strong.iter().map(|(k, v)| (*k, shown(v))));
         match driver.primary() {
             Some(child) if !driver.is_protocol() => {
                 members.push((child.name(), child.full_options()));

@@ -52,7 +52,7 @@ impl Default for NodeFlags {
 pub struct Node {
     name: String,
     filename: String,
-    options: Options,
+    options: RwLock<Options>,
     driver: Box<dyn BlockDriver>,
     limits: RwLock<BlockLimits>,
     /// A copy out of `limits`, for the request path.
@@ -72,6 +72,9 @@ pub struct Node {
     /// How many parents (children of other nodes, backends) hold the node open.
     users: AtomicUsize,
 }
+
+/// Keys that say what the node is, and are none of its driver's options.
+const NO_OPTION: [&str; 2] = ["driver", "node-name"];
 
 static NEXT_NODE_NUMBER: AtomicU64 = AtomicU64::new(100);
 
@@ -99,7 +102,7 @@ impl Node {
         let node = Node {
             name: config.name.unwrap_or_else(|| format!("#block{number}")),
             filename: config.filename,
-            options: config.options,
+            options: RwLock::new(config.options),
             driver,
             limits: RwLock::default(),
             request_alignment: AtomicU32::new(1),
@@ -129,9 +132,12 @@ impl Node {
         &self.filename
     }
 
-    /// The driver's own options as given at open.
-    pub fn options(&self) -> &Options {
-        &self.options
+    /// The driver's own options as given at open and changed since by `reopen`.
+    pub fn options(&self) -> Options {
+        self.options
+            .read()
+            .expect("no code panics while it holds this lock")
+            .clone()
     }
 
     /// The driver, for questions that are no requests (`info`, `children` ...). Requests go through the node.
@@ -322,16 +328,17 @@ impl Node {
 
     /// Changes mode and options of this node. The caller has seen to it that nothing is in flight.
     pub(crate) async fn reopen(&self, flags: NodeFlags, options: Options) -> Result<()> {
+        let before = self.options();
         let mut request = ReopenRequest {
             read_only: flags.read_only,
             direct: flags.direct,
-            options,
+            options: options.clone(),
         };
         let prepared = self.driver.reopen_prepare(&mut request).await?;
         let changed = |(key, value): &(&str, &OptionValue)| match *key {
             "driver" => value.to_string() != self.format_name(),
             "node-name" => value.to_string() != self.name,
-            key => self.options.get_str(key) != Some(value.to_string()),
+            key => before.get_str(key) != Some(value.to_string()),
         };
         // Saying what holds already is no change.
         if let Some((key, _)) = request.options.iter().find(changed) {
@@ -345,7 +352,25 @@ impl Node {
         self.no_flush.store(flags.no_flush, Ordering::Release);
         self.unmap.store(flags.unmap, Ordering::Release);
         self.refresh_limits();
+        if options.iter().next().is_some() {
+            self.remember_options(&options);
+            self.refresh_length().await?;
+        }
         Ok(())
+    }
+
+    /// `null` takes an option back.
+    fn remember_options(&self, changed: &Options) {
+        let mut options = self
+            .options
+            .write()
+            .expect("no code panics while it holds this lock");
+        for (key, value) in changed.iter().filter(|(key, _)| !NO_OPTION.contains(key)) {
+            match value {
+                OptionValue::Null => drop(options.take_str(key)),
+                value => options.set(key, value.clone()),
+            }
+        }
     }
 
     pub(crate) fn add_user(&self) {

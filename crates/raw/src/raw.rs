@@ -4,27 +4,64 @@
 //! A raw image whose format was guessed is a danger: a guest that writes another format's header into its first sector makes the next
 //! guess find that format, with any backing file it likes. So such a write is refused.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use async_trait::async_trait;
 use blockcore::{
     BlockDriver, BlockError, BlockLimits, BlockStatus, Child, DriverInfo, IoBuf, IoBufMut,
-    MAX_LENGTH_BYTES, Node, Perm, Permissions, PreparedReopen, ReadFlags, Registry, ReopenRequest,
-    Result, SECTOR_BYTES, StatusFlags, StatusMode, TruncateRequest, WriteFlags,
+    MAX_LENGTH_BYTES, Node, OptionValue, Options, Perm, Permissions, PreparedReopen, ReadFlags,
+    Registry, ReopenRequest, Result, SECTOR_BYTES, StatusFlags, StatusMode, TruncateRequest,
+    WriteFlags,
 };
 
 use crate::file::FileDriver;
+use crate::raw_open::check_range;
 
 /// A raw image.
 #[derive(Debug)]
 pub struct RawDriver {
     pub(crate) file: Child,
-    /// Where the image begins in the file, in bytes.
-    pub(crate) offset: u64,
-    /// The length in bytes, where the option `size` says it.
-    pub(crate) fixed_size: Option<u64>,
+    pub(crate) range: Arc<Range>,
     /// Nothing is forbidden to others.
     pub(crate) force_share: bool,
     /// The drivers that guessed the format, if they did.
     pub(crate) probed_by: Option<Registry>,
+}
+
+/// Which part of the file is the image. Changes only in `reopen`, with no request in flight.
+#[derive(Debug)]
+pub(crate) struct Range {
+    offset: AtomicU64,
+    /// `NO_SIZE`: up to the end of the file.
+    size: AtomicU64,
+}
+
+const NO_SIZE: u64 = u64::MAX;
+
+impl Range {
+    pub fn new(offset: u64, size: Option<u64>) -> Range {
+        Range {
+            offset: offset.into(),
+            size: size.unwrap_or(NO_SIZE).into(),
+        }
+    }
+
+    fn set(&self, offset: u64, size: Option<u64>) {
+        self.offset.store(offset, Ordering::Release);
+        self.size.store(size.unwrap_or(NO_SIZE), Ordering::Release);
+    }
+
+    /// Where the image begins in the file, in bytes.
+    pub fn offset(&self) -> u64 {
+        self.offset.load(Ordering::Acquire)
+    }
+
+    /// The length in bytes, where the option `size` says it.
+    pub fn fixed_size(&self) -> Option<u64> {
+        let size = self.size.load(Ordering::Acquire);
+        (size != NO_SIZE).then_some(size)
+    }
 }
 
 impl RawDriver {
@@ -49,19 +86,19 @@ impl RawDriver {
 
     /// What to ask of the file when the parent asks for `parent`.
     fn permissions_below(&self, parent: Permissions) -> Permissions {
-        let counts_on_length = self.offset > 0 || self.fixed_size.is_some();
+        let counts_on_length = self.range.offset() > 0 || self.range.fixed_size().is_some();
         file_permissions(parent, counts_on_length && !self.force_share)
     }
 
     /// Whether a range that the caller checked against the length lies in the file's part that is the image.
     fn shift(&self, offset: u64, bytes: u64) -> Result<u64> {
-        if let Some(size) = self.fixed_size
+        if let Some(size) = self.range.fixed_size()
             && offset.checked_add(bytes).is_none_or(|end| end > size)
         {
             return Err(BlockError::from_errno(libc::ENOSPC));
         }
         offset
-            .checked_add(self.offset)
+            .checked_add(self.range.offset())
             .ok_or_else(|| BlockError::from_errno(libc::EINVAL))
     }
 }
@@ -74,6 +111,18 @@ pub(crate) fn file_permissions(parent: Permissions, counts_on_length: bool) -> P
         wanted.shared.contains(Perm::RESIZE) && !counts_on_length,
     );
     wanted
+}
+
+/// What a reopen makes of an option: what is asked for, `null` for taking it back, or what holds `now`.
+fn reopened(options: &mut Options, key: &str, now: Option<u64>) -> Result<Option<u64>> {
+    match options.get(key) {
+        None => Ok(now),
+        Some(OptionValue::Null) => {
+            options.take_str(key);
+            Ok(None)
+        }
+        Some(_) => options.take_size(key),
+    }
 }
 
 #[async_trait]
@@ -108,10 +157,10 @@ impl BlockDriver for RawDriver {
 
     async fn length(&self) -> Result<u64> {
         let file_length = self.file.refresh_length().await?;
-        match self.fixed_size {
+        match self.range.fixed_size() {
             Some(size) => Ok(size),
             // The file may have shrunk behind our back.
-            None => Ok(file_length.saturating_sub(self.offset)),
+            None => Ok(file_length.saturating_sub(self.range.offset())),
         }
     }
 
@@ -157,7 +206,7 @@ impl BlockDriver for RawDriver {
         Ok(BlockStatus::mapped(
             StatusFlags::RAW,
             bytes,
-            offset + self.offset,
+            offset + self.range.offset(),
             self.file.node().clone(),
         ))
     }
@@ -171,12 +220,12 @@ impl BlockDriver for RawDriver {
     }
 
     async fn truncate(&self, request: TruncateRequest) -> Result<()> {
-        if self.fixed_size.is_some() {
+        if self.range.fixed_size().is_some() {
             return Err(BlockError::unsupported(
                 "Cannot resize fixed-size raw disks",
             ));
         }
-        match request.bytes.checked_add(self.offset) {
+        match request.bytes.checked_add(self.range.offset()) {
             Some(bytes) if bytes <= MAX_LENGTH_BYTES => {
                 self.file
                     .truncate(TruncateRequest { bytes, ..request })
@@ -221,21 +270,17 @@ impl BlockDriver for RawDriver {
     }
 
     async fn reopen_prepare(&self, request: &mut ReopenRequest) -> Result<Box<dyn PreparedReopen>> {
-        struct Nothing;
-        impl PreparedReopen for Nothing {
-            fn commit(self: Box<Self>) {}
-        }
-        let now = [("offset", Some(self.offset)), ("size", self.fixed_size)];
-        for (key, now) in now {
-            if let Some(asked) = request.options.take_size(key)?
-                && Some(asked) != now
-            {
-                return Err(BlockError::invalid(format!(
-                    "Cannot change the option '{key}'"
-                )));
+        struct Prepared(Arc<Range>, u64, Option<u64>);
+        impl PreparedReopen for Prepared {
+            fn commit(self: Box<Self>) {
+                self.0.set(self.1, self.2);
             }
         }
-        Ok(Box::new(Nothing))
+        let options = &mut request.options;
+        let offset = reopened(options, "offset", Some(self.range.offset()))?.unwrap_or(0);
+        let size = reopened(options, "size", self.range.fixed_size())?;
+        check_range(offset, size, self.file.refresh_length().await?)?;
+        Ok(Box::new(Prepared(self.range.clone(), offset, size)))
     }
 
     /// Raw has no use of its own for the file: what its parent does and puts up with is what the file's locks say.

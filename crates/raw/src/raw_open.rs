@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! [`RawFactory`]: options, opening and creating of raw images. `QEMU: raw_open`, `raw_apply_options`.
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
 use blockcore::{
     BlockDriver, BlockError, Child, CreateContext, CreateOption, Diagnostics, DriverFactory,
@@ -8,14 +10,14 @@ use blockcore::{
 };
 
 use crate::file_open::CREATE_OPTIONS;
-use crate::raw::{RawDriver, file_permissions};
+use crate::raw::{Range, RawDriver, file_permissions};
 
 /// Opens and creates raw images.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RawFactory;
 
 /// Checks what the options make of a file of `length` bytes.
-fn check_range(offset: u64, size: Option<u64>, length: u64) -> Result<()> {
+pub(crate) fn check_range(offset: u64, size: Option<u64>, length: u64) -> Result<()> {
     if offset > length {
         return Err(BlockError::invalid(format!(
             "Offset ({offset}) cannot be greater than size of the containing file ({length})"
@@ -94,8 +96,7 @@ impl DriverFactory for RawFactory {
         }
         Ok(Box::new(RawDriver {
             file,
-            offset,
-            fixed_size,
+            range: Arc::new(Range::new(offset, fixed_size)),
             force_share: ctx.flags().force_share,
             probed_by: ctx.probed().then(|| ctx.registry().clone()),
         }))
