@@ -570,4 +570,10 @@ pub trait DriverFactory: Send + Sync + 'static {
             self.format_name()
         )))
     }
+
+    /// Takes away what [`create`](DriverFactory::create) has just made and could not finish. *If omitted*: unsupported; the half-made image stays.
+    async fn delete(&self, filename: &str) -> Result<()> {
+        let _nothing = filename;
+        Err(BlockError::from_errno(libc::ENOTSUP))
+    }
 }

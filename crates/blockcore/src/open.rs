@@ -725,6 +725,18 @@ impl CreateContext<'_> {
         Ok(Backend::new(node, false))
     }
 
+    /// Takes away a file that [`create_file`](CreateContext::create_file) has made and that is closed again, since no image has come of it. A driver
+    /// that can't leaves it.
+    pub async fn delete_file(&self, filename: &str) {
+        let deleted = match self.registry.find_protocol(filename).await {
+            Ok(protocol) => protocol.delete(filename).await,
+            Err(e) => Err(e),
+        };
+        if let Err(e) = deleted {
+            tracing::debug!("the half-made image {filename} stays: {e}");
+        }
+    }
+
     /// The drivers at hand.
     pub fn registry(&self) -> &Registry {
         self.registry

@@ -151,7 +151,11 @@ pub async fn create(ctx: &CreateContext<'_>, filename: &str, mut options: Option
     let file = ctx.create_file(filename, options).await?;
     let written = write_image(&file, &request, ctx).await;
     let closed = file.close().await;
-    written.and(closed)
+    let created = written.and(closed);
+    if created.is_err() {
+        ctx.delete_file(filename).await;
+    }
+    created
 }
 
 /// Reads all options and then checks them; that order, and the order within, decides which of several mistakes is told.

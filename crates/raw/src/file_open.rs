@@ -291,6 +291,21 @@ impl DriverFactory for FileFactory {
         };
         pool::run(move || create(&name, bytes, preallocation, hints)).await
     }
+
+    async fn delete(&self, filename: &str) -> Result<()> {
+        let name = filename
+            .strip_prefix("file:")
+            .unwrap_or(filename)
+            .to_owned();
+        let delete = move || {
+            // A device or a pipe is not ours to take away.
+            if !std::fs::metadata(&name)?.is_file() {
+                return Err(std::io::ErrorKind::NotFound.into());
+            }
+            std::fs::remove_file(&name)
+        };
+        pool::run(move || delete().map_err(BlockError::from_io)).await
+    }
 }
 
 /// The extents that a new file is to have where the file system can be asked, in bytes: fewer, larger ones than it would choose.
