@@ -3,10 +3,11 @@
 //! on a fresh checkout.
 //!
 //! One file per concern: `run` starts processes, `checks` holds the verbs that call cargo, `tidy` the rules that no compiler
-//! checks, `demo` the walk through a real backing chain.
+//! checks, `demo` the walk through a real backing chain, `long` the random tests that run for as long as one likes.
 
 mod checks;
 mod demo;
+mod long;
 mod run;
 mod tidy;
 
@@ -18,6 +19,8 @@ Usage: cargo xtask VERB
   test                      build the tools and run every test, golden scripts and doc tests included
   golden [--record] [NAME]  run the golden scripts (those whose name contains NAME), or record their
                             outputs anew from the installed QEMU tools
+  crash [--seed N] [--count N]
+                            cut the power at 60 places in each of N random runs
   demo [--keep]             build a real backing chain, drive it through qemu-io, map and check it
   tidy                      the project's own rules: headers, file sizes, invariants, golden scripts
   docs                      build the documentation, warnings denied
@@ -30,6 +33,7 @@ fn main() -> ExitCode {
     let result = match words.as_slice() {
         ["test"] => checks::test(),
         ["golden", rest @ ..] => checks::golden(rest),
+        ["crash", rest @ ..] => long::crash(rest),
         ["demo"] => demo::demo(false),
         ["demo", "--keep"] => demo::demo(true),
         ["tidy"] => tidy::tidy(),

@@ -31,8 +31,8 @@ pub enum LogEntry {
     },
     /// The length became this many bytes.
     Length(u64),
-    /// All before it is durable.
-    Flush,
+    /// A flush has ended: the first so many entries of the log are durable. What was written while it ran may not be.
+    Flush(usize),
 }
 
 /// A disk in memory with a log. Clones share both.
@@ -92,14 +92,20 @@ impl CrashDriver {
         .await
     }
 
+    /// Whether the log has a flush at this place.
+    pub fn is_flush(&self, at: usize) -> bool {
+        matches!(self.lock().get(at), Some(LogEntry::Flush(_)))
+    }
+
     /// What a power cut after the first `cut` log entries could leave, chosen by `rng`. `keep_percent` of the sectors that were not flushed survive.
     pub fn image_after(&self, cut: usize, keep_percent: u64, rng: &mut Rng) -> Vec<u8> {
         let log = self.lock();
         let log = &log[..cut];
-        let flushed = log
-            .iter()
-            .rposition(|e| *e == LogEntry::Flush)
-            .map_or(0, |at| at + 1);
+        let covered = |e: &LogEntry| match e {
+            LogEntry::Flush(covered) => Some(*covered),
+            _ => None,
+        };
+        let flushed = log.iter().filter_map(covered).max().unwrap_or(0);
         let mut image = (*self.base).clone();
         for entry in &log[..flushed] {
             apply(&mut image, entry, |_| true);
@@ -120,7 +126,7 @@ impl CrashDriver {
 
 fn apply(image: &mut Vec<u8>, entry: &LogEntry, mut survives: impl FnMut(u64) -> bool) {
     match entry {
-        LogEntry::Flush => {}
+        LogEntry::Flush(_) => {}
         LogEntry::Length(bytes) => {
             if survives(*bytes) {
                 image.resize(*bytes as usize, 0);
@@ -203,8 +209,7 @@ impl BlockDriver for CrashDriver {
     async fn flush(&self) -> Result<()> {
         let begun = self.log_len();
         tokio::task::yield_now().await;
-        // Only what was there when the flush began is durable: the mark goes there, not to the end.
-        self.lock().insert(begun, LogEntry::Flush);
+        self.lock().push(LogEntry::Flush(begun));
         Ok(())
     }
 

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Commits that fail at each of their requests in turn, and are tried again.
 
-use blockcore::testing::crash::LogEntry;
 use blockcore::testing::fault::{Event, Rule};
 use blockcore::testing::{CrashDriver, Rng};
 use blockcore::{Node, Result, TruncateRequest, WriteFlags};
@@ -67,8 +66,7 @@ async fn a_commit_that_failed_is_done_by_the_next() {
 async fn check_cuts(disk: &CrashDriver, node: &Node) {
     let begun = disk.log_len();
     node.flush().await.unwrap();
-    let log = disk.log();
-    for cut in (begun..log.len()).filter(|&at| log[at] == LogEntry::Flush) {
+    for cut in (begun..disk.log_len()).filter(|&at| disk.is_flush(at)) {
         for seed in 0..16 {
             let left = disk.image_after(cut, 50, &mut Rng::new(seed));
             let wrong = corruptions(left).await;

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The verbs that run a random test for as long as one likes. Each has a short run among the ordinary tests.
+
+use crate::run::{cargo, root, run};
+
+/// Power cuts. `--count` is the number of seeds, each with 60 cuts; `--seed` is the first one.
+pub fn crash(words: &[&str]) -> Result<(), String> {
+    let wishes = Wishes::parse(words, 500)?;
+    let mut command = optimised_test("qcow2", "tests::crash");
+    command.env("BLOCKLAYER_CRASH_SEEDS", wishes.count.to_string());
+    wishes.run(command)
+}
+
+/// What the command line asks for.
+struct Wishes {
+    seed: Option<u64>,
+    count: u64,
+}
+
+impl Wishes {
+    fn parse(words: &[&str], count: u64) -> Result<Wishes, String> {
+        let mut wishes = Wishes { seed: None, count };
+        for pair in words.chunks(2) {
+            let [option, value] = *pair else {
+                return Err(format!("{} needs a number", pair[0]));
+            };
+            let number = value
+                .parse()
+                .map_err(|_| format!("{option}: {value} is no number"))?;
+            match option {
+                "--seed" => wishes.seed = Some(number),
+                "--count" => wishes.count = number,
+                _ => return Err(format!("no such option: {option}")),
+            }
+        }
+        Ok(wishes)
+    }
+
+    fn run(self, mut command: std::process::Command) -> Result<(), String> {
+        if let Some(seed) = self.seed {
+            command.env("BLOCKLAYER_SEED", seed.to_string());
+        }
+        run(&mut command)
+    }
+}
+
+/// One test with optimisation, in a target directory of its own, so that the ordinary one is not rebuilt.
+fn optimised_test(package: &str, name: &str) -> std::process::Command {
+    let mut command = cargo();
+    command
+        .args(["test", "--quiet", "-p", package, "--lib", "--target-dir"])
+        .arg(root().join("target/long"))
+        .args(["--", "--nocapture", name])
+        .env("CARGO_PROFILE_DEV_OPT_LEVEL", "2");
+    command
+}
