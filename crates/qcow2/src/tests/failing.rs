@@ -3,14 +3,11 @@
 
 use blockcore::testing::fault::{Event, Rule};
 use blockcore::testing::{CrashDriver, Rng};
-use blockcore::{Node, Result, TruncateRequest, WriteFlags};
+use blockcore::{Node, TruncateRequest};
 
-use super::{Shape, corruptions, findings, fresh_image, open_on, open_with_faults, read_all};
-
-async fn write(node: &Node, offset: u64, bytes: usize, value: u8) -> Result<()> {
-    node.pwritev(offset, vec![value; bytes].into(), WriteFlags::empty())
-        .await
-}
+use super::{
+    Shape, corruptions, findings, fresh_image, open_on, open_with_faults, read_all, write,
+};
 
 /// Clusters of 512 bytes with refcounts of 64 bits: a refcount table of one cluster counts 4096 clusters, so that it soon has to move.
 const MANY_BLOCKS: Shape = Shape {

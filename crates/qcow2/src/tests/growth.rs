@@ -3,19 +3,14 @@
 
 use blockcore::testing::CrashDriver;
 use blockcore::testing::fault::{Event, Rule};
-use blockcore::{Node, Preallocation, Result, TruncateRequest, WriteFlags};
+use blockcore::{Preallocation, TruncateRequest, WriteFlags};
 
-use super::{Shape, findings, fresh_image, open_on, open_with_faults, read_all};
+use super::{Shape, findings, fresh_image, open_on, open_with_faults, read_all, write};
 use crate::format::OFLAG_COPIED;
 
 const CLUSTER: u64 = 4096;
 /// What one L2 table maps.
 const TABLE: u64 = 512 * CLUSTER;
-
-async fn write(node: &Node, offset: u64, bytes: usize, value: u8) -> Result<()> {
-    node.pwritev(offset, vec![value; bytes].into(), WriteFlags::empty())
-        .await
-}
 
 fn fully_allocated(bytes: u64) -> TruncateRequest {
     TruncateRequest {

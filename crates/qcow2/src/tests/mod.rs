@@ -13,7 +13,10 @@ mod stress;
 use std::sync::Arc;
 
 use blockcore::testing::{CrashDriver, FaultDriver, Faults, MemoryDriver};
-use blockcore::{Child, ChildRole, Diagnostics, Node, NodeConfig, NodeFlags};
+use blockcore::{
+    CheckFix, CheckResult, Child, ChildRole, Diagnostics, Node, NodeConfig, NodeFlags, Result,
+    WriteFlags,
+};
 
 use crate::driver::Qcow2;
 use crate::header::Header;
@@ -139,20 +142,27 @@ pub(crate) async fn read_all(node: &Node) -> Vec<u8> {
     all
 }
 
-/// Checks the image that lies on a disk, and gives back what is wrong with it beside leaks.
-pub(crate) async fn corruptions(bytes: Vec<u8>) -> Vec<String> {
-    let node = MemoryDriver::new(bytes)
-        .into_node(NodeFlags {
-            read_only: true,
-            ..Default::default()
-        })
+/// Writes one value all over a range.
+pub(crate) async fn write(node: &Node, offset: u64, bytes: usize, value: u8) -> Result<()> {
+    node.pwritev(offset, vec![value; bytes].into(), WriteFlags::empty())
         .await
-        .unwrap();
+}
+
+async fn check_disk(bytes: Vec<u8>) -> CheckResult {
+    let flags = NodeFlags {
+        read_only: true,
+        ..Default::default()
+    };
+    let node = MemoryDriver::new(bytes).into_node(flags).await.unwrap();
     let file = Child::new("file", ChildRole::File, node);
     let header = Header::read(&file).await.unwrap();
-    let result = crate::check::check(&header, &file, blockcore::CheckFix::None)
-        .await
-        .unwrap();
+    let result = crate::check::check(&header, &file, CheckFix::None).await;
+    result.unwrap()
+}
+
+/// Checks the image that lies on a disk, and gives back what is wrong with it beside leaks.
+pub(crate) async fn corruptions(bytes: Vec<u8>) -> Vec<String> {
+    let result = check_disk(bytes).await;
     if result.corruptions + result.check_errors > 0 {
         result.messages
     } else {
@@ -162,17 +172,5 @@ pub(crate) async fn corruptions(bytes: Vec<u8>) -> Vec<String> {
 
 /// As [`corruptions`], with leaks.
 pub(crate) async fn findings(bytes: Vec<u8>) -> Vec<String> {
-    let node = MemoryDriver::new(bytes)
-        .into_node(NodeFlags {
-            read_only: true,
-            ..Default::default()
-        })
-        .await
-        .unwrap();
-    let file = Child::new("file", ChildRole::File, node);
-    let header = Header::read(&file).await.unwrap();
-    crate::check::check(&header, &file, blockcore::CheckFix::None)
-        .await
-        .unwrap()
-        .messages
+    check_disk(bytes).await.messages
 }

@@ -5,19 +5,14 @@ use std::time::Duration;
 
 use blockcore::testing::CrashDriver;
 use blockcore::testing::fault::{Event, Rule};
-use blockcore::{IoBufMut, Node, Result, WriteFlags};
+use blockcore::{IoBufMut, Result};
 use futures::FutureExt;
 
-use super::{Shape, findings, fresh_image, open_on, open_with_faults, read_all};
+use super::{Shape, findings, fresh_image, open_on, open_with_faults, read_all, write};
 
 const CLUSTER: u64 = 4096;
 /// Clusters that one L2 table maps.
 const TABLE: u64 = 512 * CLUSTER;
-
-async fn write(node: &Node, offset: u64, bytes: usize, value: u8) -> Result<()> {
-    node.pwritev(offset, vec![value; bytes].into(), WriteFlags::empty())
-        .await
-}
 
 async fn in_time<T>(what: &str, request: impl Future<Output = Result<T>>) -> T {
     let done = tokio::time::timeout(Duration::from_secs(5), request).await;
