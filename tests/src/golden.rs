@@ -163,6 +163,20 @@ impl Script {
         fs::write(self.out_path(), first).map_err(|e| format!("{}: {e}", self.out_path().display()))
     }
 
+    /// Runs the script `dir/cmd`, which is no part of the collection, on both sides, and compares what they print.
+    ///
+    /// # Errors
+    /// A unified diff, or a sentence that says what else went wrong.
+    pub fn compare(dir: &Path, ours: &Tools, qemu: &Tools, scratch: &Path) -> Result<(), String> {
+        let script = Script::load(dir)?;
+        let expected = script.run(qemu, scratch)?;
+        let actual = script.run(ours, scratch)?;
+        if expected == actual {
+            return Ok(());
+        }
+        Err(diff(&expected, &actual, "qemu", "ours"))
+    }
+
     fn refuse_pattern_failure(&self, text: &str, whose: &str) -> Result<(), String> {
         let found = text.lines().find(|line| line.contains(PATTERN_FAILURE));
         match (found, self.expects_pattern_failure) {

@@ -1,13 +1,32 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The verbs that run a random test for as long as one likes. Each has a short run among the ordinary tests.
 
-use crate::run::{cargo, root, run};
+use crate::run::{build_tools, cargo, root, run};
 
 /// Power cuts. `--count` is the number of seeds, each with 60 cuts; `--seed` is the first one.
 pub fn crash(words: &[&str]) -> Result<(), String> {
     let wishes = Wishes::parse(words, 500)?;
     let mut command = optimised_test("qcow2", "tests::crash");
     command.env("BLOCKLAYER_CRASH_SEEDS", wishes.count.to_string());
+    wishes.run(command)
+}
+
+/// Random scripts on our tools and on the installed ones. `--count` is the number of scripts.
+pub fn diff(words: &[&str]) -> Result<(), String> {
+    let wishes = Wishes::parse(words, 500)?;
+    build_tools()?;
+    let mut command = cargo();
+    command
+        .args([
+            "test",
+            "--quiet",
+            "-p",
+            "blocklayer-tests",
+            "--test",
+            "interop",
+        ])
+        .args(["--", "--nocapture", "twin"])
+        .env("BLOCKLAYER_TWIN_SCRIPTS", wishes.count.to_string());
     wishes.run(command)
 }
 

@@ -21,6 +21,8 @@ Usage: cargo xtask VERB
                             outputs anew from the installed QEMU tools
   crash [--seed N] [--count N]
                             cut the power at 60 places in each of N random runs
+  diff [--seed N] [--count N]
+                            run N random scripts on our tools and on the installed QEMU tools
   demo [--keep]             build a real backing chain, drive it through qemu-io, map and check it
   tidy                      the project's own rules: headers, file sizes, invariants, golden scripts
   docs                      build the documentation, warnings denied
@@ -34,6 +36,7 @@ fn main() -> ExitCode {
         ["test"] => checks::test(),
         ["golden", rest @ ..] => checks::golden(rest),
         ["crash", rest @ ..] => long::crash(rest),
+        ["diff", rest @ ..] => long::diff(rest),
         ["demo"] => demo::demo(false),
         ["demo", "--keep"] => demo::demo(true),
         ["tidy"] => tidy::tidy(),

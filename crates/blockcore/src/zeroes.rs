@@ -57,6 +57,11 @@ impl Node {
         }
         let align = self.align();
         let padding = Padding::new(offset, bytes, align);
+        if flags.contains(WriteFlags::NO_FALLBACK) && !padding.is_none() {
+            // The blocks at the edges would have to be written.
+            let err = crate::BlockError::from_errno(libc::ENOTSUP);
+            return Err(err.during(Op::WriteZeroes).on_node(self.name()).at(offset));
+        }
         let (start, end) = (offset - padding.head, offset + bytes + padding.tail);
         let _tracked = self.tracked.begin(start, end, !padding.is_none()).await;
         let _written = WrittenOnDrop(self);

@@ -52,7 +52,9 @@ impl Image {
         if request.bytes == old {
             return Ok(());
         }
-        if self.version < 3 && self.backing.as_ref().is_some_and(|b| b.length() > old) {
+        let whole_clusters = old.next_multiple_of(self.cluster_size()) < request.bytes;
+        let shows_backing = self.backing.as_ref().is_some_and(|b| b.length() > old);
+        if self.version < 3 && whole_clusters && shows_backing {
             // What appears would show the backing node, and version 2 has no zero clusters to hide it.
             let text = "Failed to zero out new clusters: Operation not supported";
             return Err(BlockError::unsupported(text));
@@ -159,7 +161,8 @@ impl Image {
         let cluster = |offset: u64| offset.div_ceil(self.cluster_size());
         let (first, hidden, end) = (
             cluster(partial_end),
-            cluster(backing_end.clamp(partial_end, new.max(partial_end))),
+            // Where the backing node shows at all, QEMU hides all that appears, also past its end.
+            cluster(if backing_end > old { new } else { partial_end }),
             cluster(new),
         );
         self.remap(first, hidden, false, |mapping, _| match mapping {
