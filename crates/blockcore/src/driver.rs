@@ -323,7 +323,8 @@ pub trait BlockDriver: Send + Sync + 'static {
 
     /// Says that what the range holds is no longer needed.
     ///
-    /// *The caller guarantees* what it does for `pwritev`, with `pdiscard_alignment`. A hint: *the driver may* do nothing, and
+    /// *The caller guarantees* a range within the length that is aligned to `pdiscard_alignment`, or lies within one unit of it, and then may be aligned
+    /// to nothing (`EINVAL` is as good an answer as `Unsupported` then). A hint: *the driver may* do nothing, and
     /// return `Unsupported` for parts it can't do. What the range reads as afterwards is the old data or what the format says (qcow2:
     /// zeroes, never older data of a backing node). *If omitted*: unsupported.
     async fn pdiscard(&self, offset: u64, bytes: u64) -> Result<()> {

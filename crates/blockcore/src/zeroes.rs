@@ -175,8 +175,8 @@ impl Node {
             .map_err(|e| e.during(Op::Write).on_node(self.name()))
     }
 
-    /// Says that what a range holds is no longer needed. Does nothing where the node was opened with `discard=ignore`, and nothing to
-    /// blocks that are covered in part.
+    /// Says that what a range holds is no longer needed. Does nothing where the node was opened with `discard=ignore`. Blocks that
+    /// are covered in part are the driver's choice.
     ///
     /// # Errors
     /// `ReadOnly`, the driver's; never `Unsupported`.
@@ -196,12 +196,12 @@ impl Node {
             limits.pdiscard_alignment.into(),
             limits.max_pdiscard,
         ) {
-            if !Padding::new(at, n, align).is_none() {
-                continue;
-            }
+            // Parts of blocks are offered too: a file can make a hole anywhere. Who can't may say so.
+            let is_part = !Padding::new(at, n, align).is_none();
             match self.driver().pdiscard(at, n).await {
                 Ok(()) => {}
                 Err(e) if e.errno() == libc::ENOTSUP => {}
+                Err(e) if is_part && e.errno() == libc::EINVAL => {}
                 Err(e) => return Err(e.during(Op::Discard).on_node(self.name()).at(at)),
             }
         }
