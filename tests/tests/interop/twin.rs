@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Random scripts on both tool sets: what they print, how they end, what the images hold, `map`, `info` and `check` have to be the same.
 //!
-//! A script that differs is printed with its seed, and can be put into `tests/golden` as it is. `BLOCKLAYER_TWIN_SCRIPTS` says how many there are
+//! The ordinary test runs 25 scripts, always the same ones. A script that differs is printed with its seed, and can be put into `tests/golden` as it is. `BLOCKLAYER_TWIN_SCRIPTS` says how many there are
 //! (`cargo xtask diff --count N`).
 
 use std::fmt::Write;
@@ -186,9 +186,14 @@ fn random_scripts_print_the_same_on_both_sides() {
     let Some((ours, qemu)) = both("twin") else {
         return;
     };
-    let count = std::env::var("BLOCKLAYER_TWIN_SCRIPTS").ok();
-    let count: u64 = count.and_then(|n| n.parse().ok()).unwrap_or(25);
-    let first = Random::new("twin").next() >> 8;
+    let asked = std::env::var("BLOCKLAYER_TWIN_SCRIPTS").ok();
+    let asked: Option<u64> = asked.and_then(|n| n.parse().ok());
+    // The quick run is the same every time: it guards what is known to be equal. Looking for more is what the long run is for.
+    let mut seeds = match asked {
+        None => Random::seeded(1),
+        Some(_) => Random::new("twin"),
+    };
+    let (first, count) = (seeds.next() >> 8, asked.unwrap_or(25));
     let mut differ = Vec::new();
     for seed in first..first + count {
         let mut random = Random::seeded(seed);
