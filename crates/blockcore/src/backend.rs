@@ -333,7 +333,7 @@ fn undo(node: &Node, change: &Options) -> Options {
     for (key, _) in change.iter() {
         match before.get(key) {
             Some(value) => undo.set(key, value.clone()),
-            None if key == "driver" || key == "node-name" => {}
+            None if crate::node::NO_OPTION.contains(&key) => {}
             None => undo.set(key, crate::OptionValue::Null),
         }
     }

@@ -74,7 +74,7 @@ pub struct Node {
 }
 
 /// Keys that say what the node is, and are none of its driver's options.
-const NO_OPTION: [&str; 2] = ["driver", "node-name"];
+pub(crate) const NO_OPTION: [&str; 2] = ["driver", "node-name"];
 
 static NEXT_NODE_NUMBER: AtomicU64 = AtomicU64::new(100);
 
