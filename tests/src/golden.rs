@@ -135,7 +135,7 @@ impl Script {
             )
         })?;
         self.refuse_pattern_failure(&expected, "the recorded output")?;
-        let actual = self.run(tools, scratch)?;
+        let actual = self.run(tools, None, scratch)?;
         self.refuse_pattern_failure(&actual, "the output")?;
         if actual == expected {
             return Ok(());
@@ -153,8 +153,8 @@ impl Script {
         if tools.side != Side::Qemu {
             return Err("golden outputs are recorded from the installed QEMU only".to_owned());
         }
-        let first = self.run(tools, scratch)?;
-        let second = self.run(tools, scratch)?;
+        let first = self.run(tools, None, scratch)?;
+        let second = self.run(tools, None, scratch)?;
         if first != second {
             let text = diff(&first, &second, "first run", "second run");
             return Err(format!("the output differs from run to run\n{text}"));
@@ -163,14 +163,15 @@ impl Script {
         fs::write(self.out_path(), first).map_err(|e| format!("{}: {e}", self.out_path().display()))
     }
 
-    /// Runs the script `dir/cmd`, which is no part of the collection, on both sides, and compares what they print.
+    /// Runs the script `dir/cmd`, which is no part of the collection, on both sides, and compares what they print. `$OTHER` is a directory with the
+    /// tools of the other side, for scripts in which an image changes hands.
     ///
     /// # Errors
     /// A unified diff, or a sentence that says what else went wrong.
     pub fn compare(dir: &Path, ours: &Tools, qemu: &Tools, scratch: &Path) -> Result<(), String> {
         let script = Script::load(dir)?;
-        let expected = script.run(qemu, scratch)?;
-        let actual = script.run(ours, scratch)?;
+        let expected = script.run(qemu, Some(ours), scratch)?;
+        let actual = script.run(ours, Some(qemu), scratch)?;
         if expected == actual {
             return Ok(());
         }
@@ -191,7 +192,7 @@ impl Script {
     }
 
     /// Runs the script and returns its filtered output.
-    fn run(&self, tools: &Tools, scratch: &Path) -> Result<String, String> {
+    fn run(&self, tools: &Tools, other: Option<&Tools>, scratch: &Path) -> Result<String, String> {
         let dir = tempfile::Builder::new()
             .prefix("golden-")
             .tempdir_in(scratch)
@@ -201,7 +202,7 @@ impl Script {
             .canonicalize()
             .map_err(|e| format!("{}: {e}", dir.path().display()))?;
         let raw = self
-            .run_in(tools, &root)
+            .run_in(tools, other, &root)
             .map_err(|e| format!("cannot run {}: {e}", self.name))??;
         let text = String::from_utf8_lossy(&raw)
             .replace(&path_text(&root.join("dir")), "TEST_DIR")
@@ -210,17 +211,26 @@ impl Script {
     }
 
     /// Runs the script with stdout and stderr on one pipe. The outer error is ours, the inner one the script's.
-    fn run_in(&self, tools: &Tools, root: &Path) -> io::Result<Result<Vec<u8>, String>> {
+    fn run_in(
+        &self,
+        tools: &Tools,
+        other: Option<&Tools>,
+        root: &Path,
+    ) -> io::Result<Result<Vec<u8>, String>> {
         let work = root.join("dir");
         let tmp = root.join("tmp");
         fs::create_dir(&work)?;
         fs::create_dir(&tmp)?;
         let path = tools.link_into(&root.join("bin"))?;
+        if let Some(other) = other {
+            other.link_into(&root.join("other"))?;
+        }
         let (mut reader, writer) = io::pipe()?;
         let child = Command::new("bash")
             .arg(self.dir.join("cmd"))
             .current_dir(&work)
             .env("PATH", path)
+            .env("OTHER", root.join("other"))
             .env("TMPDIR", &tmp)
             .env("LC_ALL", "C")
             .env_remove("RUST_LOG")

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Random scripts on both tool sets: what they print, how they end, what the images hold, `map`, `info` and `check` have to be the same.
+//! Random scripts on both tool sets: what they print, how they end, what the images hold, `map`, `info` and `check` have to be the same. In two scripts
+//! of three the images change hands: some sessions are the other side's (`$OTHER/qemu-io`), so that each side opens and changes what the other has made.
 //!
 //! The ordinary test runs 25 scripts, always the same ones. A script that differs is printed with its seed, and can be put into `tests/golden` as it is. `BLOCKLAYER_TWIN_SCRIPTS` says how many there are
 //! (`cargo xtask diff --count N`).
@@ -21,6 +22,8 @@ fn pick<'a>(random: &mut Random, words: &[&'a str]) -> &'a str {
 struct Writer<'a> {
     random: &'a mut Random,
     frees: bool,
+    /// Some sessions are the other side's.
+    mixed: bool,
     text: String,
     /// The disk's length and cluster size, in bytes.
     size: usize,
@@ -83,8 +86,9 @@ impl Writer<'_> {
             }
             self.cluster = cluster;
             let over = format!("layer{layer}.qcow2");
+            let whose = self.whose();
             self.line(&format!(
-                "qemu-img create -q -f qcow2 -o {options} -b {name} -F {format} {over}{bytes}"
+                "{whose}qemu-img create -q -f qcow2 -o {options} -b {name} -F {format} {over}{bytes}"
             ));
             (name, format) = (over, "qcow2".to_owned());
             if layer + 1 < layers {
@@ -138,12 +142,31 @@ impl Writer<'_> {
         }
     }
 
+    /// Where the tool of the next step comes from: in front of its name.
+    fn whose(&mut self) -> &'static str {
+        if self.mixed && self.random.below(2) == 0 {
+            "$OTHER/"
+        } else {
+            ""
+        }
+    }
+
+    /// Which parts of a file that are reserved and not written count as data depends on what the host has read ahead into its page cache, and so on how
+    /// a tool reads. Without a cache they are holes.
+    fn forget_cached(&mut self) {
+        if self.text.contains("base.raw") {
+            self.line("sync base.raw; dd if=base.raw iflag=nocache count=0 status=none");
+        }
+    }
+
     fn session(&mut self, image: &str) {
+        self.forget_cached();
         let cache = pick(
             self.random,
             &["writeback", "writeback", "writethrough", "none"],
         );
-        let mut line = format!("qemu-io -t {cache}");
+        let whose = self.whose();
+        let mut line = format!("{whose}qemu-io -t {cache}");
         for _ in 0..1 + self.random.below(8) {
             let command = self.command();
             let _infallible = write!(line, " -c '{command}'");
@@ -158,6 +181,7 @@ impl Writer<'_> {
     }
 
     fn look(&mut self, top: &str) {
+        self.forget_cached();
         self.line(&format!("qemu-io -r -c map -c length {top}"));
         self.line(&format!(
             "qemu-img convert -O raw {top} all.raw && md5sum < all.raw"
@@ -175,7 +199,9 @@ impl Writer<'_> {
             "for i in *.qcow2; do qemu-img check $i {check}; echo \"status ${{PIPESTATUS[0]}}\"; done"
         ));
         if !self.frees {
+            self.forget_cached();
             self.line(&format!("qemu-img map --output=json {top}"));
+            self.forget_cached();
             self.line(&format!("qemu-img map {top}; echo \"status $?\""));
         }
     }
@@ -199,6 +225,7 @@ fn random_scripts_print_the_same_on_both_sides() {
         let mut random = Random::seeded(seed);
         let writer = Writer {
             frees: random.below(3) == 0,
+            mixed: random.below(3) > 0,
             random: &mut random,
             text: String::new(),
             size: 0,
