@@ -11,6 +11,27 @@ pub fn crash(words: &[&str]) -> Result<(), String> {
     wishes.run(command)
 }
 
+/// Errors from below: at every named point, and of every request. `--count` is the number of power cuts after each.
+pub fn fault(words: &[&str]) -> Result<(), String> {
+    let wishes = Wishes::parse(words, 10)?;
+    let mut command = optimised_test("qcow2", "tests::faults");
+    command
+        .env("BLOCKLAYER_FAULT_CUTS", wishes.count.to_string())
+        .env("BLOCKLAYER_FAULT_EVERY", "1");
+    wishes.run(command)
+}
+
+/// Dropped requests: at every await point, and at random on several threads. `--count` is the number of random runs.
+pub fn drop(words: &[&str]) -> Result<(), String> {
+    let wishes = Wishes::parse(words, 200)?;
+    let mut command = optimised_test("qcow2", "tests::dropped");
+    command
+        .arg("tests::stress")
+        .env("BLOCKLAYER_DROP_STEP", "5")
+        .env("BLOCKLAYER_STRESS_RUNS", wishes.count.to_string());
+    wishes.run(command)
+}
+
 /// Random scripts on our tools and on the installed ones. `--count` is the number of scripts.
 pub fn diff(words: &[&str]) -> Result<(), String> {
     let wishes = Wishes::parse(words, 500)?;

@@ -21,6 +21,10 @@ Usage: cargo xtask VERB
                             outputs anew from the installed QEMU tools
   crash [--seed N] [--count N]
                             cut the power at 60 places in each of N random runs
+  fault [--count N]         let every request to the file fail, and those at every named point; cut the
+                            power N times after each
+  drop [--seed N] [--count N]
+                            drop requests at every await point, then at random in N runs on four threads
   diff [--seed N] [--count N]
                             run N random scripts on our tools and on the installed QEMU tools
   demo [--keep]             build a real backing chain, drive it through qemu-io, map and check it
@@ -36,6 +40,8 @@ fn main() -> ExitCode {
         ["test"] => checks::test(),
         ["golden", rest @ ..] => checks::golden(rest),
         ["crash", rest @ ..] => long::crash(rest),
+        ["fault", rest @ ..] => long::fault(rest),
+        ["drop", rest @ ..] => long::drop(rest),
         ["diff", rest @ ..] => long::diff(rest),
         ["demo"] => demo::demo(false),
         ["demo", "--keep"] => demo::demo(true),

@@ -20,6 +20,7 @@ use bitflags::bitflags;
 
 use crate::buffer::{IoBuf, IoBufMut};
 use crate::child::Child;
+use crate::debug::DebugEvent;
 use crate::error::{BlockError, Result};
 use crate::limits::BlockLimits;
 use crate::open::{CreateContext, OpenContext};
@@ -471,6 +472,20 @@ pub trait BlockDriver: Send + Sync + 'static {
     async fn set_permissions(&self, permissions: Permissions) -> Result<()> {
         let _nothing = permissions;
         Ok(())
+    }
+
+    /// Whether the driver wants to hear of the points that requests pass ([`debug_event`](Self::debug_event)).
+    ///
+    /// *Called* once, after open. *If omitted*: no. A driver that passes requests on unchanged says what its child says.
+    fn wants_debug_events(&self) -> bool {
+        false
+    }
+
+    /// A parent, or the request path, is about to do something to this node.
+    ///
+    /// *Called* only if [`wants_debug_events`](Self::wants_debug_events); *the driver may* take as long as it likes. *If omitted*: nothing.
+    async fn debug_event(&self, event: DebugEvent) {
+        let _nothing = event;
     }
 
     /// Ends all work: waits for what dropped futures left going on, writes what is not written yet, gives back what the host

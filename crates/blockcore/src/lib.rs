@@ -24,6 +24,7 @@
 pub mod backend;
 pub mod buffer;
 pub mod child;
+pub mod debug;
 pub mod driver;
 pub mod error;
 mod full_name;
@@ -46,6 +47,7 @@ mod zeroes;
 pub use backend::{Backend, InFlight, InFlightGuard, OwnedInFlightGuard};
 pub use buffer::{IoBuf, IoBufMut};
 pub use child::{Child, ChildRole};
+pub use debug::DebugEvent;
 pub use driver::{
     BackingName, BlockDriver, CheckFix, CheckResult, CreateOption, DriverFactory, DriverInfo,
     OptionKind, Preallocation, PreparedReopen, ReadFlags, ReopenRequest, SnapshotInfo,

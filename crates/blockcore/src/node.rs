@@ -12,6 +12,7 @@ use std::sync::{Arc, RwLock};
 
 use crate::backend::InFlight;
 use crate::child::Child;
+use crate::debug::DebugEvent;
 use crate::driver::{BlockDriver, ReopenRequest, TruncateRequest};
 use crate::error::{BlockError, ErrorKind, Op, Result};
 use crate::limits::{BlockLimits, MAX_LENGTH_BYTES};
@@ -63,6 +64,7 @@ pub struct Node {
     direct: AtomicBool,
     no_flush: AtomicBool,
     unmap: AtomicBool,
+    debug_events: bool,
     pub(crate) tracked: TrackedRequests,
     /// Changes of length that go on when their future is dropped.
     tasks: Arc<InFlight>,
@@ -99,6 +101,7 @@ impl Node {
     pub async fn new(driver: Box<dyn BlockDriver>, config: NodeConfig) -> Result<Arc<Node>> {
         let number = NEXT_NODE_NUMBER.fetch_add(1, Ordering::Relaxed);
         let f = config.flags;
+        let debug_events = driver.wants_debug_events();
         let node = Node {
             name: config.name.unwrap_or_else(|| format!("#block{number}")),
             filename: config.filename,
@@ -111,6 +114,7 @@ impl Node {
             direct: AtomicBool::new(f.direct),
             no_flush: AtomicBool::new(f.no_flush),
             unmap: AtomicBool::new(f.unmap),
+            debug_events,
             tracked: TrackedRequests::default(),
             tasks: Arc::default(),
             write_generation: AtomicU64::new(0),
@@ -233,6 +237,19 @@ impl Node {
         Ok(())
     }
 
+    /// Whether somebody listens to [`debug_event`](Node::debug_event).
+    pub fn wants_debug_events(&self) -> bool {
+        self.debug_events
+    }
+
+    /// Says that a parent is about to do something to this node, to whoever injects faults there or stops requests.
+    #[inline]
+    pub async fn debug_event(&self, event: DebugEvent) {
+        if self.debug_events {
+            self.driver.debug_event(event).await;
+        }
+    }
+
     /// Makes every completed write durable, with all that makes it reachable.
     ///
     /// # Errors
@@ -240,6 +257,9 @@ impl Node {
     pub async fn flush(&self) -> Result<()> {
         if !self.driver.is_protocol() {
             // A format knows itself what it has to write, and its child below knows whether anything was.
+            if let Some(child) = self.driver.primary() {
+                child.debug_event(DebugEvent::FlushToOs).await;
+            }
             return self
                 .driver
                 .flush()

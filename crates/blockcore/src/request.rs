@@ -12,6 +12,7 @@
 //! * *FUA* by a flush, where the driver has no better way.
 
 use crate::buffer::{IoBuf, IoBufMut};
+use crate::debug::DebugEvent;
 use crate::driver::{ReadFlags, WriteFlags};
 use crate::error::{BlockError, ErrorKind, Op, Result};
 use crate::limits::{MAX_LENGTH_BYTES, MAX_REQUEST_BYTES};
@@ -207,39 +208,36 @@ impl Node {
         let none = ReadFlags::empty();
         let mut out = IoBuf::default();
         let (head, tail) = (padding.head as usize, padding.tail as usize);
+        let block_at = async |at: u64, before: DebugEvent, after: DebugEvent| {
+            self.debug_event(before).await;
+            let block = IoBufMut::zeroed(align as usize);
+            let block = self.read_aligned(at, block, none, align).await?;
+            self.debug_event(after).await;
+            Ok::<_, BlockError>(block.freeze())
+        };
+        let first_block_start = offset - padding.head;
         let head_block = match head {
             0 => None,
-            _ => Some(
-                self.read_aligned(
-                    offset - padding.head,
-                    IoBufMut::zeroed(align as usize),
-                    none,
-                    align,
-                )
-                .await?,
-            ),
+            _ => {
+                let (before, after) = (DebugEvent::PwritevRmwHead, DebugEvent::PwritevRmwAfterHead);
+                Some(block_at(first_block_start, before, after).await?)
+            }
         };
         let last_block_start = end + padding.tail - align;
         let tail_block = match (&head_block, tail) {
             (_, 0) => None,
-            (Some(block), _) if last_block_start == offset - padding.head => Some(block.to_vec()),
-            _ => Some(
-                self.read_aligned(
-                    last_block_start,
-                    IoBufMut::zeroed(align as usize),
-                    none,
-                    align,
-                )
-                .await?
-                .to_vec(),
-            ),
+            (Some(block), _) if last_block_start == first_block_start => Some(block.clone()),
+            _ => {
+                let (before, after) = (DebugEvent::PwritevRmwTail, DebugEvent::PwritevRmwAfterTail);
+                Some(block_at(last_block_start, before, after).await?)
+            }
         };
         if let Some(block) = head_block {
-            out.append(block.freeze().slice(..head));
+            out.append(block.slice(..head));
         }
         out.append(buf);
         if let Some(block) = tail_block {
-            out.append(IoBuf::from(block).slice(align as usize - tail..));
+            out.append(block.slice(align as usize - tail..));
         }
         Ok(out)
     }
@@ -264,10 +262,12 @@ impl Node {
             } else {
                 (left.slice(..n), left.slice(n..))
             };
+            self.debug_event(DebugEvent::Pwritev).await;
             self.driver().pwritev(at, part, flags & supported).await?;
             at += n as u64;
             left = rest;
         }
+        self.debug_event(DebugEvent::PwritevDone).await;
         self.grow_length(end);
         if flags.contains(WriteFlags::FUA) && !supported.contains(WriteFlags::FUA) {
             self.mark_written();

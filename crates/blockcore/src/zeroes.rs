@@ -9,6 +9,7 @@
 //! the piece arrives there whole, within one cluster, and the format excludes racing writes to that cluster itself.
 
 use crate::buffer::IoBuf;
+use crate::debug::DebugEvent;
 use crate::driver::WriteFlags;
 use crate::error::{Op, Result};
 use crate::limits::MAX_REQUEST_BYTES;
@@ -118,6 +119,7 @@ impl Node {
             let result = if asks_too_much {
                 Err(crate::BlockError::from_errno(libc::ENOTSUP))
             } else {
+                self.debug_event(DebugEvent::PwritevZero).await;
                 driver.pwrite_zeroes(at, n, flags & supported).await
             };
             match result {

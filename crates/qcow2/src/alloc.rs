@@ -13,7 +13,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
-use blockcore::{BlockError, ErrorKind, IoBufMut, ReadFlags, Result, WriteFlags};
+use blockcore::{BlockError, DebugEvent, ErrorKind, IoBufMut, ReadFlags, Result, WriteFlags};
 
 use crate::commit::{Growth, MovedTable};
 use crate::format::{L1E_OFFSET_MASK, L2E_OFFSET_MASK, OFLAG_COPIED};
@@ -129,6 +129,7 @@ impl Image {
     /// Those of reading refcount blocks; `NoSpace` at the limits of the format; `Corrupt` where a free cluster holds metadata.
     pub async fn alloc_run(&self, meta: &mut Meta, want: u64) -> Result<Run> {
         self.check_sound()?;
+        self.file.debug_event(DebugEvent::ClusterAlloc).await;
         let mut cluster = self.find_free(meta, want).await?;
         let mut taken = want;
         if self.missing_blocks(meta, cluster, want).next().is_some() {
@@ -147,6 +148,9 @@ impl Image {
             return Err(self.refuse_overlap(host, owner));
         }
         let missing: Vec<u64> = self.missing_blocks(meta, cluster, taken).collect();
+        if !missing.is_empty() {
+            self.file.debug_event(DebugEvent::RefblockAlloc).await;
+        }
         for (block, place) in missing.into_iter().zip(cluster + want..) {
             meta.refcounts
                 .add_block(block, place << self.cluster_bits)?;
@@ -282,11 +286,14 @@ impl Image {
         let filled = async {
             if old != 0 {
                 let buf = IoBufMut::zeroed(self.cluster_size() as usize);
+                self.file.debug_event(DebugEvent::L2AllocCowRead).await;
                 let bytes = self.file.preadv(old, buf, ReadFlags::empty()).await?;
+                self.file.debug_event(DebugEvent::L2AllocWrite).await;
                 self.file
                     .pwritev(host, bytes.freeze(), WriteFlags::empty())
                     .await
             } else if !run.fresh {
+                self.file.debug_event(DebugEvent::L2AllocWrite).await;
                 self.file
                     .pwrite_zeroes(host, self.cluster_size(), WriteFlags::empty())
                     .await

@@ -23,7 +23,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use blockcore::{IoBuf, Result, WriteFlags};
+use blockcore::{DebugEvent, IoBuf, Result, WriteFlags};
 
 use crate::alloc::{Freed, Meta};
 use crate::image::{Image, Owner, cancelled};
@@ -289,6 +289,7 @@ impl Image {
         // Counting the new table's own clusters may need further blocks, and so a longer table.
         let run = loop {
             let clusters = (meta.refcounts.table().len() as u64 * 8).div_ceil(self.cluster_size());
+            self.file.debug_event(DebugEvent::ReftableGrow).await;
             let run = self.alloc_run(meta, clusters).await?;
             if meta.refcounts.table().len() as u64 * 8 <= clusters << self.cluster_bits {
                 break run;
@@ -323,7 +324,12 @@ impl Image {
         for round in &plan.table {
             // INV QCOW2-ORD-1: a table entry that names a new block is durable only after the block, and after the entry of the block that counts it.
             self.file.flush().await?;
+            let point = match &plan.moved_table {
+                Some(_) => DebugEvent::RefblockAllocWriteTable,
+                None => DebugEvent::RefblockAllocHookup,
+            };
             for (host, bytes) in round {
+                self.file.debug_event(point).await;
                 self.write_metadata(Owner::RefcountTable, *host, bytes.clone())
                     .await?;
             }
@@ -331,6 +337,9 @@ impl Image {
         if let Some(moved) = &plan.moved_table {
             self.file.flush().await?;
             moved.named.store(true, Ordering::Release);
+            self.file
+                .debug_event(DebugEvent::RefblockAllocSwitchTable)
+                .await;
             let mut bytes = moved.offset.to_be_bytes().to_vec();
             bytes.extend(moved.clusters.to_be_bytes());
             self.write_metadata(Owner::Header, REFCOUNT_TABLE_OFFSET_FIELD, bytes)
@@ -345,15 +354,24 @@ impl Image {
             return Ok(());
         }
         for (_, _, host, bytes) in &plan.slices {
+            self.file.debug_event(DebugEvent::L2Update).await;
             self.write_metadata(Owner::L2, *host, bytes.clone()).await?;
         }
+        let moves_l1 = plan.growth.as_ref().is_some_and(|g| !g.old_l1.is_empty());
         for (piece, bytes) in &plan.l1 {
+            let point = match moves_l1 {
+                true => DebugEvent::L1GrowWriteTable,
+                false => DebugEvent::L1Update,
+            };
+            self.file.debug_event(point).await;
             let at = plan.l1_offset + (piece * L1_WRITE_BYTES) as u64;
             self.write_metadata(Owner::L1, at, bytes.clone()).await?;
         }
         // INV QCOW2-ORD-5
+        self.file.debug_event(DebugEvent::FlushToDisk).await;
         self.file.flush().await?;
         if let Some(growth) = &plan.growth {
+            self.file.debug_event(DebugEvent::L1GrowActivateTable).await;
             self.write_metadata(Owner::Header, SIZE_FIELD, growth.header_bytes())
                 .await?;
             self.file.flush().await?;
@@ -374,6 +392,7 @@ impl Image {
         if ready.is_empty() {
             return Ok(());
         }
+        self.file.debug_event(DebugEvent::ClusterFree).await;
         for f in ready.iter().filter(|f| f.punch) {
             // INV QCOW2-ORD-4: the hole is punched while nobody can be given the cluster. A host that can't is no reason to fail a flush.
             let (host, bytes) = (f.cluster << self.cluster_bits, f.count << self.cluster_bits);
@@ -407,6 +426,7 @@ impl Image {
 
     async fn write_blocks(&self, blocks: &[BlockWrite]) -> Result<()> {
         for w in blocks {
+            self.file.debug_event(DebugEvent::RefblockUpdatePart).await;
             let at = w.host + w.range.start as u64;
             self.write_metadata(Owner::RefcountBlock, at, w.bytes.clone())
                 .await?;

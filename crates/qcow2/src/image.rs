@@ -16,8 +16,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock};
 
 use blockcore::tracked::TrackedRequests;
 use blockcore::{
-    BlockError, Child, Diagnostics, ErrorKind, InFlight, IoBuf, IoBufMut, ReadFlags, Result,
-    WriteFlags,
+    BlockError, Child, DebugEvent, Diagnostics, ErrorKind, InFlight, IoBuf, IoBufMut, ReadFlags,
+    Result, WriteFlags,
 };
 
 use crate::alloc::Meta;
@@ -207,7 +207,10 @@ impl Image {
         let bytes = self.l2.slice_entries() as usize * 8;
         match self.slice_offset(number)? {
             None => Ok(vec![0; bytes / 8]),
-            Some(offset) => self.read_words(offset, bytes).await,
+            Some(offset) => {
+                self.file.debug_event(DebugEvent::L2Load).await;
+                self.read_words(offset, bytes).await
+            }
         }
     }
 

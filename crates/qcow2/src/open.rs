@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use async_trait::async_trait;
 use blockcore::{
-    BlockDriver, BlockError, Child, CreateContext, CreateOption, DriverFactory, IoBufMut,
-    OpenContext, Options, ReadFlags, Result, SECTOR_BYTES,
+    BlockDriver, BlockError, Child, CreateContext, CreateOption, DebugEvent, DriverFactory,
+    IoBufMut, OpenContext, Options, ReadFlags, Result, SECTOR_BYTES,
 };
 
 use crate::alloc::Meta;
@@ -97,6 +97,7 @@ pub(crate) async fn open_image(
 ) -> Result<Image> {
     let bits = header.cluster_bits;
     let l1 = read_table(&file, header.l1_table_offset, header.l1_size as usize).await?;
+    file.debug_event(DebugEvent::ReftableLoad).await;
     let table_entries = (header.refcount_table_clusters as usize) << (bits - 3);
     let table = read_table(&file, header.refcount_table_offset, table_entries).await?;
     let end = file.length().div_ceil(1 << bits);

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use futures::stream::{FuturesOrdered, StreamExt};
 
-use blockcore::{IoBufMut, ReadFlags, Result};
+use blockcore::{DebugEvent, IoBufMut, ReadFlags, Result};
 
 use crate::compressed;
 use crate::image::{Image, Intent};
@@ -123,6 +123,7 @@ impl Image {
     ) -> Result<IoBufMut> {
         match mapping {
             Mapping::Data { host, .. } => {
+                self.file.debug_event(DebugEvent::ReadAio).await;
                 self.file
                     .preadv(host + self.in_cluster(offset), buf, ReadFlags::empty())
                     .await
@@ -133,7 +134,10 @@ impl Image {
             }
             Mapping::Unallocated => match &self.backing {
                 // The node below fills what lies past its end with zeroes.
-                Some(backing) => backing.preadv(offset, buf, ReadFlags::empty()).await,
+                Some(backing) => {
+                    self.file.debug_event(DebugEvent::ReadBackingAio).await;
+                    backing.preadv(offset, buf, ReadFlags::empty()).await
+                }
                 None => {
                     buf.fill(0);
                     Ok(buf)
@@ -153,6 +157,7 @@ impl Image {
         &self,
         descriptor: crate::format::CompressedDescriptor,
     ) -> Result<Vec<u8>> {
+        self.file.debug_event(DebugEvent::ReadCompressed).await;
         let raw = IoBufMut::zeroed(descriptor.host_bytes as usize);
         let raw = self
             .file

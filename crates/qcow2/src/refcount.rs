@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-use blockcore::{BlockError, Child, ErrorKind, IoBufMut, ReadFlags, Result};
+use blockcore::{BlockError, Child, DebugEvent, ErrorKind, IoBufMut, ReadFlags, Result};
 
 use crate::format::{MAX_REFCOUNT_TABLE_BYTES, REFT_OFFSET_MASK};
 use crate::l2_cache::NumberMap;
@@ -189,6 +189,7 @@ impl Refcounts {
                     format!("Refblock offset {host:#x} unaligned (reftable index: {number:#x})");
                 return Err(BlockError::corrupt(text));
             }
+            file.debug_event(DebugEvent::RefblockLoad).await;
             let buf = IoBufMut::zeroed(1 << self.cluster_bits);
             let bytes = file.preadv(host, buf, ReadFlags::empty()).await?.to_vec();
             self.evict();

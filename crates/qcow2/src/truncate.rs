@@ -6,7 +6,8 @@
 use std::sync::Arc;
 
 use blockcore::{
-    BlockError, IoBuf, MAX_LENGTH_BYTES, Preallocation, Result, TruncateRequest, WriteFlags,
+    BlockError, DebugEvent, IoBuf, MAX_LENGTH_BYTES, Preallocation, Result, TruncateRequest,
+    WriteFlags,
 };
 
 use crate::alloc::{Freed, Meta, Run};
@@ -111,6 +112,7 @@ impl Image {
         let have = self.l1.len();
         if entries > have {
             let clusters = (entries as u64 * 8).div_ceil(self.cluster_size());
+            self.file.debug_event(DebugEvent::L1GrowAllocTable).await;
             let run = self.alloc_run(meta, clusters).await?;
             let host = run.cluster << self.cluster_bits;
             // Only now, when nothing can fail any more: what an earlier growth has left to do must not be forgotten.
@@ -148,8 +150,10 @@ impl Image {
                 .await?
             {
                 Mapping::Data { .. } | Mapping::Compressed(_) => true,
-                Mapping::Unallocated => backing_end > old,
-                Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => false,
+                // A zero cluster hides the backing node already. QEMU writes zeroes to it all the same, and `map` shows that.
+                Mapping::Unallocated | Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => {
+                    backing_end > old
+                }
             };
             if shown {
                 self.write_some(old, IoBuf::zeroes((partial_end - old) as usize))

@@ -19,7 +19,7 @@
 
 use std::sync::Arc;
 
-use blockcore::{IoBuf, IoBufMut, Result, WriteFlags};
+use blockcore::{DebugEvent, IoBuf, IoBufMut, Result, WriteFlags};
 use futures::stream::{FuturesUnordered, StreamExt};
 
 use crate::alloc::Run;
@@ -118,6 +118,7 @@ impl Image {
     async fn write_in_place(&self, runs: &[(u64, u64)], buf: IoBuf) -> Result<()> {
         if let [(host, bytes)] = *runs {
             self.check_data_write(host, bytes)?;
+            self.file.debug_event(DebugEvent::WriteAio).await;
             return self.file.pwritev(host, buf, WriteFlags::empty()).await;
         }
         let mut writes = FuturesUnordered::new();
@@ -126,6 +127,7 @@ impl Image {
             self.check_data_write(host, bytes)?;
             let part = buf.slice(done..done + bytes as usize);
             done += bytes as usize;
+            self.file.debug_event(DebugEvent::WriteAio).await;
             writes.push(self.file.pwritev(host, part, WriteFlags::empty()));
         }
         let mut result = Ok(());
@@ -235,6 +237,7 @@ impl Image {
         all.append(buf);
         all.append(tail.unwrap_or_default());
         self.check_data_write(start, all.len() as u64)?;
+        self.file.debug_event(DebugEvent::WriteAio).await;
         self.file.pwritev(start, all, WriteFlags::empty()).await
     }
 
@@ -262,6 +265,7 @@ impl Image {
         if is_zero || visible == 0 {
             return Ok((!fresh).then(|| IoBuf::zeroes(bytes as usize)));
         }
+        self.file.debug_event(DebugEvent::CowRead).await;
         let old = self
             .read_mapped(mapping, offset, IoBufMut::zeroed(visible as usize))
             .await?;

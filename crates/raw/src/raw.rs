@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use async_trait::async_trait;
 use blockcore::{
-    BlockDriver, BlockError, BlockLimits, BlockStatus, Child, DriverInfo, IoBuf, IoBufMut,
-    MAX_LENGTH_BYTES, Node, OptionValue, Options, Perm, Permissions, PreparedReopen, ReadFlags,
-    Registry, ReopenRequest, Result, SECTOR_BYTES, StatusFlags, StatusMode, TruncateRequest,
-    WriteFlags,
+    BlockDriver, BlockError, BlockLimits, BlockStatus, Child, DebugEvent, DriverInfo, IoBuf,
+    IoBufMut, MAX_LENGTH_BYTES, Node, OptionValue, Options, Perm, Permissions, PreparedReopen,
+    ReadFlags, Registry, ReopenRequest, Result, SECTOR_BYTES, StatusFlags, StatusMode,
+    TruncateRequest, WriteFlags,
 };
 
 use crate::file::FileDriver;
@@ -281,6 +281,14 @@ impl BlockDriver for RawDriver {
         let size = reopened(options, "size", self.range.fixed_size())?;
         check_range(offset, size, self.file.refresh_length().await?)?;
         Ok(Box::new(Prepared(self.range.clone(), offset, size)))
+    }
+
+    fn wants_debug_events(&self) -> bool {
+        self.file.wants_debug_events()
+    }
+
+    async fn debug_event(&self, event: DebugEvent) {
+        self.file.debug_event(event).await;
     }
 
     /// Raw has no use of its own for the file: what its parent does and puts up with is what the file's locks say.

@@ -3,18 +3,21 @@
 //!
 //! # Fault model
 //!
-//! A [`Rule`] matches requests by kind, place, length and content; of those that match it lets the first ones pass, acts on the next, and lets the rest pass
-//! again, or acts on all. A request that fails has changed nothing; a request that is slow lets other tasks run, a given number of times, before it begins.
-//! The first rule that acts on a request decides.
+//! A [`Rule`] picks requests by kind, place, length and content, or by the named point ([`DebugEvent`]) that comes before them; of those that it picks it
+//! lets the first ones pass, acts on the next, and lets the rest pass again, or acts on all. A request that fails has changed nothing; a request that is slow
+//! lets other tasks run, a given number of times, before it begins; one that hangs never ends. The first rule that acts on a request decides.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use async_trait::async_trait;
 
 use crate::buffer::{IoBuf, IoBufMut};
+use crate::debug::DebugEvent;
 use crate::driver::{BlockDriver, ReadFlags, TruncateRequest, WriteFlags};
 use crate::error::{BlockError, Result};
+use crate::limits::BlockLimits;
 use crate::node::{Node, NodeConfig, NodeFlags};
 use crate::status::{BlockStatus, StatusMode};
 
@@ -37,16 +40,28 @@ pub enum Event {
     Length,
 }
 
+/// What makes a rule look at a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trigger {
+    /// Its kind.
+    Event(Event),
+    /// Nothing but that it comes.
+    Any,
+    /// That it comes next after this point was passed.
+    Point(DebugEvent),
+}
+
 #[derive(Clone, Copy, Debug)]
 enum Action {
     Fail(i32),
     Slow(u32),
+    Hang,
 }
 
 /// Which requests meet with what.
 #[derive(Clone, Debug)]
 pub struct Rule {
-    event: Event,
+    trigger: Trigger,
     range: Range<u64>,
     min_bytes: u64,
     first_byte: Option<u8>,
@@ -56,9 +71,9 @@ pub struct Rule {
 }
 
 impl Rule {
-    fn new(event: Event, action: Action) -> Rule {
+    fn new(trigger: Trigger, action: Action) -> Rule {
         Rule {
-            event,
+            trigger,
             range: 0..u64::MAX,
             min_bytes: 0,
             first_byte: None,
@@ -70,12 +85,27 @@ impl Rule {
 
     /// Every request of this kind fails with this errno.
     pub fn fail(event: Event, errno: i32) -> Rule {
-        Rule::new(event, Action::Fail(errno))
+        Rule::new(Trigger::Event(event), Action::Fail(errno))
+    }
+
+    /// Every request fails with this errno.
+    pub fn fail_all(errno: i32) -> Rule {
+        Rule::new(Trigger::Any, Action::Fail(errno))
+    }
+
+    /// Every request that comes next after this point was passed fails with this errno, whatever its kind.
+    pub fn fail_after(point: DebugEvent, errno: i32) -> Rule {
+        Rule::new(Trigger::Point(point), Action::Fail(errno))
     }
 
     /// Every request of this kind lets other tasks run so many times before it begins.
     pub fn slow(event: Event, yields: u32) -> Rule {
-        Rule::new(event, Action::Slow(yields))
+        Rule::new(Trigger::Event(event), Action::Slow(yields))
+    }
+
+    /// Every request never ends.
+    pub fn hang() -> Rule {
+        Rule::new(Trigger::Any, Action::Hang)
     }
 
     /// Only requests that touch these bytes.
@@ -96,63 +126,130 @@ impl Rule {
         self
     }
 
-    /// Only the request number `nth` of those that match, counted from 0.
+    /// Only the one number `nth` of the requests, or the passings of a point, that match, counted from 0.
     pub fn only(mut self, nth: u32) -> Rule {
         (self.skip, self.times) = (nth, 1);
         self
     }
 
-    fn matches(&self, event: Event, offset: u64, bytes: u64, first_byte: Option<u8>) -> bool {
-        self.event == event
-            && offset < self.range.end
-            && self.range.start < offset.saturating_add(bytes.max(1))
-            && bytes >= self.min_bytes
-            && (self.first_byte.is_none() || self.first_byte == first_byte)
+    /// None of the first `count` that match.
+    pub fn not_before(mut self, count: u32) -> Rule {
+        self.skip = count;
+        self
+    }
+
+    fn matches(&self, request: &Request) -> bool {
+        (self.trigger == Trigger::Any || self.trigger == Trigger::Event(request.event))
+            && request.offset < self.range.end
+            && self.range.start < request.offset.saturating_add(request.bytes.max(1))
+            && request.bytes >= self.min_bytes
+            && (self.first_byte.is_none() || self.first_byte == request.first_byte)
+    }
+
+    /// The rule is looked at once more: whether it acts now.
+    fn acts(&mut self) -> bool {
+        if self.skip > 0 {
+            self.skip -= 1;
+            return false;
+        }
+        let acts = self.times > 0;
+        self.times = self.times.saturating_sub(u32::from(self.times != u32::MAX));
+        acts
     }
 }
 
-/// The rules of a [`FaultDriver`], to be changed while it is in use.
+/// A request as the rules see it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// The kind.
+    pub event: Event,
+    /// Byte offset; the new length for `truncate`; 0 where there is none.
+    pub offset: u64,
+    /// Bytes; 0 where there are none.
+    pub bytes: u64,
+    first_byte: Option<u8>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    rules: Vec<Rule>,
+    /// What the next requests meet with, because of points that were passed.
+    armed: VecDeque<Action>,
+    passed: BTreeMap<DebugEvent, u32>,
+    requests: u64,
+    failed: Vec<Request>,
+    hung: u32,
+}
+
+impl State {
+    fn action(&mut self, request: &Request) -> Option<Action> {
+        self.requests += 1;
+        let armed = self.armed.pop_front();
+        let found = armed.or_else(|| {
+            let acts = |r: &mut Rule| (r.matches(request) && r.acts()).then_some(r.action);
+            self.rules.iter_mut().find_map(acts)
+        });
+        match found {
+            Some(Action::Fail(_)) => self.failed.push(*request),
+            Some(Action::Hang) => self.hung += 1,
+            Some(Action::Slow(_)) | None => {}
+        }
+        found
+    }
+}
+
+/// The rules of a [`FaultDriver`], to be changed while it is in use, and what it has seen.
 #[derive(Clone, Debug, Default)]
 pub struct Faults {
-    rules: Arc<Mutex<Vec<Rule>>>,
+    state: Arc<Mutex<State>>,
 }
 
 impl Faults {
-    fn lock(&self) -> MutexGuard<'_, Vec<Rule>> {
-        self.rules
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state
             .lock()
             .expect("no code panics while it holds this lock")
     }
 
     /// Adds a rule.
     pub fn add(&self, rule: Rule) {
-        self.lock().push(rule);
+        self.lock().rules.push(rule);
     }
 
     /// Takes all rules away.
     pub fn clear(&self) {
-        self.lock().clear();
+        let mut state = self.lock();
+        state.rules.clear();
+        state.armed.clear();
     }
 
-    fn action(
-        &self,
-        event: Event,
-        offset: u64,
-        bytes: u64,
-        first_byte: Option<u8>,
-    ) -> Option<Action> {
-        for rule in self.lock().iter_mut() {
-            if !rule.matches(event, offset, bytes, first_byte) {
-                continue;
-            }
-            if rule.skip > 0 {
-                rule.skip -= 1;
-            } else if rule.times > 0 {
-                rule.times = rule.times.saturating_sub(u32::from(rule.times != u32::MAX));
-                return Some(rule.action);
-            }
-        }
-        None
+    /// How many requests there were so far.
+    pub fn requests(&self) -> u64 {
+        self.lock().requests
+    }
+
+    /// How many times each point was passed.
+    pub fn passed(&self) -> BTreeMap<DebugEvent, u32> {
+        self.lock().passed.clone()
+    }
+
+    /// The requests that were made to fail.
+    pub fn failed(&self) -> Vec<Request> {
+        self.lock().failed.clone()
+    }
+
+    /// How many requests were made never to end.
+    pub fn hung(&self) -> u32 {
+        self.lock().hung
+    }
+
+    fn pass(&self, point: DebugEvent) {
+        let mut state = self.lock();
+        *state.passed.entry(point).or_default() += 1;
+        let at_point = |r: &&mut Rule| r.trigger == Trigger::Point(point);
+        let mut rules = state.rules.iter_mut().filter(at_point);
+        let action = rules.find_map(|r| r.acts().then_some(r.action));
+        state.armed.extend(action);
     }
 
     async fn meet(
@@ -162,9 +259,17 @@ impl Faults {
         bytes: u64,
         first_byte: Option<u8>,
     ) -> Result<()> {
-        match self.action(event, offset, bytes, first_byte) {
+        let request = Request {
+            event,
+            offset,
+            bytes,
+            first_byte,
+        };
+        let action = self.lock().action(&request);
+        match action {
             None => Ok(()),
             Some(Action::Fail(errno)) => Err(BlockError::from_errno(errno)),
+            Some(Action::Hang) => std::future::pending().await,
             Some(Action::Slow(yields)) => {
                 for _ in 0..yields {
                     tokio::task::yield_now().await;
@@ -179,15 +284,28 @@ impl Faults {
 pub struct FaultDriver {
     inner: Box<dyn BlockDriver>,
     faults: Faults,
+    request_alignment: u32,
 }
 
 impl FaultDriver {
     /// Over `inner`, with no rule yet.
     pub fn new(inner: Box<dyn BlockDriver>) -> FaultDriver {
+        FaultDriver::over(inner, Faults::default())
+    }
+
+    /// Over `inner`, with rules that others may share.
+    pub fn over(inner: Box<dyn BlockDriver>, faults: Faults) -> FaultDriver {
         FaultDriver {
             inner,
-            faults: Faults::default(),
+            faults,
+            request_alignment: 1,
         }
+    }
+
+    /// Requests have to be aligned to so many bytes, a power of two: what isn't becomes a read and a write.
+    pub fn aligned_to(mut self, bytes: u32) -> FaultDriver {
+        self.request_alignment = bytes;
+        self
     }
 
     /// The rules.
@@ -217,6 +335,24 @@ impl BlockDriver for FaultDriver {
 
     fn is_protocol(&self) -> bool {
         self.inner.is_protocol()
+    }
+
+    fn limits(&self) -> BlockLimits {
+        let inner = self.inner.limits();
+        BlockLimits {
+            request_alignment: inner.request_alignment.max(self.request_alignment),
+            pwrite_zeroes_alignment: inner.pwrite_zeroes_alignment.max(self.request_alignment),
+            pdiscard_alignment: inner.pdiscard_alignment.max(self.request_alignment),
+            ..inner
+        }
+    }
+
+    fn wants_debug_events(&self) -> bool {
+        true
+    }
+
+    async fn debug_event(&self, event: DebugEvent) {
+        self.faults.pass(event);
     }
 
     async fn length(&self) -> Result<u64> {
@@ -319,5 +455,13 @@ mod tests {
         assert_eq!(write(512, 1).await, Err(libc::EIO));
         assert_eq!(write(1024, 9).await, Err(libc::EPERM));
         assert_eq!(write(1024, 8).await, Ok(()));
+        faults.clear();
+        faults.add(Rule::fail_after(DebugEvent::L2Load, libc::EIO).only(1));
+        for expected in [Ok(()), Err(libc::EIO), Ok(())] {
+            node.debug_event(DebugEvent::L2Load).await;
+            assert_eq!(write(0, 1).await, expected);
+        }
+        assert_eq!(faults.passed()[&DebugEvent::L2Load], 3);
+        assert_eq!(faults.failed().len(), 4);
     }
 }

@@ -3,15 +3,21 @@
 //!
 //! * [`memory`]: a disk in memory.
 //! * [`crash`]: a disk in memory that rebuilds what a power cut could leave.
-//! * [`fault`]: any driver, with errors and delays at chosen requests.
+//! * [`delay`]: any driver, whose requests take random times.
+//! * [`fault`]: any driver, with errors and delays at chosen requests and points.
 //! * [`rng`]: seeded randomness.
+//! * [`given_up_after`]: futures that are dropped half way.
 
 pub mod crash;
+pub mod delay;
 pub mod fault;
+mod give_up;
 pub mod memory;
 pub mod rng;
 
 pub use crash::CrashDriver;
+pub use delay::DelayDriver;
 pub use fault::{FaultDriver, Faults};
+pub use give_up::given_up_after;
 pub use memory::{MemoryDriver, MemoryFactory};
 pub use rng::Rng;

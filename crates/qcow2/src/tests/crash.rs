@@ -1,220 +1,221 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The rule: after a power cut at any point, every sector reads as one of the values it had since the last completed flush, and the image has leaks at
-//! most. The method: random operations, several at a time, over a disk that logs writes and flushes; for many cuts, images that the cut could leave are
-//! opened, checked and compared with what each sector may hold.
+//! most. The method: random plans (`torture`) over a disk that logs writes and flushes: fresh, backed and snapshotted images, several requests at a time,
+//! some of them dropped, some meeting with errors, on a disk that takes random times; for many cuts, images that the cut could leave are opened, checked
+//! and compared with what each sector may hold. A plan that fails is made as short as it gets, and shown.
 //!
 //! Each test of an ordering rule is this one: INV QCOW2-ORD-1, INV QCOW2-ORD-2, INV QCOW2-ORD-3, INV QCOW2-ORD-4, INV QCOW2-ORD-5. See docs/TESTING.md for
 //! how each was seen to fail.
 //!
 //! `BLOCKLAYER_CRASH_SEEDS` and `BLOCKLAYER_CRASH_CUTS` make it longer: how many runs, and how many cuts in each (`cargo xtask crash`).
 
-use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex};
+use std::ops::Range;
 
-use blockcore::testing::{CrashDriver, Rng};
-use blockcore::{Node, WriteFlags};
+use blockcore::WriteFlags;
+use blockcore::testing::Rng;
+use blockcore::testing::fault::{Event, Rule};
 
-use super::{Shape, corruptions, fresh_image, open_on, read_all};
+use super::torture::{Drop, Op, Plan, Step};
+use super::{Backing, Shape};
 
-const SECTOR: usize = 512;
 /// How many tasks change the disk at the same time, beside one that flushes.
 const WRITERS: u64 = 3;
 const STEPS: u64 = 14;
 
-/// A change or a flush, with the places in the disk's log at which it was called and had ended.
-#[derive(Clone, Copy, Debug)]
-struct Event {
-    /// Sectors; empty for a flush.
-    first: usize,
-    end: usize,
-    value: u8,
-    /// It may also have changed nothing (a discard).
-    optional: bool,
-    /// Times of call and end, on the test's own clock.
-    called: u64,
-    ended: u64,
-    /// Entries in the log at those times.
-    log_called: usize,
-    log_ended: usize,
+fn some_range(rng: &mut Rng, sectors: usize, most: u64) -> Range<usize> {
+    let first = rng.below(sectors as u64) as usize;
+    let count = 1 + rng.below(most) as usize;
+    first..(first + count).min(sectors)
 }
 
-impl Event {
-    fn touches(&self, sector: usize) -> bool {
-        (self.first..self.end).contains(&sector)
+/// A shape of at least some sectors.
+fn some_shape(rng: &mut Rng, least: u64) -> Shape {
+    let version = if rng.chance(20) { 2 } else { 3 };
+    Shape {
+        size: (least + rng.below(100)) * 512,
+        cluster_bits: 9 + rng.below(5) as u32,
+        version,
+        refcount_order: if version == 2 { 4 } else { rng.below(7) as u32 },
     }
 }
 
-#[derive(Debug, Default)]
-struct History {
-    clock: u64,
-    changes: Vec<Event>,
-    flushes: Vec<Event>,
+fn some_writes(rng: &mut Rng, sectors: usize, value: u8) -> Vec<(Range<usize>, u8)> {
+    let range = |rng: &mut Rng| some_range(rng, sectors, 30);
+    let count = rng.below(5) as u8;
+    (0..count).map(|i| (range(rng), value + i)).collect()
 }
 
-impl History {
-    fn tick(&mut self) -> u64 {
-        self.clock += 1;
-        self.clock
+async fn some_backing(rng: &mut Rng, sectors: u64) -> Backing {
+    let mut backing = Backing::default();
+    if rng.chance(50) {
+        let count = rng.below(sectors + 10);
+        let raw = (0..count).flat_map(|s| [200 + (s % 40) as u8; 512]);
+        backing.raw = Some(raw.collect());
     }
+    for _ in 0..[0, 0, 1, 2][rng.below(4) as usize] {
+        let shape = some_shape(rng, 1);
+        let layer = Plan {
+            backing: backing.clone(),
+            filled: some_writes(rng, (shape.size / 512) as usize, 180),
+            ..Plan::over(shape)
+        };
+        backing.layers.push(layer.prepared().await);
+    }
+    backing
+}
 
-    /// The values that a sector may read as after a cut at `cut`.
-    fn allowed(&self, sector: usize, base: u8, cut: usize) -> BTreeSet<u8> {
-        // What had ended when the last flush was called that ended before the cut is settled.
-        let flushes = self.flushes.iter().filter(|f| f.log_ended <= cut);
-        let settled = flushes.map(|f| f.called).max().unwrap_or(0);
-        let here: Vec<&Event> = self.changes.iter().filter(|e| e.touches(sector)).collect();
-        let covers = |later: &&&Event| later.ended < settled && !later.optional;
-        let is_gone = |ended: u64| here.iter().filter(covers).any(|l| ended < l.called);
-        let mut values: BTreeSet<u8> = here
-            .iter()
-            .filter(|e| e.log_called <= cut && !is_gone(e.ended))
-            .map(|e| e.value)
-            .collect();
-        if !is_gone(0) {
-            values.insert(base);
-        }
-        values
+fn some_fault(rng: &mut Rng) -> Rule {
+    let errno = [libc::EIO, libc::ENOSPC][rng.below(2) as usize];
+    let nth = rng.below(80) as u32;
+    match rng.below(4) {
+        0 => Rule::fail_all(errno).not_before(nth),
+        1 => Rule::fail(Event::Flush, errno).only(nth / 8),
+        _ => Rule::fail_all(errno).only(nth),
     }
 }
 
-struct Disk {
-    node: Arc<Node>,
-    disk: CrashDriver,
-    sectors: usize,
-    cluster_sectors: u64,
-    history: Mutex<History>,
-}
-
-impl Disk {
-    fn begin(&self, first: usize, end: usize, value: u8) -> Event {
-        let called = self.history.lock().unwrap().tick();
-        Event {
-            first,
-            end,
-            value,
-            optional: false,
-            called,
-            ended: u64::MAX,
-            log_called: self.disk.log_len(),
-            log_ended: usize::MAX,
+async fn some_plan(rng: &mut Rng) -> Plan {
+    let shape = some_shape(rng, 24);
+    let sectors = (shape.size / 512) as usize;
+    let cluster_sectors = 1u64 << (shape.cluster_bits - 9);
+    let clusters = sectors as u64 / cluster_sectors;
+    let mut compressed: Vec<(u64, u8)> = Vec::new();
+    for value in 150..150 + rng.below(3) as u8 {
+        let cluster = rng.below(clusters.max(1));
+        if cluster < clusters && compressed.iter().all(|c| c.0 != cluster) {
+            compressed.push((cluster, value));
         }
     }
-
-    fn end(&self, event: &mut Event) {
-        event.ended = self.history.lock().unwrap().tick();
-        event.log_ended = self.disk.log_len();
-    }
-
-    async fn change(&self, rng: &mut Rng, value: u8) {
-        let first = rng.below(self.sectors as u64) as usize;
-        let count = (1 + rng.below(2 * self.cluster_sectors) as usize).min(self.sectors - first);
-        let (offset, bytes) = ((first * SECTOR) as u64, (count * SECTOR) as u64);
-        let mut event = self.begin(first, first + count, value);
-        match rng.below(8) {
-            0..5 => {
-                let data = vec![value; bytes as usize];
-                let none = WriteFlags::empty();
-                self.node.pwritev(offset, data.into(), none).await.unwrap();
-            }
-            5..7 => {
-                event.value = 0;
-                let unmap = WriteFlags::MAY_UNMAP;
-                self.node.pwrite_zeroes(offset, bytes, unmap).await.unwrap();
-            }
-            _ => {
-                (event.value, event.optional) = (0, true);
-                self.node.pdiscard(offset, bytes).await.unwrap();
-            }
-        }
-        self.end(&mut event);
-        self.history.lock().unwrap().changes.push(event);
-    }
-
-    async fn flush(&self) {
-        let mut event = self.begin(0, 0, 0);
-        self.node.flush().await.unwrap();
-        self.end(&mut event);
-        self.history.lock().unwrap().flushes.push(event);
-    }
-}
-
-async fn work(disk: Arc<Disk>, mut rng: Rng, writer: Option<u64>) {
-    for step in 0..STEPS {
-        for _ in 0..rng.below(6) {
-            tokio::task::yield_now().await;
-        }
-        match writer {
-            Some(number) => {
-                let value = (1 + number * STEPS + step) as u8;
-                disk.change(&mut rng, value).await;
-            }
-            None => disk.flush().await,
-        }
-    }
-}
-
-async fn run(seed: u64, cuts: u64) {
-    let mut rng = Rng::new(seed);
-    let cluster_bits = 9 + rng.below(4) as u32;
-    let sectors = 24 + rng.below(100) as usize;
-    let shape = Shape {
-        size: (sectors * SECTOR) as u64,
-        cluster_bits,
-        version: 3,
-        refcount_order: rng.below(7) as u32,
+    let mut plan = Plan {
+        backing: some_backing(rng, sectors as u64).await,
+        filled: some_writes(rng, sectors, 120),
+        compressed,
+        snapshot: shape.refcount_order > 0 && rng.chance(40),
+        delays: rng.chance(50).then(|| rng.next_u64()),
+        file_alignment: [1, 1, 512, 4096][rng.below(4) as usize],
+        ..Plan::over(shape)
     };
-    let backing = rng.chance(60).then(|| {
-        let len = rng.below(sectors as u64 + 1) as usize;
-        (0..len)
-            .flat_map(|s| [200 + (s % 50) as u8; SECTOR])
-            .collect::<Vec<u8>>()
-    });
-    let disk = CrashDriver::new(fresh_image(shape));
-    let (node, _image) = open_on(disk.clone(), backing.clone()).await;
-    let base = |s: usize| {
-        let byte = backing.as_ref().and_then(|b| b.get(s * SECTOR));
-        byte.copied().unwrap_or(0)
+    if rng.chance(25) {
+        plan.faults.push(some_fault(rng));
+    }
+    let drops = rng.chance(50);
+    let mut value = 0;
+    let mut grown = sectors;
+    for _ in 0..1 + rng.below(2) {
+        let mut steps = Vec::new();
+        let writers = 1 + rng.below(WRITERS) as usize;
+        for task in 0..=writers {
+            for _ in 0..STEPS {
+                let range = some_range(rng, grown, 2 * cluster_sectors);
+                let op = match rng.below(20) {
+                    _ if task == writers => Op::Flush,
+                    0..10 => {
+                        value = value % 119 + 1;
+                        Op::Write(range, value)
+                    }
+                    10..14 => {
+                        let flags = [WriteFlags::MAY_UNMAP, WriteFlags::empty()];
+                        Op::Zero(range, flags[rng.below(2) as usize])
+                    }
+                    14..16 => Op::Discard(range),
+                    16 if task == 0 && shape.version > 2 => {
+                        grown += rng.below(60) as usize;
+                        Op::Grow(grown)
+                    }
+                    16 => Op::Flush,
+                    _ => Op::Read(range),
+                };
+                let drop = match rng.below(12) {
+                    0 if drops => Drop::Rounds(rng.below(12) as u32),
+                    1 if drops && plan.delays.is_some() => Drop::Millis(rng.below(300)),
+                    _ => Drop::Never,
+                };
+                let pause = rng.below(6) as u32;
+                steps.push(Step {
+                    task,
+                    pause,
+                    op,
+                    drop,
+                });
+            }
+        }
+        plan.sessions.push(steps);
+    }
+    plan
+}
+
+/// Plans that are simpler than this one in one respect each, those that are much simpler first.
+fn simpler(plan: &Plan) -> Vec<Plan> {
+    let mut out = Vec::new();
+    let mut with = |change: &dyn Fn(&mut Plan)| {
+        let mut simple = plan.clone();
+        change(&mut simple);
+        out.push(simple);
     };
-    let shared = Arc::new(Disk {
-        node,
-        disk: disk.clone(),
-        sectors,
-        cluster_sectors: 1 << (cluster_bits - 9),
-        history: Mutex::default(),
-    });
-    let flusher = work(shared.clone(), Rng::new(rng.next_u64()), None);
-    let mut tasks = vec![tokio::spawn(flusher)];
-    // One writer alone now and then: then every order is the order of the calls.
-    for writer in 0..1 + rng.below(WRITERS) {
-        let writer = work(shared.clone(), Rng::new(rng.next_u64()), Some(writer));
-        tasks.push(tokio::spawn(writer));
-    }
-    for task in tasks {
-        task.await.unwrap();
-    }
-    let history = std::mem::take(&mut *shared.history.lock().unwrap());
-    for _ in 0..cuts {
-        let cut = rng.below(disk.log_len() as u64 + 1) as usize;
-        let keep = [0, 30, 50, 90, 100][rng.below(5) as usize];
-        let image = disk.image_after(cut, keep, &mut rng);
-        let at = format!("seed {seed} cut {cut} keep {keep}");
-        assert_eq!(
-            corruptions(image.clone()).await,
-            Vec::<String>::new(),
-            "{at}"
-        );
-        let (left, _) = open_on(CrashDriver::new(image), backing.clone()).await;
-        let now = read_all(&left).await;
-        for s in 0..sectors {
-            let sector = &now[s * SECTOR..(s + 1) * SECTOR];
-            let allowed = history.allowed(s, base(s), cut);
-            assert!(
-                sector.iter().all(|b| *b == sector[0]) && allowed.contains(&sector[0]),
-                "{at}: sector {s} reads {} and may read {allowed:?}",
-                sector[0]
-            );
+    for i in 0..plan.sessions.len() {
+        let steps = plan.sessions[i].len();
+        if plan.sessions.len() > 1 {
+            with(&|p| drop(p.sessions.remove(i)));
+        }
+        let mut chunk = steps.div_ceil(2);
+        while chunk > 0 {
+            for start in (0..steps).step_by(chunk) {
+                let end = (start + chunk).min(steps);
+                with(&|p| drop(p.sessions[i].drain(start..end)));
+            }
+            chunk /= 2;
         }
     }
+    if plan.delays.is_some() {
+        with(&|p| p.delays = None);
+    }
+    if plan.snapshot {
+        with(&|p| p.snapshot = false);
+    }
+    if !plan.backing.layers.is_empty() || plan.backing.raw.is_some() {
+        with(&|p| p.backing = Backing::default());
+    }
+    if plan.file_alignment > 1 {
+        with(&|p| p.file_alignment = 1);
+    }
+    for i in 0..plan.compressed.len() {
+        with(&|p| {
+            p.compressed.remove(i);
+        });
+    }
+    for i in 0..plan.filled.len() {
+        with(&|p| {
+            p.filled.remove(i);
+        });
+    }
+    for i in 0..plan.faults.len() {
+        with(&|p| {
+            p.faults.remove(i);
+        });
+    }
+    out
+}
+
+/// How often a plan that may be simpler is tried.
+const TRIES_MAX: u32 = 1500;
+
+/// The simplest plan that still fails, and how.
+async fn shrunk(mut plan: Plan, mut why: String, cuts: u64) -> (Plan, String) {
+    let mut tries = 0;
+    'simpler: loop {
+        for candidate in simpler(&plan) {
+            tries += 1;
+            if tries > TRIES_MAX {
+                break 'simpler;
+            }
+            if let Err(e) = candidate.run(4 * cuts, &mut Rng::new(1)).await {
+                (plan, why) = (candidate, e);
+                continue 'simpler;
+            }
+        }
+        break;
+    }
+    (plan, why)
 }
 
 fn from_env(name: &str, default: u64) -> u64 {
@@ -222,7 +223,7 @@ fn from_env(name: &str, default: u64) -> u64 {
     value.and_then(|v| v.parse().ok()).unwrap_or(default)
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_power_cut_loses_nothing_that_was_flushed_and_shows_nothing_foreign() {
     let seed = Rng::seed_from_env();
     let (seeds, cuts) = (
@@ -230,7 +231,20 @@ async fn a_power_cut_loses_nothing_that_was_flushed_and_shows_nothing_foreign() 
         from_env("BLOCKLAYER_CRASH_CUTS", 60),
     );
     for i in 0..seeds {
-        run(seed.wrapping_add(i), cuts).await;
+        let seed = seed.wrapping_add(i);
+        let mut rng = Rng::new(seed);
+        let plan = some_plan(&mut rng).await;
+        if let Err(why) = plan.run(cuts, &mut rng).await {
+            println!("seed {seed}: {why}; looking for a shorter way");
+            let (mut plan, why) = shrunk(plan, why, cuts).await;
+            // The bytes of the backing disks say nothing.
+            let layers = plan.backing.layers.len();
+            let raw = plan.backing.raw.as_ref().map(|r| r.len() / 512);
+            plan.backing = Backing::default();
+            panic!(
+                "seed {seed}: {why}\nbacking: {raw:?} sectors of raw, {layers} layers\n{plan:#?}"
+            );
+        }
     }
     println!("{} cuts over {seeds} seeds", seeds * cuts);
 }

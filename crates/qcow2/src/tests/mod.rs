@@ -2,13 +2,18 @@
 //! Tests of the format over test disks: a model, power cuts, and the rules of docs/INVARIANTS.md one by one.
 
 mod crash;
+mod dropped;
 mod failing;
+mod faults;
+mod forge;
 mod growth;
+mod history;
 mod hostile;
 mod model;
 mod parked;
 mod rules;
 mod stress;
+mod torture;
 
 use std::sync::Arc;
 
@@ -72,57 +77,104 @@ pub(crate) fn fresh_image(shape: Shape) -> Vec<u8> {
     image
 }
 
-/// Opens the image on `disk` as a writable node, over an optional backing disk.
+/// What lies below an image: any number of disks, each over the one before. Only read.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Backing {
+    /// The lowest disk.
+    pub raw: Option<Vec<u8>>,
+    /// Images over it.
+    pub layers: Vec<Vec<u8>>,
+}
+
+impl From<Option<Vec<u8>>> for Backing {
+    fn from(raw: Option<Vec<u8>>) -> Backing {
+        let layers = Vec::new();
+        Backing { raw, layers }
+    }
+}
+
+impl From<&Backing> for Backing {
+    fn from(backing: &Backing) -> Backing {
+        backing.clone()
+    }
+}
+
+impl Backing {
+    async fn open(self) -> Option<Child> {
+        let mut top = match self.raw {
+            None => None,
+            Some(bytes) => Some(MemoryDriver::new(bytes).into_node(READ_ONLY).await.unwrap()),
+        };
+        for layer in self.layers {
+            let file = MemoryDriver::new(layer).into_node(READ_ONLY).await.unwrap();
+            let below = top.map(|node| Child::new("backing", ChildRole::Backing, node));
+            top = Some(node_over(image_over(file, below).await.unwrap(), READ_ONLY).await);
+        }
+        top.map(|node| Child::new("backing", ChildRole::Backing, node))
+    }
+}
+
+const READ_ONLY: NodeFlags = NodeFlags {
+    read_only: true,
+    direct: false,
+    no_flush: false,
+    unmap: true,
+    force_share: false,
+};
+
+/// Opens the image on `disk` as a writable node, over what backs it.
 pub(crate) async fn open_on(
     disk: CrashDriver,
-    backing: Option<Vec<u8>>,
+    backing: impl Into<Backing>,
 ) -> (Arc<Node>, Arc<Image>) {
-    open_over(disk.into_node(NodeFlags::default()).await.unwrap(), backing).await
+    let file = disk.into_node(NodeFlags::default()).await.unwrap();
+    open_over(file, backing).await.unwrap()
 }
 
 /// As [`open_on`], with faults between the image and its disk.
 pub(crate) async fn open_with_faults(disk: CrashDriver) -> (Arc<Node>, Arc<Image>, Faults) {
     let driver = FaultDriver::new(Box::new(disk));
     let faults = driver.faults();
-    let (node, image) =
-        open_over(driver.into_node(NodeFlags::default()).await.unwrap(), None).await;
+    let file = driver.into_node(NodeFlags::default()).await.unwrap();
+    let (node, image) = open_over(file, None).await.unwrap();
     (node, image, faults)
 }
 
-async fn open_over(file: Arc<Node>, backing: Option<Vec<u8>>) -> (Arc<Node>, Arc<Image>) {
-    let file = Child::new("file", ChildRole::File, file);
-    let backing = match backing {
-        None => None,
-        Some(bytes) => {
-            let node = MemoryDriver::new(bytes).into_node(NodeFlags {
-                read_only: true,
-                ..Default::default()
-            });
-            Some(Child::new(
-                "backing",
-                ChildRole::Backing,
-                node.await.unwrap(),
-            ))
-        }
-    };
-    let header = Header::read(&file).await.unwrap();
-    let diagnostics = Diagnostics::new(|line| println!("{line}"));
-    let image = Arc::new(
-        open_image(file, backing, header, diagnostics)
-            .await
-            .unwrap(),
-    );
-    image.prepare_writing().await.unwrap();
+/// Opens the image in `file` as a writable node.
+pub(crate) async fn open_over(
+    file: Arc<Node>,
+    backing: impl Into<Backing>,
+) -> Result<(Arc<Node>, Arc<Image>)> {
+    let image = image_over(file, backing.into().open().await).await?;
+    image.prepare_writing().await?;
     image
         .writable
         .store(true, std::sync::atomic::Ordering::Release);
-    let driver = Box::new(Qcow2 {
-        image: image.clone(),
-    });
-    (
-        Node::new(driver, NodeConfig::default()).await.unwrap(),
-        image,
-    )
+    Ok((node_over(image.clone(), NodeFlags::default()).await, image))
+}
+
+/// Opens an image as a node that can't be written.
+pub(crate) async fn open_image_read_only(bytes: Vec<u8>, backing: impl Into<Backing>) -> Arc<Node> {
+    let file = MemoryDriver::new(bytes).into_node(READ_ONLY).await.unwrap();
+    let image = image_over(file, backing.into().open().await).await;
+    node_over(image.unwrap(), READ_ONLY).await
+}
+
+async fn image_over(file: Arc<Node>, backing: Option<Child>) -> Result<Arc<Image>> {
+    let file = Child::new("file", ChildRole::File, file);
+    let header = Header::read(&file).await?;
+    let diagnostics = Diagnostics::new(|line| println!("{line}"));
+    Ok(Arc::new(
+        open_image(file, backing, header, diagnostics).await?,
+    ))
+}
+
+async fn node_over(image: Arc<Image>, flags: NodeFlags) -> Arc<Node> {
+    let config = NodeConfig {
+        flags,
+        ..NodeConfig::default()
+    };
+    Node::new(Box::new(Qcow2 { image }), config).await.unwrap()
 }
 
 /// Reads the whole of a node.
@@ -149,11 +201,7 @@ pub(crate) async fn write(node: &Node, offset: u64, bytes: usize, value: u8) -> 
 }
 
 async fn check_disk(bytes: Vec<u8>) -> CheckResult {
-    let flags = NodeFlags {
-        read_only: true,
-        ..Default::default()
-    };
-    let node = MemoryDriver::new(bytes).into_node(flags).await.unwrap();
+    let node = MemoryDriver::new(bytes).into_node(READ_ONLY).await.unwrap();
     let file = Child::new("file", ChildRole::File, node);
     let header = Header::read(&file).await.unwrap();
     let result = crate::check::check(&header, &file, CheckFix::None).await;

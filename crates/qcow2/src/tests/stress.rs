@@ -2,6 +2,8 @@
 //! The rule: requests that touch different bytes never harm each other, however close they lie. The method: several tasks on a multi-thread runtime own
 //! every n-th sector, so that each cluster belongs to all of them; each writes, zeroes and reads back its own sectors, some requests are dropped
 //! half way, one task flushes all the time, one discards clusters that nobody else uses, so that clusters are freed and handed out again.
+//!
+//! `BLOCKLAYER_STRESS_RUNS` says how many runs (`cargo xtask drop --count N`).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -151,7 +153,9 @@ async fn run(seed: u64) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn neighbours_in_one_cluster_never_harm_each_other() {
     let seed = Rng::seed_from_env();
-    for i in 0..6 {
+    let runs = std::env::var("BLOCKLAYER_STRESS_RUNS").ok();
+    let runs: u64 = runs.and_then(|n| n.parse().ok()).unwrap_or(6);
+    for i in 0..runs {
         run(seed.wrapping_add(i)).await;
     }
 }

@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The rule (INV REQ-DROP-1): a request may be dropped at any await point. What it asked for is done or not, and that is settled before anything that is
+//! asked for later; nothing leaks, nothing hangs, and other requests come out right.
+//!
+//! The method: every kind of request is dropped after 0, 1, 2 ... rounds of the scheduler until it ends by itself, so at every place at which it, or the task
+//! that works for it, can be found; alone and between other requests, which come after it to the same clusters or are under way beside it. Then the same with
+//! the whole runtime: it ends at every request that reaches the file, and the image is used on in another one.
+//!
+//! `BLOCKLAYER_DROP_STEP`: on a disk that takes its time (at most 200 ms for a request), how many milliseconds lie between two places (`cargo xtask drop`).
+
+use blockcore::WriteFlags;
+use blockcore::testing::Rng;
+
+use super::torture::{Drop, Op, Plan, Step};
+use super::{Backing, Shape};
+
+const UNMAP: WriteFlags = WriteFlags::MAY_UNMAP;
+
+fn write(first: usize, count: usize, value: u8) -> Op {
+    Op::Write(first..first + count, value)
+}
+
+/// Every kind of request, and what comes before it, so that it finds what its name says. The disk is that of [`plan`].
+fn kinds() -> Vec<(&'static str, Vec<Op>, Op)> {
+    vec![
+        ("read of data", vec![], Op::Read(0..8)),
+        ("read of backing data", vec![], Op::Read(40..90)),
+        ("read of a compressed cluster", vec![], Op::Read(398..408)),
+        ("read of everything", vec![], Op::Read(0..800)),
+        (
+            "write in place",
+            vec![write(20, 8, 1), Op::Flush],
+            write(21, 3, 2),
+        ),
+        (
+            "write in place, in many pieces",
+            vec![
+                write(40, 4, 1),
+                write(20, 20, 2),
+                write(44, 16, 3),
+                Op::Flush,
+            ],
+            write(21, 35, 4),
+        ),
+        ("write to nothing", vec![], write(200, 8, 2)),
+        (
+            "write to parts of clusters over backing data",
+            vec![],
+            write(41, 9, 2),
+        ),
+        ("write to shared clusters", vec![], write(2, 5, 2)),
+        ("write to a compressed cluster", vec![], write(401, 1, 2)),
+        (
+            "write to a zero cluster that kept its place",
+            vec![
+                write(20, 8, 1),
+                Op::Zero(20..28, WriteFlags::empty()),
+                Op::Flush,
+            ],
+            write(21, 2, 2),
+        ),
+        (
+            "write to one that was freed",
+            vec![write(20, 8, 1), Op::Discard(20..24), Op::Flush, Op::Flush],
+            write(21, 9, 2),
+        ),
+        (
+            "zero write of whole clusters",
+            vec![],
+            Op::Zero(0..12, UNMAP),
+        ),
+        (
+            "zero write that keeps clusters",
+            vec![write(20, 8, 1)],
+            Op::Zero(20..28, WriteFlags::empty()),
+        ),
+        (
+            "zero write of parts of clusters",
+            vec![],
+            Op::Zero(1..47, UNMAP),
+        ),
+        ("discard", vec![write(20, 8, 1)], Op::Discard(16..32)),
+        ("flush", vec![write(20, 8, 1)], Op::Flush),
+        (
+            "flush after a discard",
+            vec![write(20, 8, 1), Op::Flush, Op::Discard(20..28), Op::Flush],
+            Op::Flush,
+        ),
+        ("growth", vec![], Op::Grow(820)),
+        ("growth with a longer L1 table", vec![], Op::Grow(5000)),
+        ("block status", vec![], Op::Status(0..800)),
+    ]
+}
+
+/// Data, compressed clusters, a snapshot of both, a backing disk that is a bit longer than half of it; clusters of 2 KiB.
+fn plan() -> Plan {
+    let shape = Shape {
+        size: 802 * 512,
+        cluster_bits: 11,
+        version: 3,
+        refcount_order: 4,
+    };
+    let raw = (0..450).flat_map(|s| [200 + (s % 50) as u8; 512]);
+    Plan {
+        backing: Backing::from(Some(raw.collect())),
+        filled: vec![(0..10, 100), (64..80, 101)],
+        compressed: vec![(100, 110), (101, 111)],
+        snapshot: true,
+        file_alignment: 512,
+        ..Plan::over(shape)
+    }
+}
+
+/// What comes after a dropped request, and beside it.
+#[derive(Clone, Copy, Debug)]
+enum Company {
+    None,
+    After,
+    Beside,
+}
+
+fn with_company(before: &[Op], target: Step, company: Company) -> Vec<Step> {
+    let mut steps: Vec<Step> = before.iter().cloned().map(Step::new).collect();
+    let begins = steps.len() as u32;
+    steps.push(target);
+    let later = [
+        Op::Read(0..50),
+        write(22, 1, 31),
+        write(46, 6, 32),
+        Op::Read(0..60),
+        Op::Flush,
+        Op::Zero(2..7, UNMAP),
+        write(402, 3, 33),
+        Op::Grow(5100),
+        Op::Read(0..800),
+    ];
+    match company {
+        Company::None => {}
+        Company::After => steps.extend(later.into_iter().map(Step::new)),
+        Company::Beside => {
+            let beside = [
+                (1, write(23, 1, 21)),
+                (1, write(43, 2, 22)),
+                (1, Op::Zero(4..9, UNMAP)),
+                (1, write(6, 1, 23)),
+                (1, Op::Discard(20..44)),
+                (2, Op::Read(0..60)),
+                (2, Op::Flush),
+                (2, write(404, 2, 24)),
+                (2, Op::Flush),
+            ];
+            steps.extend(beside.into_iter().map(|(task, op)| Step {
+                task,
+                pause: begins,
+                ..Step::new(op)
+            }));
+        }
+    }
+    steps
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_may_be_dropped_at_every_await_point() {
+    let step = std::env::var("BLOCKLAYER_DROP_STEP").ok();
+    let step: u64 = step.and_then(|n| n.parse().ok()).unwrap_or(150);
+    let mut lines = String::new();
+    let mut disk = plan();
+    disk.prepare().await;
+    for (name, before, target) in kinds() {
+        let mut points = Vec::new();
+        for company in [Company::None, Company::After, Company::Beside] {
+            for delays in [None, Some(1)] {
+                let mut rounds = 0;
+                loop {
+                    // A disk that takes its time stands still while others run, so there it is the time that is cut short.
+                    let drop = match delays {
+                        None => Drop::Rounds(rounds),
+                        Some(_) => Drop::Millis(u64::from(rounds) * step),
+                    };
+                    let target = Step {
+                        drop,
+                        ..Step::new(target.clone())
+                    };
+                    let plan = Plan {
+                        sessions: vec![with_company(&before, target, company)],
+                        delays,
+                        ..disk.clone()
+                    };
+                    let seen = plan.run(1, &mut Rng::new(rounds.into())).await;
+                    let seen = seen.unwrap_or_else(|why| {
+                        panic!("{name}, {company:?}, {drop:?}, delays {delays:?}: {why}")
+                    });
+                    if seen.dropped == 0 {
+                        break;
+                    }
+                    rounds += 1;
+                }
+                points.push(rounds);
+            }
+        }
+        lines += &format!("{name}: {points:?}\n");
+    }
+    println!(
+        "alone, others after it, others beside it; without delays (await points) and with them (each {step} ms)\n{lines}"
+    );
+}
+
+#[test]
+fn a_runtime_may_end_at_every_request_to_the_file() {
+    let mut lines = String::new();
+    for (name, before, target) in kinds() {
+        for company in [Company::None, Company::Beside] {
+            let plan = Plan {
+                sessions: vec![with_company(&before, Step::new(target.clone()), company)],
+                ..plan()
+            };
+            let mut nth = 0;
+            while plan
+                .run_in_a_runtime_that_ends(nth)
+                .unwrap_or_else(|why| panic!("{name}, {company:?}, request {nth}: {why}"))
+            {
+                nth += 1;
+            }
+            lines += &format!("{name}, {company:?}: {nth} requests\n");
+        }
+    }
+    println!("{lines}");
+}

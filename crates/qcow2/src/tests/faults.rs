@@ -1,0 +1,222 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The rule: an error from below never harms an image. Whatever fails, once or for ever: who asked is told, nothing is corrupt, everything else reads as it
+//! should, a power cut right after finds what was flushed, and when the errors are over the image works.
+//!
+//! The method: a plan that comes by every named point that this writer has, done again for each point, its first, second and every passing, and each
+//! errno; and once for every single request that reaches the file. `BLOCKLAYER_FAULT_CUTS` says how many power cuts follow each (`cargo xtask fault`).
+
+use std::collections::BTreeMap;
+
+use blockcore::testing::Rng;
+use blockcore::testing::fault::Rule;
+use blockcore::{DebugEvent, WriteFlags};
+
+use super::torture::{Op, Plan, Step};
+use super::{Backing, Shape};
+
+/// The points that no request passes here: what they stand for is not done (yet), or is a part of another step.
+const NOT_PASSED: &[DebugEvent] = &[
+    // Written together with the data.
+    DebugEvent::CowWrite,
+    // Refcount blocks are written in the commit, in parts and new ones alike; the table's entries are `refblock_alloc_hookup`.
+    DebugEvent::RefblockUpdate,
+    DebugEvent::RefblockAllocWrite,
+    DebugEvent::RefblockAllocWriteBlocks,
+    DebugEvent::ReftableUpdate,
+    // No compressed writes, no VM state, no shrinking, no emptying, no copy-on-read yet.
+    DebugEvent::L2UpdateCompressed,
+    DebugEvent::WriteCompressed,
+    DebugEvent::ClusterAllocBytes,
+    DebugEvent::VmstateLoad,
+    DebugEvent::VmstateSave,
+    DebugEvent::EmptyImagePrepare,
+    DebugEvent::L1ShrinkWriteTable,
+    DebugEvent::L1ShrinkFreeL2Clusters,
+    DebugEvent::CorWrite,
+    DebugEvent::ClusterAllocSpace,
+    DebugEvent::None,
+];
+
+/// Comes by every point that has to do with tables: clusters are small, so tables are, too, and the file below takes only whole 4 KiB.
+fn tables() -> Plan {
+    let shape = Shape {
+        // 600 clusters, so ten L2 tables.
+        size: 600 * 512,
+        cluster_bits: 9,
+        version: 3,
+        refcount_order: 6,
+    };
+    let step = |op: Op| vec![Step::new(op)];
+    let write = |first: usize, count: usize, value: u8| Op::Write(first..first + count, value);
+    let unmap = WriteFlags::MAY_UNMAP;
+    let none = WriteFlags::empty();
+    let steps = [
+        // Reads: data, compressed, backing, nothing.
+        Op::Read(0..600),
+        // Over shared clusters and shared L2 tables.
+        write(3, 2, 1),
+        write(70, 5, 2),
+        write(199, 3, 3),
+        Op::Flush,
+        // In place.
+        write(3, 1, 4),
+        // Over a compressed cluster.
+        write(300, 1, 5),
+        // Zeroes: kept clusters, freed clusters.
+        Op::Zero(70..74, none),
+        Op::Zero(199..201, unmap),
+        write(71, 1, 6),
+        Op::Discard(3..5),
+        Op::Flush,
+        Op::Flush,
+        // Clusters that were freed are used again.
+        write(400, 4, 7),
+        write(500, 3, 8),
+        Op::Flush,
+        // A longer L1 table: twice.
+        Op::Grow(660),
+        write(640, 3, 9),
+        Op::Flush,
+        Op::Grow(5000),
+        write(4990, 2, 10),
+        // More clusters than the refcount table has room for, so that it moves.
+        write(700, 4280, 11),
+        Op::Flush,
+        Op::Discard(3000..3200),
+        Op::Flush,
+        Op::Flush,
+        Op::Read(0..5000),
+    ];
+    let raw = (0..450).flat_map(|s| [200 + (s % 50) as u8; 512]);
+    Plan {
+        backing: Backing::from(Some(raw.collect())),
+        filled: vec![(0..10, 100), (64..80, 101), (200..202, 102)],
+        compressed: vec![(300, 110), (301, 111)],
+        snapshot: true,
+        file_alignment: 4096,
+        // Opened and closed once more: what is read at opening is a point, too.
+        sessions: vec![
+            steps.into_iter().flat_map(step).collect(),
+            step(write(20, 1, 13)),
+        ],
+        ..Plan::over(shape)
+    }
+}
+
+/// Comes by every point that has to do with parts of clusters.
+fn parts() -> Plan {
+    let shape = Shape {
+        size: 800 * 512,
+        cluster_bits: 11,
+        version: 3,
+        refcount_order: 1,
+    };
+    let write = |first: usize, count: usize, value: u8| Op::Write(first..first + count, value);
+    let steps = [
+        Op::Read(0..800),
+        // Copies of backing data, of a shared cluster, of a compressed one.
+        write(41, 2, 1),
+        write(6, 1, 2),
+        write(402, 1, 3),
+        write(42, 6, 4),
+        Op::Flush,
+        Op::Zero(44..60, WriteFlags::MAY_UNMAP),
+        Op::Zero(81..82, WriteFlags::empty()),
+        Op::Discard(40..44),
+        Op::Flush,
+        Op::Flush,
+        // A new L2 table in a place that was used before.
+        Op::Grow(5000),
+        write(4200, 30, 5),
+        Op::Flush,
+        write(4202, 1, 6),
+        Op::Zero(4204..4212, WriteFlags::empty()),
+        write(4206, 3, 7),
+        Op::Flush,
+        Op::Read(0..5000),
+    ];
+    let raw = (0..450).flat_map(|s| [200 + (s % 50) as u8; 512]);
+    Plan {
+        backing: Backing::from(Some(raw.collect())),
+        filled: vec![(0..10, 100), (64..80, 101)],
+        compressed: vec![(100, 110), (101, 111)],
+        snapshot: true,
+        file_alignment: 512,
+        sessions: vec![steps.into_iter().map(Step::new).collect()],
+        ..Plan::over(shape)
+    }
+}
+
+fn from_env(name: &str, default: u64) -> u64 {
+    let value = std::env::var(name).ok();
+    value.and_then(|n| n.parse().ok()).unwrap_or(default)
+}
+
+/// Power cuts after each error.
+fn cuts() -> u64 {
+    from_env("BLOCKLAYER_FAULT_CUTS", 1)
+}
+
+/// Does the plan with an error, and says how many requests were told of one.
+async fn with_fault(plan: &Plan, rule: Rule, what: &str) -> usize {
+    let mut rng = Rng::new(1);
+    let mut plan = plan.clone();
+    plan.faults.push(rule);
+    match plan.run(cuts(), &mut rng).await {
+        Ok(seen) => seen.errors.len(),
+        Err(why) => panic!("{what}: {why}"),
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn errors_at_any_point_harm_nothing() {
+    let mut never = DebugEvent::ALL.to_vec();
+    let mut lines = String::new();
+    for (name, mut plan) in [("tables", tables()), ("parts", parts())] {
+        plan.prepare().await;
+        let seen = plan.run(cuts(), &mut Rng::new(1)).await.unwrap();
+        let passed: BTreeMap<DebugEvent, u32> = seen.faults.passed();
+        never.retain(|e| !passed.contains_key(e));
+        for (&point, times) in &passed {
+            let mut told = Vec::new();
+            for errno in [libc::EIO, libc::ENOSPC] {
+                let fail = || Rule::fail_after(point, errno);
+                for (rule, which) in [
+                    (fail().only(0), "first"),
+                    (fail().only(1), "second"),
+                    (fail(), "every"),
+                ] {
+                    let what = format!("{name}: {which} {point}, errno {errno}");
+                    told.push(with_fault(&plan, rule, &what).await);
+                }
+            }
+            lines += &format!("{name}: {point}: passed {times} times; errors told {told:?}\n");
+        }
+    }
+    never.retain(|e| !NOT_PASSED.contains(e));
+    assert!(never.is_empty(), "no request passes {never:?}");
+    println!("first, second, every passing; EIO, ENOSPC\n{lines}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_error_of_any_single_request_harms_nothing() {
+    // The quick run looks at some of them.
+    let every = from_env("BLOCKLAYER_FAULT_EVERY", 23);
+    for (name, mut plan) in [("tables", tables()), ("parts", parts())] {
+        plan.prepare().await;
+        let seen = plan.run(0, &mut Rng::new(1)).await.unwrap();
+        let requests = seen.faults.requests();
+        for nth in (Rng::seed_from_env() % every..requests).step_by(every as usize) {
+            let once = Rule::fail_all(libc::EIO).only(nth as u32);
+            with_fault(&plan, once, &format!("{name}: request {nth}")).await;
+            let from_then_on = Rule::fail_all(libc::ENOSPC).not_before(nth as u32);
+            with_fault(
+                &plan,
+                from_then_on,
+                &format!("{name}: requests from {nth} on"),
+            )
+            .await;
+        }
+        println!("{name}: {requests} requests, one in {every} looked at");
+    }
+}

@@ -1,0 +1,559 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The engine of the tests that try to make an image lose data: a [`Plan`] is a disk and what is done to it, several requests at a time, with errors, with
+//! requests that are dropped, with closing and opening in between; [`Plan::run`] does it and says what went wrong.
+//!
+//! # What has to hold
+//!
+//! * A request fails only if an error was injected, and an injected error makes a request fail (a hole that can't be punched aside).
+//! * Every read, at any time, sees one of the values that its sectors may have (`history`).
+//! * Afterwards the image can be used, is free of corruption, and without injected errors of leaks, too; opened again it reads the same; its snapshot is
+//!   what it was.
+//! * After a power cut at any place of the log: no corruption, every sector reads as one of the values since the last flush that had ended, the snapshot is
+//!   what it was, and the image can be used.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use blockcore::testing::fault::{Event, Faults, Rule};
+use blockcore::testing::{CrashDriver, DelayDriver, FaultDriver, Rng, given_up_after};
+use blockcore::{
+    BlockError, Child, ChildRole, IoBufMut, Node, NodeFlags, ReadFlags, Result, StatusMode,
+    TruncateRequest, WriteFlags, chain_status,
+};
+use futures::FutureExt;
+
+use super::history::{History, SECTOR};
+use super::{Backing, corruptions, findings, forge, fresh_image, open_on, open_over, read_all};
+use super::{Shape, write};
+use crate::image::Image;
+
+/// How long a slow disk's request waits at most, before it takes effect and again after.
+const DELAY_MILLIS: u64 = 100;
+
+/// A request. Places and lengths are in sectors.
+#[derive(Clone, Debug)]
+pub(crate) enum Op {
+    Write(Range<usize>, u8),
+    Zero(Range<usize>, WriteFlags),
+    Discard(Range<usize>),
+    Read(Range<usize>),
+    Flush,
+    Grow(usize),
+    Status(Range<usize>),
+}
+
+/// When a request is dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Drop {
+    Never,
+    /// After so many rounds (see [`given_up_after`]).
+    Rounds(u32),
+    /// After so much of the disk's time.
+    Millis(u64),
+}
+
+/// A request of one of the tasks.
+#[derive(Clone, Debug)]
+pub(crate) struct Step {
+    pub task: usize,
+    /// How often others get their turn before.
+    pub pause: u32,
+    pub op: Op,
+    pub drop: Drop,
+}
+
+impl Step {
+    /// A request of the first task.
+    pub fn new(op: Op) -> Step {
+        Step {
+            task: 0,
+            pause: 0,
+            op,
+            drop: Drop::Never,
+        }
+    }
+}
+
+/// A disk, and what is done to it.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub shape: Shape,
+    pub backing: Backing,
+    /// Written before all else.
+    pub filled: Vec<(Range<usize>, u8)>,
+    /// Guest clusters that are compressed ones, and their values.
+    pub compressed: Vec<(u64, u8)>,
+    pub snapshot: bool,
+    /// Requests to the file take random times, from this seed.
+    pub delays: Option<u64>,
+    /// What requests to the file have to be aligned to, in bytes.
+    pub file_alignment: u32,
+    pub faults: Vec<Rule>,
+    /// The steps between opening and closing.
+    pub sessions: Vec<Vec<Step>>,
+    /// What [`prepare`](Plan::prepare) has made.
+    pub start: Option<Arc<Start>>,
+}
+
+/// A disk before all else.
+#[derive(Debug)]
+pub(crate) struct Start {
+    image: Vec<u8>,
+    /// The values of its sectors.
+    base: Vec<u8>,
+    /// What its snapshot holds.
+    snapshot: Option<Vec<u8>>,
+}
+
+impl Plan {
+    /// A plan that does nothing.
+    pub fn over(shape: Shape) -> Plan {
+        Plan {
+            shape,
+            backing: Backing::default(),
+            filled: Vec::new(),
+            compressed: Vec::new(),
+            snapshot: false,
+            delays: None,
+            file_alignment: 1,
+            faults: Vec::new(),
+            sessions: Vec::new(),
+            start: None,
+        }
+    }
+
+    /// Makes the image, once for many runs: from here on only what is done to it may be changed.
+    pub async fn prepare(&mut self) {
+        self.start = Some(Arc::new(self.begin().await));
+    }
+
+    async fn begin(&self) -> Start {
+        let image = self.prepared().await;
+        let snapshot = match self.snapshot {
+            true => Some(forge::snapshot_contents(image.clone(), &self.backing).await),
+            false => None,
+        };
+        let (node, _image) = open_on(CrashDriver::new(image.clone()), &self.backing).await;
+        let sectors = read_all(&node).await;
+        let value = |sector: &[u8]| uniform(sector).expect("sectors are uniform") as u8;
+        Start {
+            image,
+            base: sectors.chunks(SECTOR).map(value).collect(),
+            snapshot,
+        }
+    }
+
+    fn drops(&self) -> bool {
+        let mut steps = self.sessions.iter().flatten();
+        steps.any(|s| s.drop != Drop::Never)
+    }
+
+    /// The image before all else.
+    pub async fn prepared(&self) -> Vec<u8> {
+        let mut bytes = fresh_image(self.shape);
+        for &(guest_cluster, value) in &self.compressed {
+            bytes = forge::compressed(bytes, guest_cluster, value).await;
+        }
+        let disk = CrashDriver::new(bytes);
+        let (node, _image) = open_on(disk.clone(), &self.backing).await;
+        for (range, value) in &self.filled {
+            let (offset, length) = (range.start * SECTOR, range.len() * SECTOR);
+            write(&node, offset as u64, length, *value).await.unwrap();
+        }
+        node.driver().close().await.unwrap();
+        match self.snapshot {
+            true => forge::snapshot(disk.snapshot()).await,
+            false => disk.snapshot(),
+        }
+    }
+
+    /// Does it all, and cuts the power at `cuts` places chosen by `rng`.
+    ///
+    /// # Errors
+    /// What went wrong.
+    pub async fn run(&self, cuts: u64, rng: &mut Rng) -> Result<Seen, String> {
+        let mut disk = Disk::prepare(self).await;
+        let mut errors = Vec::new();
+        for session in &self.sessions {
+            errors.extend(disk.session(session).await?);
+        }
+        let is_hole = |r: &&blockcore::testing::fault::Request| r.event == Event::Discard;
+        let failed = disk.faults.failed();
+        if failed.is_empty() && !errors.is_empty() {
+            return Err(format!("errors that nobody injected: {errors:?}"));
+        }
+        if errors.is_empty() && !self.drops() && !failed.iter().all(|r| is_hole(&r)) {
+            return Err(format!("nobody was told of {failed:?}"));
+        }
+        disk.faults.clear();
+        disk.use_and_check(!failed.is_empty()).await?;
+        for _ in 0..cuts {
+            let cut = rng.below(disk.disk.log_len() as u64 + 1) as usize;
+            let keep = [0, 30, 50, 90, 100][rng.below(5) as usize];
+            let what = |why| format!("power cut at {cut}, {keep}% kept: {why}");
+            disk.cut(cut, keep, rng).await.map_err(what)?;
+        }
+        Ok(Seen {
+            faults: disk.faults,
+            errors,
+            dropped: disk.dropped.into_inner(),
+        })
+    }
+
+    /// Does the first session in a runtime that ends when the file's request number `nth` has begun, and goes on with the image in another one.
+    ///
+    /// Gives back whether there was such a request.
+    ///
+    /// # Errors
+    /// What went wrong.
+    pub fn run_in_a_runtime_that_ends(&self, nth: u32) -> Result<bool, String> {
+        let runtime = || tokio::runtime::Builder::new_current_thread().build();
+        let (first, second) = (runtime().unwrap(), runtime().unwrap());
+        let mut disk = second.block_on(Disk::prepare(self));
+        let (node, image) = second.block_on(disk.open()).unwrap();
+        disk.faults.add(Rule::hang().only(nth));
+        let ended = first.block_on(async {
+            let mut work = std::pin::pin!(disk.work_all(&node, &self.sessions[0]));
+            while disk.faults.hung() == 0 {
+                if let Some(errors) = work.as_mut().now_or_never() {
+                    return Some(errors);
+                }
+                tokio::task::yield_now().await;
+            }
+            None
+        });
+        drop(first);
+        if let Some(errors) = ended {
+            let errors = errors?;
+            return match errors.is_empty() {
+                true => Ok(false),
+                false => Err(format!("errors that nobody injected: {errors:?}")),
+            };
+        }
+        second.block_on(async {
+            disk.faults.clear();
+            if let Some(e) = disk.close(&node, &image).await? {
+                return Err(format!("close: {e}"));
+            }
+            // What was allocated and not yet linked is lost with the runtime.
+            disk.use_and_check(true).await
+        })?;
+        Ok(true)
+    }
+}
+
+/// What a run met with.
+#[derive(Debug)]
+pub(crate) struct Seen {
+    pub faults: Faults,
+    pub errors: Vec<BlockError>,
+    /// How many requests were dropped before they had ended.
+    pub dropped: u32,
+}
+
+/// A disk while a plan is being carried out.
+struct Disk {
+    plan: Plan,
+    disk: CrashDriver,
+    faults: Faults,
+    history: History,
+    start: Arc<Start>,
+    dropped: AtomicU32,
+}
+
+fn uniform(sector: &[u8]) -> Option<u64> {
+    let first = sector[0];
+    sector.iter().all(|b| *b == first).then_some(first.into())
+}
+
+impl Disk {
+    async fn prepare(plan: &Plan) -> Disk {
+        let start = match &plan.start {
+            Some(start) => start.clone(),
+            None => Arc::new(plan.begin().await),
+        };
+        Disk {
+            plan: plan.clone(),
+            disk: CrashDriver::new(start.image.clone()),
+            faults: Faults::default(),
+            history: History::default(),
+            start,
+            dropped: AtomicU32::new(0),
+        }
+    }
+
+    fn log_len(&self) -> usize {
+        self.disk.log_len()
+    }
+
+    /// The value of a sector before all else. What appears when the disk grows is zero.
+    fn base(&self, sector: usize) -> u8 {
+        self.start.base.get(sector).copied().unwrap_or(0)
+    }
+
+    async fn open(&self) -> Result<(Arc<Node>, Arc<Image>)> {
+        let disk = self.disk.clone();
+        let mut file = FaultDriver::over(Box::new(disk), self.faults.clone());
+        file = file.aligned_to(self.plan.file_alignment);
+        let flags = NodeFlags::default();
+        let file = match self.plan.delays {
+            Some(seed) => {
+                let longest = Duration::from_millis(DELAY_MILLIS);
+                let slow = DelayDriver::new(Box::new(file), seed, longest);
+                slow.into_node(flags).await?
+            }
+            None => file.into_node(flags).await?,
+        };
+        open_over(file, &self.plan.backing).await
+    }
+
+    /// Opens the disk, has every task do its steps, closes it; gives back what failed on the way.
+    async fn session(&mut self, steps: &[Step]) -> Result<Vec<BlockError>, String> {
+        for rule in std::mem::take(&mut self.plan.faults) {
+            self.faults.add(rule);
+        }
+        let (node, image) = match self.open().await {
+            Ok(open) => open,
+            Err(e) => return Ok(vec![e]),
+        };
+        let mut errors = self.work_all(&node, steps).await?;
+        errors.extend(self.close(&node, &image).await?);
+        Ok(errors)
+    }
+
+    /// Has every task do its steps; gives back what failed on the way.
+    async fn work_all(&self, node: &Arc<Node>, steps: &[Step]) -> Result<Vec<BlockError>, String> {
+        let tasks = 1 + steps.iter().map(|s| s.task).max().unwrap_or(0);
+        let work = |task: usize| self.work(node, task, steps);
+        let done = futures::future::join_all((0..tasks).map(work)).await;
+        let mut errors = Vec::new();
+        for result in done {
+            errors.extend(result?);
+        }
+        Ok(errors)
+    }
+
+    /// Closes the disk; gives back what failed on the way.
+    async fn close(&self, node: &Arc<Node>, image: &Image) -> Result<Option<BlockError>, String> {
+        let called = self.history.now();
+        let failed = node.flush().await.err();
+        // What was not written stays to be written.
+        self.faults.clear();
+        let top = Child::new("top", ChildRole::File, node.clone());
+        let closed = top.close().await;
+        closed.map_err(|e| format!("closed, without errors from below: {e}"))?;
+        self.history.flushed(called, self.log_len());
+        if image.tasks.count() != 0 {
+            return Err("closed, with tasks under way".to_owned());
+        }
+        Ok(failed)
+    }
+
+    async fn work(
+        &self,
+        node: &Arc<Node>,
+        task: usize,
+        steps: &[Step],
+    ) -> Result<Vec<BlockError>, String> {
+        let mut errors = Vec::new();
+        for step in steps.iter().filter(|s| s.task == task) {
+            for _ in 0..step.pause {
+                tokio::task::yield_now().await;
+            }
+            let request = self.request(node, &step.op);
+            let result = match step.drop {
+                Drop::Never => Some(request.await),
+                Drop::Rounds(rounds) => given_up_after(rounds, request).await,
+                Drop::Millis(n) => tokio::time::timeout(Duration::from_millis(n), request)
+                    .await
+                    .ok(),
+            };
+            if result.is_none() {
+                self.dropped.fetch_add(1, Ordering::Relaxed);
+            }
+            match result {
+                None | Some(Ok(Ok(()))) => {}
+                Some(Ok(Err(why))) => return Err(format!("{:?}: {why}", step.op)),
+                Some(Err(e)) => errors.push(e),
+            }
+        }
+        Ok(errors)
+    }
+
+    /// One request. The outer error is the disk's, the inner one what it did wrong.
+    async fn request(&self, node: &Arc<Node>, op: &Op) -> Result<Result<(), String>> {
+        // The disk may not have grown that far.
+        let sectors = node.length() as usize / SECTOR;
+        let clip = |range: &Range<usize>| range.start.min(sectors)..range.end.min(sectors);
+        let log_len = || self.log_len();
+        let bytes = |r: &Range<usize>| ((r.start * SECTOR) as u64, (r.len() * SECTOR) as u64);
+        match op {
+            Op::Write(range, value) => {
+                let range = clip(range);
+                let (offset, length) = bytes(&range);
+                let recording = self.history.change(range, *value, log_len);
+                write(node, offset, length as usize, *value).await?;
+                recording.done(false);
+            }
+            Op::Zero(range, flags) => {
+                let range = clip(range);
+                let (offset, length) = bytes(&range);
+                let recording = self.history.change(range, 0, log_len);
+                node.pwrite_zeroes(offset, length, *flags).await?;
+                recording.done(false);
+            }
+            Op::Discard(range) => {
+                let range = clip(range);
+                let (offset, length) = bytes(&range);
+                let recording = self.history.change(range, 0, log_len);
+                node.pdiscard(offset, length).await?;
+                recording.done(true);
+            }
+            Op::Read(range) => {
+                let range = clip(range);
+                let called = self.history.now();
+                let (offset, length) = bytes(&range);
+                let buf = IoBufMut::zeroed(length as usize);
+                let read = node.preadv(offset, buf, ReadFlags::empty()).await?;
+                return Ok(self.check_read(&range, &read.to_vec(), called));
+            }
+            Op::Flush => {
+                let called = self.history.now();
+                node.flush().await?;
+                self.history.flushed(called, self.log_len());
+            }
+            Op::Status(range) => {
+                let (offset, length) = bytes(&clip(range));
+                chain_status(node, None, offset, length, StatusMode::Precise).await?;
+            }
+            Op::Grow(sectors) => {
+                let recording = self.history.resize(*sectors as u64, log_len);
+                let request = TruncateRequest::to((sectors * SECTOR) as u64);
+                node.truncate(request).await?;
+                recording.done(false);
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    fn check_read(&self, range: &Range<usize>, read: &[u8], called: u64) -> Result<(), String> {
+        for (sector, bytes) in range.clone().zip(read.chunks(SECTOR)) {
+            let allowed = self
+                .history
+                .allowed_since(sector, self.base(sector), called);
+            match uniform(bytes) {
+                Some(value) if allowed.contains(&value) => {
+                    if allowed.len() > 1 {
+                        self.history.saw(sector, value, called);
+                    }
+                }
+                value => {
+                    return Err(format!(
+                        "sector {sector} reads {value:?} and may read {allowed:?}"
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Uses the image, with no more errors, and looks at all of it.
+    async fn use_and_check(&mut self, leaks: bool) -> Result<(), String> {
+        let told = |e: BlockError| format!("not usable afterwards: {e}");
+        let (node, _image) = self.open().await.map_err(told)?;
+        let sectors = node.length() as usize / SECTOR;
+        let lengths = self.history.lengths_now(self.start.base.len() as u64);
+        if !lengths.contains(&(sectors as u64)) {
+            return Err(format!("{sectors} sectors long, and may be {lengths:?}"));
+        }
+        self.check_contents(&read_all(&node).await, |s, base| {
+            self.history.allowed_now(s, base)
+        })?;
+        let steps = [
+            Op::Write(0..sectors.min(3), 251),
+            Op::Write(sectors / 2..sectors, 252),
+            Op::Flush,
+        ];
+        for op in &steps {
+            self.request(&node, op).await.map_err(told)??;
+        }
+        node.driver().close().await.map_err(told)?;
+        let image = self.disk.snapshot();
+        let found = match leaks {
+            true => corruptions(image.clone()).await,
+            false => findings(image.clone()).await,
+        };
+        if !found.is_empty() {
+            return Err(format!("check says {found:?}"));
+        }
+        let (again, _image) = self.open().await.map_err(told)?;
+        self.check_contents(&read_all(&again).await, |s, base| {
+            self.history.allowed_now(s, base)
+        })?;
+        self.check_snapshot(image).await?;
+        Ok(())
+    }
+
+    fn check_contents(
+        &self,
+        contents: &[u8],
+        allowed: impl Fn(usize, u8) -> std::collections::BTreeSet<u64>,
+    ) -> Result<(), String> {
+        for (sector, bytes) in contents.chunks(SECTOR).enumerate() {
+            let allowed = allowed(sector, self.base(sector));
+            if !uniform(bytes).is_some_and(|v| allowed.contains(&v)) {
+                let value = uniform(bytes);
+                return Err(format!(
+                    "sector {sector} holds {value:?} and may hold {allowed:?}"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    async fn check_snapshot(&self, image: Vec<u8>) -> Result<(), String> {
+        let Some(before) = &self.start.snapshot else {
+            return Ok(());
+        };
+        let now = forge::snapshot_contents(image, &self.plan.backing).await;
+        match before.iter().zip(&now).position(|(a, b)| a != b) {
+            Some(at) => Err(format!("the snapshot has changed at {at:#x}")),
+            None => Ok(()),
+        }
+    }
+
+    /// Cuts the power after so many entries of the log, and looks at what is left.
+    async fn cut(&self, cut: usize, keep: u64, rng: &mut Rng) -> Result<(), String> {
+        let image = self.disk.image_after(cut, keep, rng);
+        let found = corruptions(image.clone()).await;
+        if !found.is_empty() {
+            return Err(format!("check says {found:?}"));
+        }
+        let left = CrashDriver::new(image.clone());
+        let (node, _image) = open_on(left.clone(), &self.plan.backing).await;
+        let sectors = node.length() / SECTOR as u64;
+        let lengths = self
+            .history
+            .lengths_after_cut(self.start.base.len() as u64, cut);
+        if !lengths.contains(&sectors) {
+            return Err(format!("{sectors} sectors long, and may be {lengths:?}"));
+        }
+        self.check_contents(&read_all(&node).await, |s, base| {
+            self.history.allowed_after_cut(s, base, cut)
+        })?;
+        self.check_snapshot(image).await?;
+        // Now and then: what is left can be used.
+        if rng.chance(10) {
+            let length = node.length() as usize;
+            write(&node, 0, length, 253).await.unwrap();
+            node.driver().close().await.unwrap();
+            let found = corruptions(left.snapshot()).await;
+            if !found.is_empty() {
+                return Err(format!("used again, and check says {found:?}"));
+            }
+        }
+        Ok(())
+    }
+}
