@@ -51,6 +51,77 @@ pub fn diff(words: &[&str]) -> Result<(), String> {
     wishes.run(command)
 }
 
+/// Damaged images. `--count N` cases of each kind in an ordinary process, or `--target open|ops` with `--seconds N` under libFuzzer, which finds its way
+/// by coverage (`cargo install cargo-fuzz`).
+pub fn fuzz(words: &[&str]) -> Result<(), String> {
+    if !words.contains(&"--target") {
+        let wishes = Wishes::parse(words, 20_000)?;
+        let mut command = cargo();
+        command
+            .args(["test", "--quiet", "--release", "-p", "fuzzing"])
+            .args(["--test", "quick", "--", "--nocapture"])
+            .env("BLOCKLAYER_FUZZ_CASES", wishes.count.to_string());
+        return wishes.run(command);
+    }
+    let (mut target, mut seconds) = (None, 3600u64);
+    for pair in words.chunks(2) {
+        match *pair {
+            ["--target", name @ ("open" | "ops")] => target = Some(name),
+            ["--seconds", n] => seconds = n.parse().map_err(|_| format!("{n} is no number"))?,
+            _ => {
+                return Err(format!(
+                    "no such option, or no such value: {}",
+                    pair.join(" ")
+                ));
+            }
+        }
+    }
+    let target = target.unwrap_or("open");
+    let seeds = root().join("fuzz/seeds");
+    run(cargo()
+        .args([
+            "run",
+            "--quiet",
+            "-p",
+            "fuzzing",
+            "--example",
+            "seeds",
+            "--",
+        ])
+        .arg(&seeds))?;
+    // The nightly toolchain brings AddressSanitizer; without it the targets are built without.
+    let nightly = std::process::Command::new("cargo")
+        .args(["+nightly", "--version"])
+        .output()
+        .is_ok_and(|o| o.status.success());
+    let mut command = std::process::Command::new("cargo");
+    match nightly {
+        true => command.args(["+nightly", "fuzz", "run"]),
+        false => command
+            .args(["fuzz", "run", "--sanitizer", "none"])
+            .env("RUSTC_BOOTSTRAP", "1"),
+    };
+    let corpus = root().join("fuzz/corpus").join(target);
+    std::fs::create_dir_all(&corpus).map_err(|e| format!("{}: {e}", corpus.display()))?;
+    command
+        .current_dir(root())
+        .arg(target)
+        .arg(&corpus)
+        .args((target == "open").then_some(&seeds))
+        .arg("--")
+        .args([
+            format!("-max_total_time={seconds}"),
+            "-dict=fuzz/qcow2.dict".to_owned(),
+            "-max_len=1048576".to_owned(),
+            "-timeout=20".to_owned(),
+            "-rss_limit_mb=1024".to_owned(),
+            "-malloc_limit_mb=64".to_owned(),
+            "-print_final_stats=1".to_owned(),
+        ])
+        .env("BLOCKLAYER_FUZZ_SEEDS", &seeds);
+    run(&mut command)
+}
+
 /// What the command line asks for.
 struct Wishes {
     seed: Option<u64>,

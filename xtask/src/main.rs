@@ -27,6 +27,10 @@ Usage: cargo xtask VERB
                             drop requests at every await point, then at random in N runs on four threads
   diff [--seed N] [--count N]
                             run N random scripts on our tools and on the installed QEMU tools
+  fuzz [--seed N] [--count N]
+                            N damaged images of each kind, in an ordinary process
+  fuzz --target open|ops [--seconds N]
+                            the same under libFuzzer (needs cargo-fuzz)
   demo [--keep]             build a real backing chain, drive it through qemu-io, map and check it
   tidy                      the project's own rules: headers, file sizes, invariants, golden scripts
   docs                      build the documentation, warnings denied
@@ -42,6 +46,7 @@ fn main() -> ExitCode {
         ["crash", rest @ ..] => long::crash(rest),
         ["fault", rest @ ..] => long::fault(rest),
         ["drop", rest @ ..] => long::drop(rest),
+        ["fuzz", rest @ ..] => long::fuzz(rest),
         ["diff", rest @ ..] => long::diff(rest),
         ["demo"] => demo::demo(false),
         ["demo", "--keep"] => demo::demo(true),

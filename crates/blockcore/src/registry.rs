@@ -63,6 +63,11 @@ impl Registry {
         self.drivers.push(Arc::new(driver));
     }
 
+    /// Adds a driver that somebody else holds, too: a test's disks in memory, say.
+    pub fn register_shared(&mut self, driver: Arc<dyn DriverFactory>) {
+        self.drivers.push(driver);
+    }
+
     /// The drivers, in the order they were added.
     pub fn drivers(&self) -> impl Iterator<Item = &Arc<dyn DriverFactory>> {
         self.drivers.iter()

@@ -18,7 +18,7 @@ use crate::commit::CommitState;
 use crate::driver::Qcow2;
 use crate::format::{L1E_OFFSET_MASK, MAGIC};
 use crate::header::{Header, Incompatible};
-use crate::image::{INCOMPATIBLE_OFFSET, Image, Owner};
+use crate::image::{INCOMPATIBLE_OFFSET, Image, Owner, be_words};
 use crate::l2_cache::L2Cache;
 use crate::l2_table::L1Table;
 use crate::refcount::Refcounts;
@@ -150,16 +150,21 @@ pub(crate) async fn open_image(
     })
 }
 
+/// Tables are read in pieces of at most this many bytes, so that no more than one copy of a long one is in memory.
+const TABLE_READ_BYTES: usize = 1 << 20;
+
 /// Reads a table of 64-bit entries, whose place and length the header's validation has bounded.
 async fn read_table(file: &Child, offset: u64, entries: usize) -> Result<Vec<u64>> {
-    if entries == 0 {
-        return Ok(Vec::new());
+    let mut table = Vec::with_capacity(entries);
+    while table.len() < entries {
+        let bytes = ((entries - table.len()) * 8).min(TABLE_READ_BYTES);
+        let at = offset + table.len() as u64 * 8;
+        let piece = file
+            .preadv(at, IoBufMut::zeroed(bytes), ReadFlags::empty())
+            .await?;
+        table.extend(be_words(&piece.to_vec()));
     }
-    let bytes = file
-        .preadv(offset, IoBufMut::zeroed(entries * 8), ReadFlags::empty())
-        .await?;
-    let word = |c: &[u8]| u64::from_be_bytes(c.try_into().expect("eight bytes"));
-    Ok(bytes.to_vec().chunks_exact(8).map(word).collect())
+    Ok(table)
 }
 
 impl Image {

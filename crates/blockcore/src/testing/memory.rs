@@ -7,7 +7,7 @@ use async_trait::async_trait;
 
 use crate::buffer::{IoBuf, IoBufMut, slice_is_zero};
 use crate::driver::{BlockDriver, DriverFactory, ReadFlags, TruncateRequest, WriteFlags};
-use crate::error::Result;
+use crate::error::{BlockError, Result};
 use crate::node::{Node, NodeConfig, NodeFlags, SECTOR_BYTES};
 use crate::open::OpenContext;
 use crate::options::Options;
@@ -19,6 +19,8 @@ pub struct MemoryDriver {
     bytes: Arc<Mutex<Vec<u8>>>,
     /// Whether [`BlockDriver::read_nowait`] serves reads.
     pub nowait: bool,
+    /// How many bytes there is room for: what would make the disk longer fails with ENOSPC.
+    pub room: Option<u64>,
 }
 
 impl MemoryDriver {
@@ -27,6 +29,14 @@ impl MemoryDriver {
         MemoryDriver {
             bytes: Arc::new(Mutex::new(bytes)),
             nowait: true,
+            room: None,
+        }
+    }
+
+    fn check_room(&self, bytes: u64) -> Result<()> {
+        match self.room {
+            Some(room) if bytes > room => Err(BlockError::from_errno(libc::ENOSPC)),
+            _ => Ok(()),
         }
     }
 
@@ -95,6 +105,7 @@ impl BlockDriver for MemoryDriver {
     }
 
     async fn pwritev(&self, offset: u64, buf: IoBuf, _flags: WriteFlags) -> Result<()> {
+        self.check_room(offset.saturating_add(buf.len() as u64))?;
         let mut bytes = self.lock();
         let (start, end) = (offset as usize, offset as usize + buf.len());
         if bytes.len() < end {
@@ -109,6 +120,7 @@ impl BlockDriver for MemoryDriver {
     }
 
     async fn pwrite_zeroes(&self, offset: u64, bytes: u64, _flags: WriteFlags) -> Result<()> {
+        self.check_room(offset.saturating_add(bytes))?;
         self.pwritev(offset, IoBuf::zeroes(bytes as usize), WriteFlags::empty())
             .await
     }
@@ -149,6 +161,7 @@ impl BlockDriver for MemoryDriver {
     }
 
     async fn truncate(&self, request: TruncateRequest) -> Result<()> {
+        self.check_room(request.bytes)?;
         self.lock().resize(request.bytes as usize, 0);
         Ok(())
     }
@@ -162,9 +175,18 @@ impl BlockDriver for MemoryDriver {
 #[derive(Debug, Default)]
 pub struct MemoryFactory {
     disks: Mutex<std::collections::HashMap<String, MemoryDriver>>,
+    room: Option<u64>,
 }
 
 impl MemoryFactory {
+    /// A factory whose disks have room for so many bytes each.
+    pub fn with_room(bytes: u64) -> MemoryFactory {
+        MemoryFactory {
+            room: Some(bytes),
+            ..MemoryFactory::default()
+        }
+    }
+
     /// The disk of a name; made, empty, if it is not there yet.
     pub fn disk(&self, name: &str) -> MemoryDriver {
         let mut disks = self
@@ -173,7 +195,10 @@ impl MemoryFactory {
             .expect("no code panics while it holds this lock");
         disks
             .entry(name.to_owned())
-            .or_insert_with(|| MemoryDriver::new(Vec::new()))
+            .or_insert_with(|| MemoryDriver {
+                room: self.room,
+                ..MemoryDriver::new(Vec::new())
+            })
             .clone()
     }
 }

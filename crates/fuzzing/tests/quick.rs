@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The fuzz targets on random bytes, for some seconds: nothing panics, nothing hangs, and the memory that a case takes is bounded.
+//!
+//! `BLOCKLAYER_FUZZ_CASES` says how many cases (`cargo xtask fuzz --count N`). A case that fails is printed as bytes.
+
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use blocklayer::testing::Rng;
+use fuzzing::seeds;
+use peak_alloc::PeakAlloc;
+
+#[global_allocator]
+static MEMORY: PeakAlloc = PeakAlloc;
+
+/// The most that a case may allocate at a time, in bytes, over what there was before: four times the longest L1 table that the format has. What takes most is
+/// a small file whose header claims such a table: it is read at opening, and once more by a check.
+const MEMORY_BYTES: usize = 128 << 20;
+/// A case that takes longer hangs, on any machine.
+const CASE_TIME: Duration = Duration::from_secs(20);
+
+/// What is being run, for whoever has to say what hangs.
+static NOW: Mutex<Option<(Instant, String)>> = Mutex::new(None);
+
+fn watch() {
+    std::thread::spawn(|| {
+        loop {
+            std::thread::sleep(Duration::from_millis(500));
+            let now = NOW.lock().unwrap();
+            if let Some((since, what)) = &*now
+                && since.elapsed() > CASE_TIME
+            {
+                eprintln!("hangs: {what}");
+                std::process::abort();
+            }
+        }
+    });
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn case(name: &str, bytes: &[u8], run: fn(&[u8])) -> usize {
+    let shown = match bytes.len() {
+        0..2000 => hex(bytes),
+        n => format!("{n} bytes"),
+    };
+    let what = format!("{name} of {shown}");
+    *NOW.lock().unwrap() = Some((Instant::now(), what.clone()));
+    let before = MEMORY.current_usage();
+    MEMORY.reset_peak_usage();
+    let outcome = std::panic::catch_unwind(|| run(bytes));
+    let used = MEMORY.peak_usage().saturating_sub(before);
+    *NOW.lock().unwrap() = None;
+    assert!(outcome.is_ok(), "{what}: it panics");
+    assert!(used <= MEMORY_BYTES, "{what}: {used} bytes of memory");
+    used
+}
+
+/// A seed image with some bytes changed, most of them in its first clusters.
+fn damaged_file(rng: &mut Rng) -> Vec<u8> {
+    let all = seeds::all();
+    let seed = &all[rng.below(all.len() as u64) as usize];
+    let mut bytes = seed.bytes.clone();
+    for _ in 0..rng.below(6) {
+        let at = match rng.below(3) {
+            0 => rng.below(bytes.len() as u64) as usize,
+            _ => seed.words[rng.below(seed.words.len() as u64) as usize] + rng.below(8) as usize,
+        };
+        bytes[at] = rng.next_u64() as u8;
+    }
+    if rng.chance(10) {
+        bytes.truncate(rng.below(bytes.len() as u64 + 1) as usize);
+    }
+    bytes
+}
+
+#[test]
+fn damaged_images_never_harm_the_program() {
+    let seed = Rng::seed_from_env();
+    let asked = std::env::var("BLOCKLAYER_FUZZ_CASES").ok();
+    let cases: u64 = asked.and_then(|n| n.parse().ok()).unwrap_or(1500);
+    let dir = tempfile::tempdir().unwrap();
+    let tools = std::env::var_os("BLOCKLAYER_QEMU_DIR").unwrap_or_else(|| "/usr/bin".into());
+    let mut images = seeds::of_qemu(tools.as_ref(), dir.path());
+    let ours = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap()
+        .block_on(seeds::ours());
+    println!("{} images of QEMU's", images.len());
+    images.extend(ours.unwrap());
+    seeds::use_these(images);
+    watch();
+    let mut most = (0, 0);
+    for i in 0..cases {
+        let mut rng = Rng::new(seed.wrapping_add(i));
+        most.0 = most
+            .0
+            .max(case("open", &damaged_file(&mut rng), fuzzing::open));
+        let length = 20 + rng.below(150);
+        let bytes: Vec<u8> = (0..length).map(|_| rng.next_u64() as u8).collect();
+        most.1 = most.1.max(case("operations", &bytes, fuzzing::operations));
+    }
+    println!(
+        "{cases} cases of each; the most memory: {} KiB (open), {} KiB (operations)",
+        most.0 >> 10,
+        most.1 >> 10
+    );
+}
