@@ -112,11 +112,17 @@ pub fn fuzz(words: &[&str]) -> Result<(), String> {
         .args([
             format!("-max_total_time={seconds}"),
             "-dict=fuzz/qcow2.dict".to_owned(),
-            "-max_len=1048576".to_owned(),
+            // An image, or the bytes that requests are made of.
+            format!(
+                "-max_len={}",
+                if target == "open" { 512 << 10 } else { 512 }
+            ),
+            "-len_control=0".to_owned(),
             "-timeout=20".to_owned(),
             "-rss_limit_mb=1024".to_owned(),
             "-malloc_limit_mb=64".to_owned(),
             "-print_final_stats=1".to_owned(),
+            "-print_funcs=0".to_owned(),
         ])
         .env("BLOCKLAYER_FUZZ_SEEDS", &seeds);
     run(&mut command)

@@ -68,6 +68,7 @@ pub fn tidy() -> Result<(), String> {
     }
     invariants(&sources, &mut findings);
     golden_scripts(&root, &mut findings)?;
+    security_table(&root, &sources, &mut findings);
     if findings.is_empty() {
         println!("tidy: {} files, nothing to complain about", sources.len());
         return Ok(());
@@ -260,6 +261,36 @@ fn invariants(sources: &[Source], findings: &mut Vec<String>) {
         }
         if !tested.contains(&id) {
             findings.push(format!("{DOC}:{number}: no test says `INV {id}`"));
+        }
+    }
+}
+
+/// Every test that the table of `docs/SECURITY.md` names is there.
+fn security_table(root: &Path, sources: &[Source], findings: &mut Vec<String>) {
+    const DOC: &str = "docs/SECURITY.md";
+    let Some(doc) = sources.iter().find(|s| s.path == DOC) else {
+        findings.push(format!("{DOC}:1: missing"));
+        return;
+    };
+    let rust: Vec<&Source> = sources.iter().filter(|s| s.path.ends_with(".rs")).collect();
+    let has_test = |name: &str| {
+        let head = format!("fn {name}(");
+        rust.iter().any(|s| s.text.contains(&head))
+    };
+    for (number, line) in doc.text.lines().enumerate() {
+        // The last column.
+        let cells: Vec<&str> = line.split(" | ").collect();
+        let (true, [_, _, tests]) = (line.starts_with("| "), &cells[..]) else {
+            continue;
+        };
+        for name in tests.split('`').skip(1).step_by(2) {
+            let there = match name.contains('_') {
+                true => has_test(name),
+                false => root.join("tests/golden").join(name).is_dir() || name.ends_with('*'),
+            };
+            if !there {
+                findings.push(format!("{DOC}:{}: there is no test {name}", number + 1));
+            }
         }
     }
 }

@@ -172,6 +172,9 @@ pub fn of_qemu(tools: &Path, dir: &Path) -> Vec<Seed> {
     out
 }
 
+/// The largest image that is read from a directory, in bytes.
+const SEED_BYTES_MAX: usize = 512 << 10;
+
 static SEEDS: OnceLock<Vec<Seed>> = OnceLock::new();
 
 /// The seeds of this process: those it was given, else our own and the files in the directory `BLOCKLAYER_FUZZ_SEEDS`.
@@ -183,7 +186,10 @@ pub fn all() -> &'static [Seed] {
         let mut paths: Vec<_> = files.into_iter().flatten().flatten().collect();
         paths.sort_by_key(std::fs::DirEntry::path);
         for file in paths {
-            if let Ok(bytes) = std::fs::read(file.path()) {
+            // Larger ones make every case slow and show nothing else.
+            if let Ok(bytes) = std::fs::read(file.path())
+                && bytes.len() <= SEED_BYTES_MAX
+            {
                 seeds.push(Seed::new(file.file_name().to_string_lossy(), bytes));
             }
         }

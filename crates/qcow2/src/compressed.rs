@@ -9,13 +9,17 @@ use std::cell::RefCell;
 
 use blockcore::{BlockError, Result};
 use flate2::{Decompress, FlushDecompress};
-use zstd::zstd_safe::{DCtx, InBuffer, OutBuffer, ResetDirective};
+use zstd::zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective};
 
 use crate::header::CompressionType;
 use crate::image::cancelled;
 
 /// Clusters up to this size are inflated on the spot: the way to another thread would take longer.
 const INLINE_BYTES_MAX: usize = 4096;
+
+/// The longest window that a Zstandard frame may ask for, as a power of two of bytes: it is memory. No encoder needs one that is longer than a cluster
+/// (2 MiB at most), but those that don't know how much is to come take up to 8 MiB at their usual levels.
+const ZSTD_WINDOW_BITS_MAX: u32 = 23;
 
 /// Inflates `raw`, which may have bytes behind the compressed data, to one cluster of `cluster_size` bytes.
 ///
@@ -62,6 +66,8 @@ fn inflate_zstd(raw: &[u8], out: &mut [u8]) -> Option<usize> {
     }
     CONTEXT.with_borrow_mut(|context| {
         context.reset(ResetDirective::SessionOnly).ok()?;
+        let limit = DParameter::WindowLogMax(ZSTD_WINDOW_BITS_MAX);
+        context.set_parameter(limit).ok()?;
         let len = out.len();
         let mut input = InBuffer::around(raw);
         let mut output = OutBuffer::around(out);
@@ -136,6 +142,22 @@ mod tests {
         ] {
             assert!(decompress(kind, raw, 65536).await.is_err());
         }
+    }
+
+    // A frame may ask for a window of 128 MiB to make a few bytes.
+    #[tokio::test]
+    async fn a_window_that_is_longer_than_any_cluster_is_refused() {
+        let frame = |window_bits: u8| {
+            // Magic, no content size, no checksum, the window's size; then one block: raw, the last one, 4096 bytes.
+            let mut frame = vec![0x28, 0xb5, 0x2f, 0xfd, 0, (window_bits - 10) << 3];
+            frame.extend(&(4096u32 << 3 | 1).to_le_bytes()[..3]);
+            frame.extend([7; 4096]);
+            frame
+        };
+        let short = decompress(CompressionType::Zstd, frame(23), 4096).await;
+        assert_eq!(short.unwrap(), vec![7; 4096]);
+        let long = decompress(CompressionType::Zstd, frame(24), 4096).await;
+        assert_eq!(long.unwrap_err().kind(), blockcore::ErrorKind::Corrupt);
     }
 
     #[test]

@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What has gone wrong in other block layers, tried on this one. The table is docs/SECURITY.md.
+
+use std::path::Path;
+
+use blocklayer::{
+    Backend, ErrorKind, OpenOptions, OpenPolicy, Options, StatusMode, WriteFlags, registry,
+};
+
+fn text(path: &Path) -> String {
+    path.to_str().unwrap().to_owned()
+}
+
+async fn create(path: &Path, options: Options) {
+    registry()
+        .create("qcow2", &text(path), options, Default::default())
+        .await
+        .unwrap();
+}
+
+/// An image whose header names a backing file, with these words and nothing checked.
+async fn naming(path: &Path, backing: &str, format: &str) {
+    create(path, Options::new().with("size", "64k")).await;
+    let mut bytes = std::fs::read(path).unwrap();
+    // Behind the header's 112 bytes: one extension, the end of the extensions, the name.
+    let mut at = 112;
+    let mut put = |words: &[u8]| {
+        bytes[at..at + words.len()].copy_from_slice(words);
+        at += words.len();
+        at - words.len()
+    };
+    put(&0xe279_2acau32.to_be_bytes());
+    put(&(format.len() as u32).to_be_bytes());
+    let padded = format.len().next_multiple_of(8);
+    let mut word = format.as_bytes().to_vec();
+    word.resize(padded, 0);
+    put(&word);
+    put(&[0; 8]);
+    let name_at = put(backing.as_bytes()) as u64;
+    bytes[8..16].copy_from_slice(&name_at.to_be_bytes());
+    bytes[16..20].copy_from_slice(&(backing.len() as u32).to_be_bytes());
+    std::fs::write(path, bytes).unwrap();
+}
+
+async fn open(path: &Path, policy: OpenPolicy) -> blocklayer::Result<Backend> {
+    OpenOptions::new()
+        .format("qcow2")
+        .policy(policy)
+        .read_only(true)
+        .open(&registry(), &text(path))
+        .await
+}
+
+#[tokio::test]
+async fn names_of_host_files_in_an_image_open_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let secret = dir.path().join("secret");
+    std::fs::write(&secret, vec![0x5e; 65536]).unwrap();
+    let inside = dir.path().join("images");
+    std::fs::create_dir(&inside).unwrap();
+    let link = inside.join("innocent");
+    std::os::unix::fs::symlink(&secret, &link).unwrap();
+    let image = inside.join("image");
+    let secret = text(&secret);
+    let json = format!(
+        "json:{{\"driver\": \"qcow2\", \"file\": {{\"driver\": \"file\", \"filename\": \"{secret}\"}}}}"
+    );
+    let raw_json = format!("json:{{\"driver\": \"file\", \"filename\": \"{secret}\"}}");
+    let names = [
+        secret.clone(),
+        format!("file:{secret}"),
+        "../secret".to_owned(),
+        "innocent".to_owned(),
+        json,
+        raw_json,
+        "nbd://127.0.0.1:1/x".to_owned(),
+    ];
+    for name in names {
+        naming(&image, &name, "raw").await;
+        for policy in [OpenPolicy::default(), OpenPolicy::Beneath(inside.clone())] {
+            let err = open(&image, policy.clone()).await.err();
+            let err = err.unwrap_or_else(|| panic!("{name} was opened under {policy:?}"));
+            assert_eq!(err.kind(), ErrorKind::PermissionDenied, "{name}: {err}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_data_file_that_an_image_names_is_not_opened() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image");
+    create(&image, Options::new().with("size", "64k")).await;
+    let mut bytes = std::fs::read(&image).unwrap();
+    // The incompatible feature bit of external data files, and the extension with the name.
+    bytes[79] |= 4;
+    bytes[112..116].copy_from_slice(b"DATA");
+    bytes[116..120].copy_from_slice(&11u32.to_be_bytes());
+    bytes[120..131].copy_from_slice(b"/etc/passwd");
+    std::fs::write(&image, &bytes).unwrap();
+    for policy in [OpenPolicy::default(), OpenPolicy::Everything] {
+        let err = open(&image, policy).await.err().unwrap();
+        assert_eq!(err.kind(), ErrorKind::Unsupported, "{err}");
+        assert!(err.to_string().contains("data file"), "{err}");
+    }
+}
+
+#[tokio::test]
+async fn the_format_of_a_backing_file_is_not_guessed() {
+    let dir = tempfile::tempdir().unwrap();
+    // A guest has written a header into what its host knows as a raw disk.
+    let (raw, image) = (dir.path().join("raw"), dir.path().join("image"));
+    naming(&raw, "/etc/passwd", "raw").await;
+    naming(&image, &text(&raw), "").await;
+    let mut bytes = std::fs::read(&image).unwrap();
+    // No extension says the format.
+    bytes[112..120].fill(0);
+    std::fs::write(&image, bytes).unwrap();
+    let err = open(&image, OpenPolicy::Everything).await.err().unwrap();
+    assert!(err.to_string().contains("guessing is not allowed"), "{err}");
+}
+
+#[tokio::test]
+async fn a_disk_of_exbibytes_costs_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image");
+    let options = Options::new()
+        .with("size", "1024P")
+        .with("cluster_size", "2M");
+    create(&image, options).await;
+    let disk = open(&image, OpenPolicy::default()).await.unwrap();
+    assert_eq!(disk.length(), 1 << 60);
+    let last = disk.read((1 << 60) - 4096, 4096).await.unwrap();
+    assert!(last.is_zero());
+    let status = disk.chain_status(0, 1 << 60, StatusMode::Precise);
+    assert_eq!(status.await.unwrap().status.bytes, 1 << 60);
+    disk.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_chain_that_loops_ends_in_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let (one, two, link) = (
+        dir.path().join("one"),
+        dir.path().join("two"),
+        dir.path().join("link"),
+    );
+    std::os::unix::fs::symlink(&one, &link).unwrap();
+    naming(&one, "two", "qcow2").await;
+    let json = format!(
+        "json:{{\"driver\": \"qcow2\", \"file\": {{\"driver\": \"file\", \"filename\": \"{}\"}}}}",
+        text(&one)
+    );
+    for name in ["one", "link", &json, &text(&one)] {
+        naming(&two, name, "qcow2").await;
+        let err = open(&one, OpenPolicy::Everything).await.err();
+        let err = err.unwrap_or_else(|| panic!("{name}: a loop was opened"));
+        assert!(!err.to_string().is_empty());
+    }
+}
+
+/// A backing disk of one value, shorter than the overlay by more than a cluster and no multiple of one.
+async fn over_backing(dir: &Path, compat: &str) -> Backend {
+    let base = dir.join("base");
+    std::fs::write(&base, vec![0x11; 200 * 1024 + 512]).unwrap();
+    let image = dir.join(format!("image{compat}"));
+    let options = Options::new()
+        .with("size", "400k")
+        .with("compat", compat)
+        .with("cluster_size", "64k")
+        .with("backing_file", text(&base))
+        .with("backing_fmt", "raw");
+    create(&image, options).await;
+    OpenOptions::new()
+        .format("qcow2")
+        .policy(OpenPolicy::Everything)
+        .open(&registry(), &text(&image))
+        .await
+        .unwrap()
+}
+
+#[tokio::test]
+async fn a_discard_brings_no_backing_data_to_light() {
+    let dir = tempfile::tempdir().unwrap();
+    for compat in ["0.10", "1.1"] {
+        let disk = over_backing(dir.path(), compat).await;
+        let none = WriteFlags::empty();
+        disk.pwritev(0, vec![0x22; 192 * 1024].into(), none)
+            .await
+            .unwrap();
+        disk.flush().await.unwrap();
+        disk.pdiscard(0, 128 * 1024).await.unwrap();
+        disk.pdiscard(130 * 1024, 1024).await.unwrap();
+        disk.flush().await.unwrap();
+        let now = disk.read(0, 192 * 1024).await.unwrap().to_vec();
+        assert!(
+            now.iter().all(|&b| b != 0x11),
+            "compat {compat}: backing data"
+        );
+        assert!(now[128 * 1024..].iter().all(|&b| b == 0x22));
+        disk.close().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn what_lies_past_the_end_of_a_shorter_backing_disk_is_zero() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = over_backing(dir.path(), "1.1").await;
+    let end = 200 * 1024 + 512;
+    let check = async |written: std::ops::Range<usize>| {
+        let read = disk.read(0, 400 * 1024).await.unwrap().to_vec();
+        for (at, &byte) in read.iter().enumerate() {
+            let wanted = match at {
+                _ if at < end => 0x11,
+                _ if written.contains(&at) => 0x33,
+                _ => 0,
+            };
+            assert_eq!(byte, wanted, "byte {at:#x}");
+        }
+    };
+    // A buffer that held something before is filled to its end.
+    let mut buf = blocklayer::IoBufMut::zeroed(400 * 1024);
+    buf.fill(0x77);
+    let read = disk.preadv(0, buf, Default::default()).await.unwrap();
+    assert!(read.to_vec()[end..].iter().all(|&b| b == 0));
+    check(0..0).await;
+    // What surrounds a small write in a new cluster is what was to be seen before.
+    let none = WriteFlags::empty();
+    disk.pwritev(300 * 1024, vec![0x33; 10].into(), none)
+        .await
+        .unwrap();
+    check(300 * 1024..300 * 1024 + 10).await;
+    disk.close().await.unwrap();
+}
