@@ -118,7 +118,7 @@ pub fn fuzz(words: &[&str]) -> Result<(), String> {
                 if target == "open" { 512 << 10 } else { 512 }
             ),
             "-len_control=0".to_owned(),
-            "-timeout=20".to_owned(),
+            "-timeout=120".to_owned(),
             "-rss_limit_mb=1024".to_owned(),
             "-malloc_limit_mb=64".to_owned(),
             "-print_final_stats=1".to_owned(),
@@ -126,6 +126,34 @@ pub fn fuzz(words: &[&str]) -> Result<(), String> {
         ])
         .env("BLOCKLAYER_FUZZ_SEEDS", &seeds);
     run(&mut command)
+}
+
+/// Benchmarks beside QEMU's tools and the other crates. The peers are built by this verb alone.
+pub fn bench(words: &[&str]) -> Result<(), String> {
+    let target = root().join("target");
+    run(cargo().args([
+        "build",
+        "--quiet",
+        "--release",
+        "-p",
+        "qemu-io",
+        "-p",
+        "qemu-img",
+    ]))?;
+    run(cargo()
+        .args([
+            "run",
+            "--quiet",
+            "--release",
+            "--manifest-path",
+            "bench/Cargo.toml",
+        ])
+        .arg("--target-dir")
+        .arg(target.join("bench-build"))
+        .arg("--")
+        .arg(target.join("release"))
+        .arg(target.join("bench"))
+        .args(words))
 }
 
 /// What the command line asks for.

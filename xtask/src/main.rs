@@ -31,6 +31,8 @@ Usage: cargo xtask VERB
                             N damaged images of each kind, in an ordinary process
   fuzz --target open|ops [--seconds N]
                             the same under libFuzzer (needs cargo-fuzz)
+  bench [--rounds N] [--quick] [--only NAME]
+                            measure us beside QEMU's tools, imago and qcow2-rs; results in target/bench
   demo [--keep]             build a real backing chain, drive it through qemu-io, map and check it
   tidy                      the project's own rules: headers, file sizes, invariants, golden scripts
   docs                      build the documentation, warnings denied
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
         ["drop", rest @ ..] => long::drop(rest),
         ["fuzz", rest @ ..] => long::fuzz(rest),
         ["diff", rest @ ..] => long::diff(rest),
+        ["bench", rest @ ..] => long::bench(rest),
         ["demo"] => demo::demo(false),
         ["demo", "--keep"] => demo::demo(true),
         ["tidy"] => tidy::tidy(),

@@ -415,7 +415,9 @@ impl Disk {
                 let range = clip(range);
                 let called = self.history.now();
                 let (offset, length) = bytes(&range);
-                let buf = IoBufMut::zeroed(length as usize);
+                // Every byte has to be written to.
+                let mut buf = IoBufMut::zeroed(length as usize);
+                buf.fill(0xee);
                 let read = node.preadv(offset, buf, ReadFlags::empty()).await?;
                 return Ok(self.check_read(&range, &read.to_vec(), called));
             }
