@@ -42,6 +42,14 @@ pub(crate) struct FileState {
     sync_failed: AtomicI32,
 }
 
+impl Drop for FileState {
+    /// Closing the file would give the locks back, too, but not at once: io_uring may hold the file for a moment after a request has ended, and whoever opens
+    /// the image next would find it locked.
+    fn drop(&mut self) {
+        self.narrow_permissions(&[&self.host()], Permissions::NONE);
+    }
+}
+
 impl FileState {
     pub fn host(&self) -> Arc<HostFile> {
         self.current
