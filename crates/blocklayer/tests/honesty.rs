@@ -1,42 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The rule: no executor thread ever waits for the disk. The method: the kernel counts how often a thread goes to sleep of its own accord; polls of
-//! requests that have to go to the disk (the page cache is bypassed) must not add to that count. A poll that does wait shows that the counting works.
+//! requests that have to go to the disk (the page cache is bypassed) must not add to that count (`testing::Polls`, whose example shows that a poll that does wait is seen).
 
-use std::future::poll_fn;
-use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
+use blocklayer::testing::Polls;
 use blocklayer::{IoBuf, OpenOptions, OpenPolicy, Options, WriteFlags, registry};
-
-fn sleeps() -> u64 {
-    let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
-    let line = status
-        .lines()
-        .find_map(|l| l.strip_prefix("voluntary_ctxt_switches:"));
-    line.unwrap().trim().parse().unwrap()
-}
-
-#[derive(Default)]
-struct Count {
-    polls: AtomicU64,
-    slept: AtomicU64,
-}
-
-impl Count {
-    async fn watch<T>(&self, work: impl Future<Output = T>) -> T {
-        let mut work = pin!(work);
-        poll_fn(|cx| {
-            let before = sleeps();
-            let polled = work.as_mut().poll(cx);
-            self.slept
-                .fetch_add(u64::from(sleeps() != before), Ordering::Relaxed);
-            self.polls.fetch_add(1, Ordering::Relaxed);
-            polled
-        })
-        .await
-    }
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn requests_that_go_to_the_disk_put_no_executor_thread_to_sleep() {
@@ -70,7 +39,7 @@ async fn requests_that_go_to_the_disk_put_no_executor_thread_to_sleep() {
             println!("no {engine} with O_DIRECT here: skipped");
             continue;
         };
-        let (disk, count) = (Arc::new(disk), Arc::new(Count::default()));
+        let (disk, count) = (Arc::new(disk), Arc::new(Polls::default()));
         let workers: Vec<_> = (0..32u64)
             .map(|n| {
                 let (disk, count) = (disk.clone(), count.clone());
@@ -92,10 +61,7 @@ async fn requests_that_go_to_the_disk_put_no_executor_thread_to_sleep() {
             worker.await.unwrap();
         }
         count.watch(disk.close()).await.unwrap();
-        let (polls, slept) = (
-            count.polls.load(Ordering::Relaxed),
-            count.slept.load(Ordering::Relaxed),
-        );
+        let (polls, slept) = (count.count(), count.slept());
         println!("{engine}: {slept} of {polls} polls slept");
         // Threads may meet at a lock of the pool that is held for nanoseconds, and one of them sleep. A disk wait would be in every poll that
         // starts a request, and that is every second one at least.
@@ -104,13 +70,4 @@ async fn requests_that_go_to_the_disk_put_no_executor_thread_to_sleep() {
             "{engine}: {slept} of {polls} polls slept"
         );
     }
-}
-
-#[tokio::test]
-async fn a_poll_that_waits_is_seen() {
-    let count = Count::default();
-    count
-        .watch(async { std::thread::sleep(std::time::Duration::from_millis(1)) })
-        .await;
-    assert_eq!(count.slept.load(Ordering::Relaxed), 1);
 }

@@ -5,6 +5,7 @@
 //! * [`crash`]: a disk in memory that rebuilds what a power cut could leave.
 //! * [`delay`]: any driver, whose requests take random times.
 //! * [`fault`]: any driver, with errors and delays at chosen requests and points.
+//! * [`Polls`]: whether futures put their thread to sleep.
 //! * [`rng`]: seeded randomness.
 //! * [`given_up_after`]: futures that are dropped half way.
 
@@ -13,6 +14,7 @@ pub mod delay;
 pub mod fault;
 mod give_up;
 pub mod memory;
+mod polls;
 pub mod rng;
 
 pub use crash::CrashDriver;
@@ -20,4 +22,5 @@ pub use delay::DelayDriver;
 pub use fault::{FaultDriver, Faults};
 pub use give_up::given_up_after;
 pub use memory::{MemoryDriver, MemoryFactory};
+pub use polls::Polls;
 pub use rng::Rng;

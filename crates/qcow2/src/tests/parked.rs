@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Futures that are polled once and then left alone, and runtimes that end in the middle.
+//! Futures that are polled once and then left alone, runtimes that end in the middle, and threads that must not wait.
 
 use std::time::Duration;
 
-use blockcore::testing::CrashDriver;
 use blockcore::testing::fault::{Event, Rule};
-use blockcore::{IoBufMut, Result};
+use blockcore::testing::{CrashDriver, DelayDriver, Polls};
+use blockcore::{IoBufMut, NodeFlags, Result, WriteFlags};
 use futures::FutureExt;
 
-use super::{Shape, findings, fresh_image, open_on, open_with_faults, read_all, write};
+use super::{Shape, findings, fresh_image, open_on, open_over, open_with_faults, read_all, write};
 
 const CLUSTER: u64 = 4096;
 /// Clusters that one L2 table maps.
@@ -113,4 +113,36 @@ async fn a_flush_waits_for_dropped_writes() {
     node.flush().await.unwrap();
     let (left, _image) = open_on(CrashDriver::new(disk.snapshot()), None).await;
     assert_eq!(read_all(&left).await[0], read_all(&node).await[0]);
+}
+
+// A disk that takes milliseconds: whatever a request has to wait for, it gives its thread to others meanwhile.
+#[tokio::test]
+async fn no_poll_waits_for_a_slow_disk() {
+    let disk = CrashDriver::new(fresh_image(Shape::small(4 << 20)));
+    let slow = DelayDriver::new(Box::new(disk), 1, Duration::from_millis(4));
+    let file = slow.into_node(NodeFlags::default()).await.unwrap();
+    let (node, _image) = open_over(file, None).await.unwrap();
+    let polls = Polls::default();
+    let requests = (0..24u64).map(|n| {
+        let (node, polls) = (&node, &polls);
+        async move {
+            let at = n * 150_000;
+            polls.watch(write(node, at, 9000, 7)).await.unwrap();
+            polls.watch(write(node, at + 100, 20, 8)).await.unwrap();
+            let zero = node.pwrite_zeroes(at + 4096, 4096, WriteFlags::MAY_UNMAP);
+            polls.watch(zero).await.unwrap();
+            polls.watch(node.flush()).await.unwrap();
+            polls.watch(node.pdiscard(at, 8192)).await.unwrap();
+            polls.watch(read_all(node)).await;
+        }
+    });
+    futures::future::join_all(requests).await;
+    println!("{} of {} polls slept", polls.slept(), polls.count());
+    // Now and then the machine takes the processor away in the middle of one.
+    assert!(
+        polls.slept() * 20 <= polls.count(),
+        "{} of {} polls slept",
+        polls.slept(),
+        polls.count()
+    );
 }

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Whether a future's polls put their thread to sleep: the kernel counts how often a thread goes to sleep of its own accord, and a poll that waits for a disk,
+//! a lock or another thread adds to that count. Linux only.
+
+use std::future::poll_fn;
+use std::pin::pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Counts polls, and those that slept. Futures on any number of threads may share one.
+///
+/// ```
+/// use blockcore::testing::Polls;
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() {
+/// let polls = Polls::default();
+/// polls.watch(async {}).await;
+/// assert_eq!((polls.count(), polls.slept()), (1, 0));
+/// polls.watch(async { std::thread::sleep(std::time::Duration::from_millis(1)) }).await;
+/// assert_eq!((polls.count(), polls.slept()), (2, 1));
+/// # }
+/// ```
+#[derive(Debug, Default)]
+pub struct Polls {
+    polls: AtomicU64,
+    slept: AtomicU64,
+}
+
+/// How often this thread has gone to sleep of its own accord.
+fn sleeps() -> u64 {
+    let status = std::fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
+    let mut lines = status.lines();
+    let line = lines.find_map(|l| l.strip_prefix("voluntary_ctxt_switches:"));
+    line.and_then(|n| n.trim().parse().ok()).unwrap_or(0)
+}
+
+impl Polls {
+    /// Polls a future to its end, and counts.
+    pub async fn watch<T>(&self, future: impl Future<Output = T>) -> T {
+        let mut future = pin!(future);
+        poll_fn(|cx| {
+            let before = sleeps();
+            let polled = future.as_mut().poll(cx);
+            let slept = u64::from(sleeps() != before);
+            self.slept.fetch_add(slept, Ordering::Relaxed);
+            self.polls.fetch_add(1, Ordering::Relaxed);
+            polled
+        })
+        .await
+    }
+
+    /// How many polls there were.
+    pub fn count(&self) -> u64 {
+        self.polls.load(Ordering::Relaxed)
+    }
+
+    /// How many of them put their thread to sleep.
+    pub fn slept(&self) -> u64 {
+        self.slept.load(Ordering::Relaxed)
+    }
+}
