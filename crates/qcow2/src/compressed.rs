@@ -54,28 +54,40 @@ fn inflate_deflate(raw: &[u8], out: &mut [u8]) -> Option<usize> {
     done.ok().map(|_| inflater.total_out() as usize)
 }
 
+/// What a thread keeps for the next cluster, in bytes. A frame may make a context take 128 MiB, and there are hundreds of threads.
+const CONTEXT_BYTES_MAX: usize = 4 << 20;
+
+thread_local! {
+    // Making one costs more than inflating a small cluster.
+    static CONTEXT: RefCell<DCtx<'static>> = RefCell::new(DCtx::create());
+}
+
 /// As [`inflate_deflate`].
 fn inflate_zstd(raw: &[u8], out: &mut [u8]) -> Option<usize> {
-    thread_local! {
-        // Making one costs more than inflating a small cluster.
-        static CONTEXT: RefCell<DCtx<'static>> = RefCell::new(DCtx::create());
-    }
     CONTEXT.with_borrow_mut(|context| {
-        context.reset(ResetDirective::SessionOnly).ok()?;
-        let len = out.len();
-        let mut input = InBuffer::around(raw);
-        let mut output = OutBuffer::around(out);
-        while output.pos() < len {
-            let before = (input.pos, output.pos());
-            let rest = context.decompress_stream(&mut output, &mut input).ok()?;
-            let is_stuck = (input.pos, output.pos()) == before;
-            // Nothing is left of the frame, or of the input.
-            if rest == 0 || is_stuck {
-                break;
-            }
+        let filled = fill(context, raw, out);
+        if context.sizeof() > CONTEXT_BYTES_MAX {
+            *context = DCtx::create();
         }
-        Some(output.pos())
+        filled
     })
+}
+
+fn fill(context: &mut DCtx<'_>, raw: &[u8], out: &mut [u8]) -> Option<usize> {
+    context.reset(ResetDirective::SessionOnly).ok()?;
+    let len = out.len();
+    let mut input = InBuffer::around(raw);
+    let mut output = OutBuffer::around(out);
+    while output.pos() < len {
+        let before = (input.pos, output.pos());
+        let rest = context.decompress_stream(&mut output, &mut input).ok()?;
+        let is_stuck = (input.pos, output.pos()) == before;
+        // Nothing is left of the frame, or of the input.
+        if rest == 0 || is_stuck {
+            break;
+        }
+    }
+    Some(output.pos())
 }
 
 #[cfg(test)]
@@ -135,6 +147,25 @@ mod tests {
             ),
         ] {
             assert!(decompress(kind, raw, 65536).await.is_err());
+        }
+    }
+
+    // A frame may ask for a window of 128 MiB, whatever it holds.
+    #[test]
+    fn no_thread_keeps_the_memory_that_a_frame_asked_for() {
+        let cluster = vec![7; 65536];
+        let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
+        encoder.window_log(27).unwrap();
+        encoder.write_all(&cluster).unwrap();
+        let wide = encoder.finish().unwrap();
+        let plain = zstd::encode_all(&cluster[..], 1).unwrap();
+        let mut broken = wide[..8].to_vec();
+        broken.extend([0xff; 100]);
+        for (raw, is_sound) in [(wide, true), (plain, true), (broken, false)] {
+            let inflated = inflate(CompressionType::Zstd, &raw, 65536);
+            assert_eq!(inflated.ok(), is_sound.then(|| cluster.clone()));
+            let kept = CONTEXT.with_borrow(|context| context.sizeof());
+            assert!(kept <= CONTEXT_BYTES_MAX, "{kept}");
         }
     }
 
