@@ -67,8 +67,8 @@ pub fn tidy() -> Result<(), String> {
         dependencies(source, &mut findings);
     }
     invariants(&sources, &mut findings);
+    named_tests(&sources, &mut findings);
     golden_scripts(&root, &mut findings)?;
-    security_table(&root, &sources, &mut findings);
     if findings.is_empty() {
         println!("tidy: {} files, nothing to complain about", sources.len());
         return Ok(());
@@ -265,36 +265,6 @@ fn invariants(sources: &[Source], findings: &mut Vec<String>) {
     }
 }
 
-/// Every test that the table of `docs/SECURITY.md` names is there.
-fn security_table(root: &Path, sources: &[Source], findings: &mut Vec<String>) {
-    const DOC: &str = "docs/SECURITY.md";
-    let Some(doc) = sources.iter().find(|s| s.path == DOC) else {
-        findings.push(format!("{DOC}:1: missing"));
-        return;
-    };
-    let rust: Vec<&Source> = sources.iter().filter(|s| s.path.ends_with(".rs")).collect();
-    let has_test = |name: &str| {
-        let head = format!("fn {name}(");
-        rust.iter().any(|s| s.text.contains(&head))
-    };
-    for (number, line) in doc.text.lines().enumerate() {
-        // The last column.
-        let cells: Vec<&str> = line.split(" | ").collect();
-        let (true, [_, _, tests]) = (line.starts_with("| "), &cells[..]) else {
-            continue;
-        };
-        for name in tests.split('`').skip(1).step_by(2) {
-            let there = match name.contains('_') {
-                true => has_test(name),
-                false => root.join("tests/golden").join(name).is_dir() || name.ends_with('*'),
-            };
-            if !there {
-                findings.push(format!("{DOC}:{}: there is no test {name}", number + 1));
-            }
-        }
-    }
-}
-
 /// The ids that a line cites: `INV A-1`, and more after commas and "and".
 fn cited(line: &str) -> Vec<&str> {
     let mut ids = Vec::new();
@@ -328,6 +298,38 @@ fn is_invariant(id: &str) -> bool {
     parts.len() >= 3
         && parts.iter().all(upper)
         && parts.last().is_some_and(|part| part.parse::<u32>().is_ok())
+}
+
+/// Every test that the last column of `docs/SECURITY.md` names exists: `file::test`, or a golden script, `area-*` for several.
+fn named_tests(sources: &[Source], findings: &mut Vec<String>) {
+    const DOC: &str = "docs/SECURITY.md";
+    let Some(doc) = sources.iter().find(|s| s.path == DOC) else {
+        findings.push(format!("{DOC}:1: missing"));
+        return;
+    };
+    let exists = |name: &str| match name.rsplit_once("::") {
+        Some((module, test)) => sources.iter().any(|s| {
+            let file = module.rsplit("::").next().unwrap_or_default();
+            let inline = file == "tests" && s.text.contains("\nmod tests {");
+            (inline || s.path.ends_with(&format!("/{file}.rs")))
+                && s.text.contains(&format!("fn {test}("))
+        }),
+        None => {
+            let script = format!("tests/golden/{}", name.replace('*', ""));
+            let end = if name.ends_with('*') { "" } else { "/cmd" };
+            let script = format!("{script}{end}");
+            sources.iter().any(|s| s.path.starts_with(&script))
+        }
+    };
+    for (number, line) in doc.text.lines().enumerate() {
+        let Some(row) = line.strip_suffix(" |") else {
+            continue;
+        };
+        let cell = row.rsplit(" | ").next().unwrap_or_default();
+        for name in cell.split('`').skip(1).step_by(2).filter(|n| !exists(n)) {
+            findings.push(format!("{DOC}:{}: no test `{name}`", number + 1));
+        }
+    }
 }
 
 /// A golden script is a directory with `cmd` and `out` and nothing else.
@@ -402,6 +404,26 @@ mod tests {
             findings,
             ["crates/qcow2/Cargo.toml:3: qcow2 must not depend on raw"]
         );
+    }
+
+    #[test]
+    fn a_named_test_has_to_exist() {
+        let source = |path: &str, text: &str| Source {
+            path: path.to_owned(),
+            text: text.to_owned(),
+        };
+        let row = |names: &str| source("docs/SECURITY.md", &format!("| a | `x` | {names} |\n"));
+        let code = source("crates/a/tests/good.rs", "fn one() {}\n");
+        let script = source("tests/golden/io-x/cmd", "");
+        let sources = [row("`good::one`, `io-x`, `io-*`"), code, script];
+        let mut findings = Vec::new();
+        named_tests(&sources, &mut findings);
+        assert!(findings.is_empty(), "{findings:?}");
+        named_tests(
+            &[row("`good::two`, `bad::one`, `io`, `bad-*`")],
+            &mut findings,
+        );
+        assert_eq!(findings.len(), 4);
     }
 
     #[test]

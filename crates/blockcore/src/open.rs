@@ -7,20 +7,23 @@
 
 use std::sync::{Arc, Mutex};
 
+use tokio::task::JoinSet;
+
 use crate::backend::Backend;
 use crate::buffer::IoBufMut;
 use crate::child::{Child, ChildRole};
 use crate::driver::{BackingName, DriverFactory, ReadFlags};
 use crate::error::{BlockError, ErrorKind, Op, Result};
 use crate::name::resolve_beside;
-use crate::node::{Node, NodeConfig, NodeFlags};
+use crate::node::{Node, NodeConfig, NodeFlags, SECTOR_BYTES};
 use crate::options::{OptionValue, Options};
 use crate::perm::Permissions;
 use crate::policy::OpenPolicy;
 use crate::registry::{Diagnostics, Registry};
 
-/// How many bytes of an image the drivers see to recognise it.
-pub const PROBE_BYTES: usize = 2048;
+/// How many bytes of an image the drivers see to recognise it: the first sector. `raw` refuses writes there that would make a guessed image look like
+/// another format's, and what it can't see must not count.
+pub const PROBE_BYTES: usize = SECTOR_BYTES as usize;
 
 /// The longest backing chain that is opened.
 pub const MAX_CHAIN_DEPTH: usize = 200;
@@ -175,13 +178,13 @@ impl OpenOptions {
         if let Some(format) = self.format {
             self.options.set("driver", format);
         }
-        let shared = Shared {
-            registry,
+        let shared = Arc::new(Shared {
+            registry: registry.clone(),
             probe: self.probe,
             no_backing: self.no_backing,
             policy: self.policy,
             diagnostics: self.diagnostics,
-        };
+        });
         let permissions = |writable| match Permissions::root(writable) {
             alone if self.no_share && !self.flags.force_share => Permissions {
                 shared: Permissions::storage(writable).shared,
@@ -224,8 +227,8 @@ impl OpenOptions {
 }
 
 /// What all nodes of one opening have in common.
-struct Shared<'a> {
-    registry: &'a Registry,
+struct Shared {
+    registry: Registry,
     probe: bool,
     no_backing: bool,
     policy: OpenPolicy,
@@ -254,7 +257,7 @@ struct NodeRequest {
 
 /// What a driver's `open` gets to know, and how it opens its children.
 pub struct OpenContext<'a> {
-    shared: &'a Shared<'a>,
+    shared: &'a Arc<Shared>,
     flags: NodeFlags,
     filename: String,
     probed: bool,
@@ -294,7 +297,7 @@ impl OpenContext<'_> {
 
     /// The drivers at hand.
     pub fn registry(&self) -> &Registry {
-        self.shared.registry
+        &self.shared.registry
     }
 
     /// The child `file` that the options or the name describe.
@@ -407,14 +410,25 @@ impl OpenContext<'_> {
             ancestors,
             by_image: by_image || self.by_image,
         };
-        let node = Box::pin(open_node(self.shared, request))
-            .await
-            .map_err(wrap)?;
+        let node = open_in_task(self.shared, request).await.map_err(wrap)?;
         Ok(Some(Child::new("backing", ChildRole::Backing, node)))
     }
 }
 
-async fn open_node(shared: &Shared<'_>, mut request: NodeRequest) -> Result<Arc<Node>> {
+/// Opens a node in a task of its own, which ends when the caller's future is dropped: so that the stack is deep enough for one image, whatever the
+/// length of the chain that images describe.
+async fn open_in_task(shared: &Arc<Shared>, request: NodeRequest) -> Result<Arc<Node>> {
+    let shared = shared.clone();
+    let mut task = JoinSet::new();
+    task.spawn(async move { open_node(&shared, request).await });
+    match task.join_next().await {
+        Some(Ok(opened)) => opened,
+        Some(Err(e)) if e.is_panic() => std::panic::resume_unwind(e.into_panic()),
+        _ => Err(BlockError::from_errno(libc::ECANCELED)),
+    }
+}
+
+async fn open_node(shared: &Arc<Shared>, mut request: NodeRequest) -> Result<Arc<Node>> {
     if request.by_image
         && let Some(name) = request.filename.take()
     {
@@ -422,6 +436,9 @@ async fn open_node(shared: &Shared<'_>, mut request: NodeRequest) -> Result<Arc<
     }
     if let Some(json) = request.filename.take_if(|f| f.starts_with("json:")) {
         let mut merged = Options::from_json(&json)?;
+        if request.by_image {
+            shared.policy.admit_options(&merged)?;
+        }
         merged.merge(std::mem::take(&mut request.options));
         request.options = merged;
     }
@@ -547,7 +564,7 @@ async fn open_node(shared: &Shared<'_>, mut request: NodeRequest) -> Result<Arc<
 
 /// The driver of a protocol node, with the file name in the option `filename`.
 async fn protocol_driver(
-    shared: &Shared<'_>,
+    shared: &Arc<Shared>,
     driver: Option<Arc<dyn DriverFactory>>,
     filename: Option<String>,
     options: &mut Options,
@@ -585,7 +602,7 @@ async fn protocol_driver(
 
 /// Opens the child `file` of a format node, if the name or the options describe one.
 async fn open_format_file(
-    shared: &Shared<'_>,
+    shared: &Arc<Shared>,
     filename: Option<String>,
     options: &mut Options,
     ctx: &OpenContext<'_>,
@@ -616,7 +633,7 @@ async fn open_format_file(
     Ok(Some(Child::new("file", ChildRole::File, node)))
 }
 
-async fn probe_format(shared: &Shared<'_>, file: &Child) -> Result<Arc<dyn DriverFactory>> {
+async fn probe_format(shared: &Arc<Shared>, file: &Child) -> Result<Arc<dyn DriverFactory>> {
     if !shared.probe {
         let text = format!(
             "The format of '{}' is not given, and guessing is not allowed",
@@ -698,13 +715,13 @@ impl CreateContext<'_> {
     pub async fn create_file(&self, filename: &str, options: Options) -> Result<Backend> {
         let protocol = self.registry.find_protocol(filename).await?;
         protocol.create(self, filename, options).await?;
-        let shared = Shared {
-            registry: self.registry,
+        let shared = Arc::new(Shared {
+            registry: self.registry.clone(),
             probe: false,
             no_backing: false,
             policy: OpenPolicy::Deny,
             diagnostics: self.diagnostics.clone(),
-        };
+        });
         let request = NodeRequest {
             filename: Some(filename.to_owned()),
             options: Options::new(),

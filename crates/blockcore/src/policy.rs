@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use crate::error::{BlockError, ErrorKind, Result};
 use crate::name::protocol_of;
+use crate::options::Options;
 
 /// What may be opened that the caller has not named: backing files and data files that images name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -55,6 +56,24 @@ impl OpenPolicy {
             Some(path) => Ok(path.to_owned()),
             None => denied("its path is no valid text"),
         }
+    }
+
+    /// Refuses options that an image gave (in a `json:` name) and that ask for writing. The files that an image names are no business of its maker, and
+    /// opening one for writing may change it already: feature bits, refcounts. No policy allows that.
+    ///
+    /// # Errors
+    /// `PermissionDenied`.
+    pub(crate) fn admit_options(&self, options: &Options) -> Result<()> {
+        let is_mode = |key: &str| key == "read-only" || key.ends_with(".read-only");
+        for (key, value) in options.iter().filter(|(key, _)| is_mode(key)) {
+            if !["true", "on"].contains(&value.to_string().as_str()) {
+                let text = format!(
+                    "The image names something with the option '{key}={value}', but that is opened read-only"
+                );
+                return Err(BlockError::new(ErrorKind::PermissionDenied, text));
+            }
+        }
+        Ok(())
     }
 
     /// Refuses a driver for something that an image named.

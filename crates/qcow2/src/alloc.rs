@@ -29,6 +29,9 @@ const FREED_RUNS_MAX: usize = 4096;
 /// So many freed clusters are, too: 64 MiB of the usual size.
 const FREED_CLUSTERS_MAX: u64 = 1024;
 
+/// So many used clusters behind the end of the file are stepped over in a search for a free one; 256 GiB of the usual size. Sound images have next to none.
+const USED_BEHIND_END_MAX: u64 = 1 << 22;
+
 /// Consecutive host clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Run {
@@ -191,7 +194,13 @@ impl Image {
     }
 
     /// The first of `want` consecutive clusters with refcount 0, from the cursor on.
+    ///
+    /// # Errors
+    /// Those of reading refcount blocks; `Corrupt` where the refcounts claim so much behind the end of the file that it can only have been made up:
+    /// one block that the refcount table names a million times would keep the search busy for days.
     async fn find_free(&self, meta: &mut Meta, want: u64) -> Result<u64> {
+        let file_end = self.file.length() >> self.cluster_bits;
+        let mut behind_end = 0;
         let mut first = meta.next_free;
         let mut cluster = first;
         while cluster < first + want {
@@ -202,6 +211,12 @@ impl Image {
             } else if meta.refcounts.get(&self.file, cluster).await? == 0 {
                 cluster += 1;
             } else {
+                behind_end += u64::from(cluster > file_end);
+                if behind_end > USED_BEHIND_END_MAX {
+                    return Err(BlockError::corrupt(format!(
+                        "More than {USED_BEHIND_END_MAX} clusters behind the end of the file are counted as used"
+                    )));
+                }
                 cluster += 1;
                 first = cluster;
             }

@@ -17,8 +17,8 @@ use crate::image::cancelled;
 /// Clusters up to this size are inflated on the spot: the way to another thread would take longer.
 const INLINE_BYTES_MAX: usize = 4096;
 
-/// The longest window that a Zstandard frame may ask for, as a power of two of bytes: it is memory. No encoder needs one that is longer than a cluster
-/// (2 MiB at most), but those that don't know how much is to come take up to 8 MiB at their usual levels.
+/// The longest window that a Zstandard frame may ask for, as a power of two of bytes: it is memory, once for each request that is inflating. No encoder
+/// needs one that is longer than a cluster (2 MiB at most), but those that don't know how much is to come take up to 8 MiB at their usual levels.
 const ZSTD_WINDOW_BITS_MAX: u32 = 23;
 
 /// Inflates `raw`, which may have bytes behind the compressed data, to one cluster of `cluster_size` bytes.
@@ -58,30 +58,42 @@ fn inflate_deflate(raw: &[u8], out: &mut [u8]) -> Option<usize> {
     done.ok().map(|_| inflater.total_out() as usize)
 }
 
+/// What a thread keeps for the next cluster, in bytes: there are hundreds of threads.
+const CONTEXT_BYTES_MAX: usize = 4 << 20;
+
+thread_local! {
+    // Making one costs more than inflating a small cluster.
+    static CONTEXT: RefCell<DCtx<'static>> = RefCell::new(DCtx::create());
+}
+
 /// As [`inflate_deflate`].
 fn inflate_zstd(raw: &[u8], out: &mut [u8]) -> Option<usize> {
-    thread_local! {
-        // Making one costs more than inflating a small cluster.
-        static CONTEXT: RefCell<DCtx<'static>> = RefCell::new(DCtx::create());
-    }
     CONTEXT.with_borrow_mut(|context| {
-        context.reset(ResetDirective::SessionOnly).ok()?;
-        let limit = DParameter::WindowLogMax(ZSTD_WINDOW_BITS_MAX);
-        context.set_parameter(limit).ok()?;
-        let len = out.len();
-        let mut input = InBuffer::around(raw);
-        let mut output = OutBuffer::around(out);
-        while output.pos() < len {
-            let before = (input.pos, output.pos());
-            let rest = context.decompress_stream(&mut output, &mut input).ok()?;
-            let is_stuck = (input.pos, output.pos()) == before;
-            // Nothing is left of the frame, or of the input.
-            if rest == 0 || is_stuck {
-                break;
-            }
+        let filled = fill(context, raw, out);
+        if context.sizeof() > CONTEXT_BYTES_MAX {
+            *context = DCtx::create();
         }
-        Some(output.pos())
+        filled
     })
+}
+
+fn fill(context: &mut DCtx<'_>, raw: &[u8], out: &mut [u8]) -> Option<usize> {
+    context.reset(ResetDirective::SessionOnly).ok()?;
+    let limit = DParameter::WindowLogMax(ZSTD_WINDOW_BITS_MAX);
+    context.set_parameter(limit).ok()?;
+    let len = out.len();
+    let mut input = InBuffer::around(raw);
+    let mut output = OutBuffer::around(out);
+    while output.pos() < len {
+        let before = (input.pos, output.pos());
+        let rest = context.decompress_stream(&mut output, &mut input).ok()?;
+        let is_stuck = (input.pos, output.pos()) == before;
+        // Nothing is left of the frame, or of the input.
+        if rest == 0 || is_stuck {
+            break;
+        }
+    }
+    Some(output.pos())
 }
 
 #[cfg(test)]
@@ -144,19 +156,38 @@ mod tests {
         }
     }
 
+    // A frame may ask for a long window, whatever it holds.
+    #[test]
+    fn no_thread_keeps_the_memory_that_a_frame_asked_for() {
+        let cluster = vec![7; 65536];
+        let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
+        encoder.window_log(ZSTD_WINDOW_BITS_MAX).unwrap();
+        encoder.write_all(&cluster).unwrap();
+        let wide = encoder.finish().unwrap();
+        let plain = zstd::encode_all(&cluster[..], 1).unwrap();
+        let mut broken = wide[..8].to_vec();
+        broken.extend([0xff; 100]);
+        for (raw, is_sound) in [(wide, true), (plain, true), (broken, false)] {
+            let inflated = inflate(CompressionType::Zstd, &raw, 65536);
+            assert_eq!(inflated.ok(), is_sound.then(|| cluster.clone()));
+            let kept = CONTEXT.with_borrow(|context| context.sizeof());
+            assert!(kept <= CONTEXT_BYTES_MAX, "{kept}");
+        }
+    }
+
     // A frame may ask for a window of 128 MiB to make a few bytes.
-    #[tokio::test]
-    async fn a_window_that_is_longer_than_any_cluster_is_refused() {
+    #[test]
+    fn a_window_that_is_longer_than_any_cluster_is_refused() {
         let frame = |window_bits: u8| {
             // Magic, no content size, no checksum, the window's size; then one block: raw, the last one, 4096 bytes.
             let mut frame = vec![0x28, 0xb5, 0x2f, 0xfd, 0, (window_bits - 10) << 3];
-            frame.extend(&(4096u32 << 3 | 1).to_le_bytes()[..3]);
+            frame.extend(&((4096u32 << 3) | 1).to_le_bytes()[..3]);
             frame.extend([7; 4096]);
             frame
         };
-        let short = decompress(CompressionType::Zstd, frame(23), 4096).await;
+        let short = inflate(CompressionType::Zstd, &frame(23), 4096);
         assert_eq!(short.unwrap(), vec![7; 4096]);
-        let long = decompress(CompressionType::Zstd, frame(24), 4096).await;
+        let long = inflate(CompressionType::Zstd, &frame(24), 4096);
         assert_eq!(long.unwrap_err().kind(), blockcore::ErrorKind::Corrupt);
     }
 

@@ -22,7 +22,10 @@ impl DriverFactory for Magic {
     }
 
     fn probe(&self, head: &[u8]) -> u32 {
-        if head.starts_with(b"MAGIC") { 100 } else { 0 }
+        // Some formats have their mark further behind.
+        let far = head.get(1024..).unwrap_or(&[]);
+        let found = head.starts_with(b"MAGIC") || far.starts_with(b"MAGIC");
+        if found { 100 } else { 0 }
     }
 
     async fn open(
@@ -84,6 +87,52 @@ async fn a_guest_cannot_turn_a_guessed_raw_image_into_another_format() {
     let magic = IoBuf::from(b"MAGIC".to_vec());
     named.pwritev(0, magic, WriteFlags::empty()).await.unwrap();
     named.close().await.unwrap();
+}
+
+// What a guest of a guessed image may write must not count when it is guessed again: guard and guess look at the same bytes.
+#[tokio::test]
+async fn nothing_that_the_guard_lets_pass_changes_the_next_guess() {
+    let disk = Disk::create("1M").await;
+    let open = || {
+        let quiet = Diagnostics::new(|_| {});
+        let options = OpenOptions::new().probe(true).diagnostics(quiet);
+        async { options.open(&with_magic(), disk.name()).await }
+    };
+    let mut passed = 0;
+    for at in [0, 4, 500, 512, 1024, 2048] {
+        let backend = open().await.unwrap();
+        let magic = IoBuf::from(b"MAGIC".to_vec());
+        let answer = backend.pwritev(at, magic, WriteFlags::empty()).await;
+        passed += usize::from(answer.is_ok());
+        backend.close().await.unwrap();
+        let again = open().await.expect("it is still raw");
+        assert_eq!(again.root().format_name(), "raw");
+        again.close().await.unwrap();
+    }
+    assert_eq!(passed, 5);
+}
+
+// The first sector of a file that has no whole one.
+#[tokio::test]
+async fn a_guest_cannot_turn_a_short_file_into_another_format_either() {
+    let disk = Disk::create("1M").await;
+    for length in [1, 5, 100, 511] {
+        std::fs::write(&disk.path, vec![0; length]).unwrap();
+        let quiet = Diagnostics::new(|_| {});
+        let options = OpenOptions::new().probe(true).diagnostics(quiet);
+        let backend = options.open(&with_magic(), disk.name()).await.unwrap();
+        let mut data = b"MAGIC".to_vec();
+        data.truncate(backend.length().min(5) as usize);
+        let is_magic = data.len() == 5;
+        let answer = backend
+            .pwritev(0, IoBuf::from(data), WriteFlags::empty())
+            .await;
+        if is_magic {
+            assert_eq!(answer.unwrap_err().errno(), libc::EPERM, "{length}");
+        }
+        backend.close().await.unwrap();
+        assert!(!std::fs::read(&disk.path).unwrap().starts_with(b"MAGIC"));
+    }
 }
 
 #[tokio::test]

@@ -93,6 +93,32 @@ async fn offsets_at_their_extremes_are_no_surprise() {
     let _answer = open_for_writing(CrashDriver::new(bytes)).await;
 }
 
+// A search for a free cluster ends, though one full refcount block, named everywhere in the table, claims 2^35 clusters.
+#[tokio::test]
+async fn refcounts_that_call_everything_used_hold_up_nobody() {
+    let shape = Shape {
+        refcount_order: 0,
+        ..Shape::small(1 << 20)
+    };
+    let mut bytes = fresh_image(shape);
+    let table = bytes.len();
+    let table_bytes = 8 << 20;
+    let block = (table + table_bytes) as u64;
+    for _ in 0..table_bytes / 8 {
+        bytes.extend(block.to_be_bytes());
+    }
+    bytes.extend([0xff; CLUSTER as usize]);
+    bytes[48..56].copy_from_slice(&(table as u64).to_be_bytes());
+    bytes[56..60].copy_from_slice(&((table_bytes as u64 / CLUSTER) as u32).to_be_bytes());
+    let (node, _image) = open_on(CrashDriver::new(bytes), None).await;
+    let writing = node.pwritev(0, vec![1; 4096].into(), WriteFlags::empty());
+    let limit = std::time::Duration::from_secs(60);
+    let answer = tokio::time::timeout(limit, writing).await;
+    let err = answer.expect("an answer in time").unwrap_err();
+    assert_eq!(err.kind(), blockcore::ErrorKind::Corrupt, "{err}");
+    assert!(node.flush().await.is_ok(), "nothing was changed");
+}
+
 // INV QCOW2-META-2: an image that is recounted at open is not written in place where two entries share a cluster, whatever its flags say.
 #[tokio::test]
 async fn a_dirty_image_with_wrong_flags_is_not_written() {

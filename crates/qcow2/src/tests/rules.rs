@@ -2,10 +2,13 @@
 //! Single rules, each with the smallest case that breaks when the rule does.
 
 use blockcore::testing::CrashDriver;
+use blockcore::testing::fault::{Event, Rule};
 use blockcore::{StatusFlags, StatusMode, WriteFlags};
 use futures::FutureExt;
 
-use super::{Shape, corruptions, findings, fresh_image, open_on, read_all};
+use super::{
+    Shape, corruptions, findings, fresh_image, open_on, open_with_faults, read_all, write,
+};
 use crate::format::{OFLAG_COPIED, OFLAG_ZERO};
 
 const CLUSTER: u64 = 4096;
@@ -159,6 +162,49 @@ async fn a_freed_cluster_waits_for_the_commit_and_for_its_readers() {
     assert_eq!(host_of(4).await, old, "now it is free");
     node.flush().await.unwrap();
     assert_eq!(findings(disk.snapshot()).await, Vec::<String>::new());
+}
+
+// INV QCOW2-ORD-4: the host takes its time to punch the hole; who writes meanwhile must not get the cluster, or the hole swallows what was written.
+#[tokio::test]
+async fn a_freed_cluster_is_not_handed_out_before_its_hole_is_punched() {
+    let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
+    let (node, image, faults) = open_with_faults(disk.clone()).await;
+    let host_of = async |guest: u64| {
+        let mapping = image.mapping(guest, crate::image::Intent::Read).await;
+        mapping.unwrap().referenced(CLUSTER).unwrap().0
+    };
+    write(&node, 0, CLUSTER as usize, 7).await.unwrap();
+    node.flush().await.unwrap();
+    let old = host_of(0).await;
+    node.pdiscard(0, CLUSTER).await.unwrap();
+    faults.add(Rule::slow(Event::Discard, 20_000));
+    let flushed = std::cell::Cell::new(false);
+    let flushing = async {
+        node.flush().await.unwrap();
+        flushed.set(true);
+    };
+    let writing = async {
+        for guest in 1..40 {
+            write(&node, guest * CLUSTER, CLUSTER as usize, 9)
+                .await
+                .unwrap();
+            tokio::task::yield_now().await;
+            assert!(!flushed.get(), "the hole is not slow enough");
+        }
+    };
+    tokio::join!(flushing, writing);
+    let hole = &disk.snapshot()[old as usize..][..CLUSTER as usize];
+    assert!(hole.iter().all(|b| *b == 0), "there is a hole");
+    for guest in 1..40 {
+        let buf = blockcore::IoBufMut::zeroed(CLUSTER as usize);
+        let at = guest * CLUSTER;
+        let read = node.preadv(at, buf, Default::default()).await.unwrap();
+        assert!(read.to_vec() == [9; CLUSTER as usize], "cluster {guest}");
+    }
+    write(&node, 40 * CLUSTER, CLUSTER as usize, 9)
+        .await
+        .unwrap();
+    assert_eq!(host_of(40).await, old, "now it is free");
 }
 
 // INV QCOW2-ORD-5: what a flush has promised is reachable from the disk alone.
