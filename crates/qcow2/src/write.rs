@@ -209,12 +209,21 @@ impl Image {
                 .await?;
             self.alloc_run(&mut meta, count).await?
         };
-        if let Err(e) = self.fill_run(at, buf, run).await {
+        let sparse = run.fresh && (self.in_cluster(at) | bytes) & (self.cluster_size() - 1) != 0;
+        let filled = async {
+            self.fill_run(at, buf, run).await?;
+            if sparse {
+                // The next commit would do it, too. Until then every write to the rest of the cluster would have to make the file longer.
+                let end = (run.cluster + run.count) << self.cluster_bits;
+                self.file.extend(end).await?;
+            }
+            Ok(())
+        };
+        if let Err(e) = filled.await {
             let mut meta = self.meta.lock().await;
             self.unalloc_run(&mut meta, run).await?;
             return Err(e);
         }
-        let sparse = run.fresh && (self.in_cluster(at) | bytes) & (self.cluster_size() - 1) != 0;
         self.link_run(first, run, sparse).await
     }
 
