@@ -124,8 +124,7 @@ async fn lanes<F: Future<Output = Result<(), String>>>(
 
 fn ours(job: &Job) -> Result<f64, String> {
     use blocklayer::{IoBuf, IoBufMut, OpenOptions, ReadFlags, WriteFlags};
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
     runtime.map_err(text)?.block_on(async {
