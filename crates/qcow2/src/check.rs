@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `check`: counts who refers to each host cluster, and compares that with the refcounts.
 //!
-//! Works on the file alone; the driver writes back what it has in memory first. Memory is one counter per cluster of the file. The messages are those of
-//! QEMU's check, line by line, since people and scripts read them.
+//! Works on the file alone; the driver writes back what it has in memory first. Memory is one counter per cluster of the file that is in use, and some
+//! around it. The messages are those of QEMU's check, line by line, since people and scripts read them.
 
 use blockcore::{
     BlockError, CheckFix, CheckResult, Child, IoBufMut, ReadFlags, Result, SECTOR_BYTES,
@@ -23,7 +23,7 @@ const L1E_RESERVED: u64 = 0x7f00_0000_0000_01ff;
 const L2E_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 /// Bits of a refcount table entry that have no meaning.
 const REFT_RESERVED: u64 = 0x1ff;
-/// The most clusters that a check counts: a gigabyte of counters.
+/// The most clusters that a check counts: a gigabyte of counters, if all of them are in use.
 const CLUSTERS_MAX: u64 = 1 << 28;
 /// The most lines that a check says: a damaged image must not fill the memory with them.
 const MESSAGES_MAX: usize = 100_000;
@@ -32,26 +32,60 @@ const MESSAGES_MAX: usize = 100_000;
 const OVERFLOW_HINT: &str = "Use qemu-img amend to increase the refcount entry width or qemu-img convert to create a clean copy if the image \
     cannot be opened for writing";
 
-/// How often each host cluster is referred to, up to the end of the file.
+/// How many counters are made at a time. Few, so that forged entries which point far apart don't make many.
+const PAGE_COUNTERS: u64 = 128;
+
+/// How often each host cluster is referred to, up to the end of the file. Holes, which a file of a few bytes may have any number of, take up next to
+/// nothing.
 #[derive(Debug)]
 pub struct RefcountMap {
-    counts: Vec<u32>,
+    pages: Vec<Option<Box<[u32]>>>,
+    len: u64,
 }
 
 impl RefcountMap {
+    fn new(len: u64) -> RefcountMap {
+        let mut map = RefcountMap {
+            pages: Vec::new(),
+            len: 0,
+        };
+        map.grow(len);
+        map
+    }
+
     /// The number of clusters of the file.
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> u64 {
-        self.counts.len() as u64
+        self.len
+    }
+
+    fn grow(&mut self, len: u64) {
+        self.len = self.len.max(len);
+        let pages = self.len.div_ceil(PAGE_COUNTERS) as usize;
+        self.pages.resize_with(pages, || None);
+    }
+
+    fn page(&self, cluster: u64) -> Option<&[u32]> {
+        self.pages
+            .get((cluster / PAGE_COUNTERS) as usize)?
+            .as_deref()
     }
 
     /// The references of a cluster; 0 past the end of the file.
     pub fn get(&self, cluster: u64) -> u64 {
-        self.counts
-            .get(cluster as usize)
-            .copied()
-            .unwrap_or(0)
+        self.page(cluster)
+            .map_or(0, |page| page[(cluster % PAGE_COUNTERS) as usize])
             .into()
+    }
+
+    /// The counter of a cluster; `None` past the end of the file.
+    fn counter(&mut self, cluster: u64) -> Option<&mut u32> {
+        if cluster >= self.len {
+            return None;
+        }
+        let page = self.pages[(cluster / PAGE_COUNTERS) as usize]
+            .get_or_insert_with(|| vec![0; PAGE_COUNTERS as usize].into());
+        Some(&mut page[(cluster % PAGE_COUNTERS) as usize])
     }
 }
 
@@ -131,9 +165,7 @@ impl<'a> Checker<'a> {
             header,
             file,
             cluster,
-            map: RefcountMap {
-                counts: vec![0; clusters as usize],
-            },
+            map: RefcountMap::new(clusters),
             table: Vec::new(),
             l1: Vec::new(),
             block: None,
@@ -188,12 +220,10 @@ impl<'a> Checker<'a> {
         }
         // The last cluster of a file may be there in part, or not at all yet.
         let clusters = end.div_ceil(self.cluster);
-        if clusters > self.map.counts.len() as u64 {
-            self.map.counts.resize(clusters as usize, 0);
-        }
+        self.map.grow(clusters);
         let max = max_refcount(self.header.refcount_order);
         for cluster in offset / self.cluster..clusters {
-            match self.map.counts.get_mut(cluster as usize) {
+            match self.map.counter(cluster) {
                 Some(n) if u64::from(*n) < max => *n += 1,
                 Some(_) => {
                     self.corruption(format!(
@@ -269,7 +299,7 @@ impl<'a> Checker<'a> {
                     "ERROR refcount block {i} is not cluster aligned; refcount table entry corrupted"
                 );
                 self.corruption(line);
-            } else if offset / self.cluster >= self.map.counts.len() as u64 {
+            } else if offset / self.cluster >= self.map.len() {
                 self.corruption(format!("ERROR refcount block {i} is outside image"));
             } else if offset != 0 {
                 self.count(offset, self.cluster);
@@ -405,9 +435,28 @@ impl<'a> Checker<'a> {
         Ok(get_refcount(block, self.header.refcount_order, index))
     }
 
+    /// Whether the clusters that are counted together from this one on have neither references nor refcounts.
+    fn is_unused_page(&self, first: u64) -> bool {
+        let entries = self.header.geometry().block_entries();
+        let mut blocks = first / entries..=(first + PAGE_COUNTERS - 1) / entries;
+        let is_there = |number: u64| {
+            self.table
+                .get(number as usize)
+                .is_some_and(|e| e & REFT_OFFSET_MASK != 0)
+        };
+        self.map.page(first).is_none() && !blocks.any(is_there)
+    }
+
     async fn compare(&mut self) -> Result<()> {
         let mut highest = 0;
-        for cluster in 0..self.map.counts.len() as u64 {
+        let mut next = 0;
+        while next < self.map.len() {
+            let cluster = next;
+            if cluster.is_multiple_of(PAGE_COUNTERS) && self.is_unused_page(cluster) {
+                next += PAGE_COUNTERS;
+                continue;
+            }
+            next += 1;
             let references = self.map.get(cluster);
             let refcount = match self.refcount(cluster).await {
                 Ok(n) => n,

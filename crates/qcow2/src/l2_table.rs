@@ -148,12 +148,4 @@ impl L1Table {
             entries.push(AtomicU64::new(0));
         }
     }
-
-    /// A copy of all entries.
-    pub fn to_vec(&self) -> Vec<u64> {
-        self.read()
-            .iter()
-            .map(|e| e.load(Ordering::Acquire))
-            .collect()
-    }
 }

@@ -199,9 +199,9 @@ impl Image {
             .clear();
         let cluster = self.cluster_size();
         self.own(0, cluster, Owner::Header);
-        let l1 = self.l1.to_vec();
-        if !l1.is_empty() {
-            self.own(header.l1_table_offset, l1.len() as u64 * 8, Owner::L1);
+        let l1_entries = self.l1.len();
+        if l1_entries > 0 {
+            self.own(header.l1_table_offset, l1_entries as u64 * 8, Owner::L1);
         }
         let table_bytes = u64::from(header.refcount_table_clusters) << self.cluster_bits;
         self.own(
@@ -210,9 +210,8 @@ impl Image {
             Owner::RefcountTable,
         );
         let aligned = |offset: u64| offset != 0 && offset & (cluster - 1) == 0;
-        for offset in l1
-            .iter()
-            .map(|e| e & L1E_OFFSET_MASK)
+        for offset in (0..l1_entries)
+            .map(|i| self.l1.get(i) & L1E_OFFSET_MASK)
             .filter(|&o| aligned(o))
         {
             self.own(offset, cluster, Owner::L2);

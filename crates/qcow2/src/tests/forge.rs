@@ -61,7 +61,7 @@ pub(crate) async fn snapshot(bytes: Vec<u8>) -> Vec<u8> {
     let disk = CrashDriver::new(bytes);
     let (node, image) = open_on(disk.clone(), &Backing::default()).await;
     let cluster = image.cluster_size();
-    let l1 = image.l1.to_vec();
+    let l1: Vec<u64> = (0..image.l1.len()).map(|i| image.l1.get(i)).collect();
     let (l1_at, table_at) = {
         let mut meta = image.meta.lock().await;
         let clusters = (l1.len() as u64 * 8).div_ceil(cluster);
