@@ -26,6 +26,7 @@ use crate::limits::BlockLimits;
 use crate::open::{CreateContext, OpenContext};
 use crate::options::Options;
 use crate::perm::Permissions;
+use crate::snapshot::{SnapshotRequest, SnapshotSelector};
 use crate::status::{BlockStatus, StatusFlags, StatusMode};
 
 bitflags! {
@@ -401,6 +402,41 @@ pub trait BlockDriver: Send + Sync + 'static {
     /// The internal snapshots. *If omitted*: none.
     async fn snapshots(&self) -> Result<Vec<SnapshotInfo>> {
         Ok(Vec::new())
+    }
+
+    /// Takes an internal snapshot, and makes it durable. `QEMU: bdrv_snapshot_create`.
+    ///
+    /// *The caller guarantees* that no change of the node is in flight, and none begins meanwhile. *Errors*: nothing has changed. *If omitted*:
+    /// unsupported. *If the future is dropped*: it isn't; the caller has a task for it.
+    async fn snapshot_create(&self, request: SnapshotRequest) -> Result<()> {
+        let _nothing = request;
+        Err(BlockError::from_errno(libc::ENOTSUP))
+    }
+
+    /// Makes the node what it was when a snapshot was taken, and that durable. `QEMU: bdrv_snapshot_goto`.
+    ///
+    /// As [`snapshot_create`](BlockDriver::snapshot_create); *errors* also: `NotFound`.
+    async fn snapshot_goto(&self, which: &SnapshotSelector) -> Result<()> {
+        let _nothing = which;
+        Err(BlockError::from_errno(libc::ENOTSUP)
+            .message("Block driver does not support snapshots"))
+    }
+
+    /// Deletes a snapshot, and makes that durable. `QEMU: bdrv_snapshot_delete`.
+    ///
+    /// As [`snapshot_goto`](BlockDriver::snapshot_goto).
+    async fn snapshot_delete(&self, which: &SnapshotSelector) -> Result<()> {
+        let _nothing = which;
+        Err(BlockError::from_errno(libc::ENOTSUP)
+            .message("Block driver does not support snapshots"))
+    }
+
+    /// Shows a snapshot instead of the active layer of an image that is open read-only. `QEMU: bdrv_snapshot_load_tmp`.
+    ///
+    /// *The caller guarantees* that no request is in flight. *Errors*: `NotFound`; those of reading metadata. *If omitted*: unsupported.
+    async fn snapshot_load(&self, which: &SnapshotSelector) -> Result<()> {
+        let _nothing = which;
+        Err(BlockError::from_errno(libc::ENOTSUP))
     }
 
     /// The backing file that the image names. *If omitted*: none.

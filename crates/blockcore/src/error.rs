@@ -58,6 +58,7 @@ pub enum Op {
     Check,
     Reopen,
     CopyRange,
+    Snapshot,
 }
 
 impl fmt::Display for Op {
@@ -72,6 +73,7 @@ impl fmt::Display for Op {
             Op::BlockStatus => "block status",
             Op::Flush => "flush",
             Op::Truncate => "truncate",
+            Op::Snapshot => "snapshot",
             Op::Length => "length",
             Op::Lock => "lock",
             Op::Create => "create",

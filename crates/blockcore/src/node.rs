@@ -67,7 +67,7 @@ pub struct Node {
     debug_events: bool,
     pub(crate) tracked: TrackedRequests,
     /// Changes of length that go on when their future is dropped.
-    tasks: Arc<InFlight>,
+    pub(crate) tasks: Arc<InFlight>,
     /// Counts changes that are done, given up or failed. Two flushes without a step in between are one.
     write_generation: AtomicU64,
     flushed_generation: AtomicU64,

@@ -45,6 +45,11 @@ pub(crate) struct CommitState {
 }
 
 impl CommitState {
+    /// Keeps commits from beginning, once the one that runs has ended.
+    pub async fn none(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.lock.lock().await
+    }
+
     fn unsettled(&self) -> MutexGuard<'_, Option<Arc<Plan>>> {
         self.unsettled
             .lock()
@@ -424,7 +429,7 @@ impl Image {
         result.and(written)
     }
 
-    async fn write_blocks(&self, blocks: &[BlockWrite]) -> Result<()> {
+    pub(crate) async fn write_blocks(&self, blocks: &[BlockWrite]) -> Result<()> {
         for w in blocks {
             self.file.debug_event(DebugEvent::RefblockUpdatePart).await;
             let at = w.host + w.range.start as u64;

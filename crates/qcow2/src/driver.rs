@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use blockcore::{
     BackingName, BlockDriver, BlockLimits, BlockStatus, CheckFix, CheckResult, Child, DriverInfo,
     ErrorKind, IoBuf, IoBufMut, PreparedReopen, ReadFlags, ReopenRequest, Result, SnapshotInfo,
-    SpecificInfo, StatusMode, TruncateRequest, WriteFlags,
+    SnapshotRequest, SnapshotSelector, SpecificInfo, StatusMode, TruncateRequest, WriteFlags,
 };
 
 use crate::header::{Header, Incompatible};
@@ -154,6 +154,25 @@ impl BlockDriver for Qcow2 {
             icount: s.icount,
         };
         Ok(table.snapshots.into_iter().map(info).collect())
+    }
+
+    async fn snapshot_create(&self, request: SnapshotRequest) -> Result<()> {
+        let result = self.image.snapshot_create(request).await;
+        self.settle(result).await
+    }
+
+    async fn snapshot_goto(&self, which: &SnapshotSelector) -> Result<()> {
+        let result = self.image.snapshot_goto(which).await;
+        self.settle(result).await
+    }
+
+    async fn snapshot_delete(&self, which: &SnapshotSelector) -> Result<()> {
+        let result = self.image.snapshot_delete(which).await;
+        self.settle(result).await
+    }
+
+    async fn snapshot_load(&self, which: &SnapshotSelector) -> Result<()> {
+        self.image.snapshot_load(which).await
     }
 
     fn backing_name(&self) -> Option<BackingName> {

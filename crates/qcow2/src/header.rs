@@ -91,6 +91,11 @@ struct RawHeader {
 /// Bytes of [`RawHeader`]: what a new version 3 image has.
 const RAW_HEADER_BYTES: usize = size_of::<RawHeader>();
 
+/// Byte offset of the first of [`Header::tree_fields`].
+pub const TREE_FIELDS: u64 = 24;
+/// The end of the last of them in version 3.
+const REFCOUNT_ORDER_END: usize = 100;
+
 /// A header whose every field has been checked.
 #[derive(Clone, Debug)]
 pub struct Header {
@@ -329,17 +334,13 @@ impl Header {
         Ok(())
     }
 
-    /// The header's cluster: header, extensions, backing file name.
-    ///
-    /// # Errors
-    /// `InvalidArgument` if it doesn't fit.
-    pub fn encode(&self) -> Result<Vec<u8>> {
-        let v3 = self.version >= 3;
+    /// The fields as they lie on disk; the backing file's name has no place yet.
+    fn raw(&self) -> RawHeader {
         let compression = match self.compression_type {
             CompressionType::Zlib => 0,
             CompressionType::Zstd => 1,
         };
-        let mut raw = RawHeader {
+        RawHeader {
             magic: U32::new(MAGIC),
             version: U32::new(self.version),
             backing_file_offset: U64::ZERO,
@@ -360,8 +361,26 @@ impl Header {
             header_length: U32::new(RAW_HEADER_BYTES as u32),
             compression_type: compression,
             padding: [0; 7],
+        }
+    }
+
+    /// The fields that say where everything is, as they lie on disk from byte [`TREE_FIELDS`] on: the length of the disk, the L1 table, the refcount
+    /// table, the snapshots, and in version 3 the features and the refcount width. All in the header's first sector.
+    pub fn tree_fields(&self) -> Vec<u8> {
+        let end = match self.version {
+            2 => V2_HEADER_BYTES as usize,
+            _ => REFCOUNT_ORDER_END,
         };
-        let header_bytes = if v3 {
+        self.raw().as_bytes()[TREE_FIELDS as usize..end].to_vec()
+    }
+
+    /// The header's cluster: header, extensions, backing file name.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if it doesn't fit.
+    pub fn encode(&self) -> Result<Vec<u8>> {
+        let mut raw = self.raw();
+        let header_bytes = if self.version >= 3 {
             RAW_HEADER_BYTES
         } else {
             V2_HEADER_BYTES as usize

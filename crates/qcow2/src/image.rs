@@ -117,6 +117,8 @@ pub(crate) struct Image {
     /// Corruption was found since the image was opened, and somebody was told.
     pub corruption_said: AtomicBool,
     pub writable: AtomicBool,
+    /// What the header on disk says is not known: see `overhaul`. Nothing is written any more.
+    pub uncertain: AtomicBool,
     pub diagnostics: Diagnostics,
     pub compression: CompressionType,
     /// See `map`.
@@ -430,10 +432,14 @@ impl Image {
         BlockError::corrupt(what).at(offset)
     }
 
-    /// Fails once the image is known to be corrupt, so that no change makes it worse.
+    /// Fails once the image is known to be corrupt, or not known well enough, so that no change makes it worse.
     pub fn check_sound(&self) -> Result<()> {
         if self.corrupt.load(Ordering::Acquire) {
             return Err(BlockError::new(ErrorKind::Corrupt, "Image is corrupt"));
+        }
+        if self.uncertain.load(Ordering::Acquire) {
+            let text = "An earlier change of the header may or may not have reached the disk; the image has to be opened again";
+            return Err(BlockError::from_errno(libc::EIO).message(text));
         }
         Ok(())
     }

@@ -238,6 +238,14 @@ impl L2Cache {
         PinnedSlice::new(&slice)
     }
 
+    /// Forgets all slices, none of which has changes. Those that are being loaded are forgotten once they are there.
+    pub async fn clear(&self) {
+        for shard in &self.shards {
+            let _loading = shard.loading.lock().await;
+            shard.write().clear();
+        }
+    }
+
     /// Makes room for one more: takes out slices that are neither pinned nor used lately, and forgets which were used.
     fn evict(slices: &mut NumberMap<Arc<L2Slice>>, capacity: usize) {
         for _ in 0..2 {

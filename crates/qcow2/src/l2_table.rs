@@ -138,6 +138,21 @@ impl L1Table {
         }
     }
 
+    /// A copy of all entries.
+    pub fn to_vec(&self) -> Vec<u64> {
+        let entries = self.read();
+        entries.iter().map(|e| e.load(Ordering::Acquire)).collect()
+    }
+
+    /// Takes other entries. Only under the metadata lock.
+    pub fn replace(&self, entries: Vec<u64>) {
+        *self
+            .entries
+            .write()
+            .expect("no code panics while it holds this lock") =
+            entries.into_iter().map(AtomicU64::new).collect();
+    }
+
     /// Adds empty entries at the end. Only under the metadata lock.
     pub fn grow(&self, len: usize) {
         let mut entries = self

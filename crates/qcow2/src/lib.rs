@@ -23,10 +23,12 @@ mod l2_table;
 mod map;
 mod open;
 mod orphan;
+mod overhaul;
 mod read;
 mod refcount;
 mod remap;
 pub mod snapshot;
+mod snapshot_ops;
 mod truncate;
 mod write;
 

@@ -143,6 +143,7 @@ pub(crate) async fn open_image(
         corrupt: AtomicBool::new(header.is_corrupt()),
         corruption_said: AtomicBool::new(false),
         writable: AtomicBool::new(false),
+        uncertain: AtomicBool::new(false),
         diagnostics,
         metadata_preallocated: OnceLock::new(),
         zero_from: end << bits,

@@ -18,7 +18,7 @@ const WRITE_GRAIN_BYTES: usize = 512;
 const CACHE_BYTES: usize = 1 << 20;
 
 /// One refcount block, as on disk.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Block {
     bytes: Vec<u8>,
     /// What was changed since it was last handed to a write-back.
@@ -38,7 +38,7 @@ pub(crate) struct BlockWrite {
 }
 
 /// The refcount table and the blocks in memory.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Refcounts {
     order: u32,
     cluster_bits: u32,
@@ -92,6 +92,29 @@ impl Refcounts {
     /// The table, for checks and for writing it.
     pub fn table(&self) -> &[u64] {
         &self.table
+    }
+
+    /// The numbers of the blocks that have changes, and of the others.
+    pub fn block_numbers(&self) -> (Vec<u64>, Vec<u64>) {
+        let is_dirty = |n: &u64| self.blocks.get(n).is_some_and(|b| b.dirty.is_some());
+        let there = (0..self.table.len() as u64).filter(|&n| self.table[n as usize] != 0);
+        there.partition(is_dirty)
+    }
+
+    /// Gives a block another place, where all of it is still to be written, and returns the old one.
+    ///
+    /// # Errors
+    /// As [`get`](Refcounts::get).
+    pub async fn move_block(&mut self, file: &Child, number: u64, host: u64) -> Result<u64> {
+        let block = self.block(file, number).await?;
+        block.dirty = Some(0..block.bytes.len());
+        Ok(std::mem::replace(&mut self.table[number as usize], host))
+    }
+
+    /// Bytes of blocks that have changes.
+    pub fn dirty_bytes(&self) -> usize {
+        let dirty = self.blocks.values().filter(|b| b.dirty.is_some());
+        dirty.count() << self.cluster_bits
     }
 
     /// Whether the table has outgrown its place on disk.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The table of internal snapshots, for reading. Making, applying and deleting them comes later; that their clusters are never written in place is the
-//! business of `write` (INV QCOW2-META-2).
+//! The table of internal snapshots: what is on disk. Taking, applying and deleting them is `snapshot_ops`; that their clusters are never written in place is
+//! the business of `write` (INV QCOW2-META-2).
 
-use blockcore::{BlockError, Child, ErrorKind, IoBufMut, ReadFlags, Result};
+use blockcore::{BlockError, Child, ErrorKind, IoBufMut, ReadFlags, Result, SnapshotRequest};
 
 use crate::format::{MAX_L1_BYTES, MAX_SNAPSHOT_TABLE_BYTES};
 use crate::header::Header;
@@ -13,6 +13,8 @@ const FIXED_BYTES: u64 = 40;
 const MAX_EXTRA_BYTES: u64 = 1024;
 /// The extra data that every entry of a version 3 image has: the length of the VM state and that of the disk.
 const COMPLETE_EXTRA_BYTES: u64 = 16;
+/// The extra data that this knows: besides, the number of instructions executed.
+const KNOWN_EXTRA_BYTES: usize = 24;
 /// What is read of the table at a time, in bytes; more than the longest id and name.
 const WINDOW_BYTES: u64 = 256 << 10;
 
@@ -41,9 +43,61 @@ pub struct Snapshot {
     pub icount: Option<u64>,
     /// The entry has all fields that the specification asks for.
     pub is_complete: bool,
+    /// Id and name as they are on disk, where they need not be text.
+    raw_names: (Vec<u8>, Vec<u8>),
+    /// What later versions of the format may have put behind the extra data that is known.
+    unknown_extra: Vec<u8>,
 }
 
 impl Snapshot {
+    /// A new snapshot of a disk of `disk_size` bytes.
+    pub fn new(id: u64, request: &SnapshotRequest, l1: (u64, u32), disk_size: u64) -> Snapshot {
+        let id = id.to_string();
+        Snapshot {
+            raw_names: (id.clone().into_bytes(), request.name.clone().into_bytes()),
+            id,
+            name: request.name.clone(),
+            l1_table_offset: l1.0,
+            l1_size: l1.1,
+            date_sec: request.date_sec,
+            date_nsec: request.date_nsec,
+            vm_clock_nsec: request.vm_clock_nsec,
+            vm_state_size: request.vm_state_size,
+            disk_size: Some(disk_size),
+            icount: request.icount,
+            is_complete: true,
+            unknown_extra: Vec::new(),
+        }
+    }
+
+    /// The entry as it lies on disk, padded to eight bytes.
+    fn encode(&self, out: &mut Vec<u8>) {
+        let (id, name) = &self.raw_names;
+        out.extend(self.l1_table_offset.to_be_bytes());
+        out.extend(self.l1_size.to_be_bytes());
+        out.extend((id.len() as u16).to_be_bytes());
+        out.extend((name.len() as u16).to_be_bytes());
+        out.extend(self.date_sec.to_be_bytes());
+        out.extend(self.date_nsec.to_be_bytes());
+        out.extend(self.vm_clock_nsec.to_be_bytes());
+        out.extend((self.vm_state_size as u32).to_be_bytes());
+        // Entries without a disk size stay so: it isn't known.
+        let known = match self.disk_size {
+            None => 0,
+            Some(_) => KNOWN_EXTRA_BYTES,
+        };
+        out.extend(((known + self.unknown_extra.len()) as u32).to_be_bytes());
+        if let Some(disk_size) = self.disk_size {
+            out.extend(self.vm_state_size.to_be_bytes());
+            out.extend(disk_size.to_be_bytes());
+            out.extend(self.icount.unwrap_or(u64::MAX).to_be_bytes());
+        }
+        out.extend(&self.unknown_extra);
+        out.extend(id);
+        out.extend(name);
+        out.resize(out.len().next_multiple_of(8), 0);
+    }
+
     /// What is wrong with the place or the length of its L1 table, in the words of QEMU's check.
     pub fn l1_fault(&self, cluster_size: u64) -> Option<String> {
         let fault = if self.l1_table_offset & (cluster_size - 1) != 0 {
@@ -70,6 +124,23 @@ pub struct SnapshotTable {
     pub snapshots: Vec<Snapshot>,
     /// The length of the table in bytes.
     pub bytes: u64,
+}
+
+impl SnapshotTable {
+    /// The table as it lies on disk.
+    ///
+    /// # Errors
+    /// `InvalidImage` for one that is longer than the format allows.
+    pub fn encode(&self) -> Result<Vec<u8>> {
+        let mut out = Vec::new();
+        for snapshot in &self.snapshots {
+            snapshot.encode(&mut out);
+        }
+        if out.len() as u64 > MAX_SNAPSHOT_TABLE_BYTES {
+            return Err(too_long("Snapshot table is too large"));
+        }
+        Ok(out)
+    }
 }
 
 fn too_long(text: impl Into<String>) -> BlockError {
@@ -125,6 +196,8 @@ pub async fn read_entries(header: &Header, file: &Child) -> Result<SnapshotTable
             disk_size: None,
             icount: None,
             is_complete: extra_bytes >= COMPLETE_EXTRA_BYTES,
+            raw_names: Default::default(),
+            unknown_extra: Vec::new(),
         };
         let rest = window
             .read(at + FIXED_BYTES, extra_bytes + id_bytes + name_bytes)
@@ -138,7 +211,9 @@ pub async fn read_entries(header: &Header, file: &Child) -> Result<SnapshotTable
         snapshot.vm_state_size = extra_long(0).unwrap_or(snapshot.vm_state_size);
         snapshot.disk_size = extra_long(8);
         snapshot.icount = extra_long(16).filter(|&n| n != u64::MAX);
+        snapshot.unknown_extra = extra.get(KNOWN_EXTRA_BYTES..).unwrap_or_default().to_vec();
         let (id, name) = names.split_at(id_bytes as usize);
+        snapshot.raw_names = (id.to_vec(), name.to_vec());
         let text = |bytes: &[u8]| {
             // Other programs stop at a zero byte, too.
             let bytes = bytes.split(|&b| b == 0).next().unwrap_or_default();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `qemu-img convert`.
 
-use blockcore::{Backend, Diagnostics, chain_is_zero};
+use blockcore::{Backend, Diagnostics, SnapshotSelector, chain_is_zero};
 use blockjob::convert::MAX_PARALLEL;
 use blockjob::create::known_options;
 use blockjob::{ConvertOptions, CreatePlan, CreateRequest, convert};
@@ -57,6 +57,7 @@ const SPARSE_BYTES_MAX: u64 = 16 << 20;
 /// A command line, checked as far as it can be without looking at images.
 struct Request {
     sources: Vec<Image>,
+    snapshot: Option<SnapshotSelector>,
     target: String,
     target_format: Option<String>,
     target_image_opts: bool,
@@ -94,10 +95,11 @@ impl Tool {
         let later = |what: &str| fail(&format!("{what} is not supported yet"));
         let (mut format, mut image_opts, mut force_share) = (None, false, false);
         let (mut source_cache, mut target_cache) = ("writeback".to_owned(), "unsafe".to_owned());
-        let (mut compress, mut offload, mut rate, mut snapshot) = (false, false, false, false);
+        let (mut compress, mut offload, mut rate) = (false, false, false);
         let (mut bitmaps, mut skip_broken, mut sparse_given) = (false, false, false);
         let mut request = Request {
             sources: Vec::new(),
+            snapshot: None,
             target: String::new(),
             target_format: None,
             target_image_opts: false,
@@ -123,7 +125,7 @@ impl Tool {
                 'p' => request.show = true,
                 'f' => format = Some(arg),
                 IMAGE_OPTS => image_opts = true,
-                'l' => snapshot = true,
+                'l' => request.snapshot = Some(self.source_snapshot(&arg)?),
                 'T' => source_cache = arg,
                 'O' => request.target_format = Some(arg),
                 TARGET_IMAGE_OPTS => request.target_image_opts = true,
@@ -184,7 +186,6 @@ impl Tool {
         }
         let refused = [
             (compress, "--compress (-c)"),
-            (snapshot, "--source-snapshot (-l)"),
             (bitmaps, "--bitmaps"),
             (offload, "--copy-range-offloading (-C)"),
             (rate, "--rate (-r)"),
@@ -230,6 +231,11 @@ impl Tool {
                 Ok(disk) => sources.push(disk),
                 Err(failed) => return self.close_all(sources, Err(failed)).await,
             }
+        }
+        if let Some(which) = &request.snapshot
+            && let Err(failed) = self.load_source_snapshot(&sources, which).await
+        {
+            return self.close_all(sources, Err(failed)).await;
         }
         let copied = self.convert_open(request, &sources, job).await;
         self.close_all(sources, copied).await

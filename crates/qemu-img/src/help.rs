@@ -40,7 +40,7 @@ const FORCE_SHARE: (&str, &str) = (
 const OUTPUT: (&str, &str) = ("--output human|json", "how to print; human if not given");
 const FILENAME: (&str, &str) = ("FILENAME", "the image");
 
-const COMMANDS: [Help; 8] = [
+const COMMANDS: [Help; 9] = [
     Help {
         name: "bench",
         what: "Measure many equal requests",
@@ -315,6 +315,33 @@ const COMMANDS: [Help; 8] = [
                 "[+-]SIZE[bkKMGTPE]",
                 "the new length, or by how much it changes",
             ),
+        ],
+    },
+    Help {
+        name: "snapshot",
+        what: "List, take, apply and delete internal snapshots",
+        synopsis: "[-f FMT | --image-opts] [-l | -a|-c|-d SNAPSHOT]
+        [-U] FILENAME",
+        arguments: &[
+            HELP,
+            QUIET,
+            FORMAT,
+            IMAGE_OPTS,
+            FORCE_SHARE,
+            (
+                "-l, --list",
+                "list the snapshots; so it is if nothing else is said",
+            ),
+            ("-c, --create SNAPSHOT", "take a snapshot with this name"),
+            (
+                "-a, --apply SNAPSHOT",
+                "make the disk what it was in the snapshot with this id or name",
+            ),
+            (
+                "-d, --delete SNAPSHOT",
+                "delete the snapshot with this name",
+            ),
+            FILENAME,
         ],
     },
 ];

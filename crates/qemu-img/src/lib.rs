@@ -25,6 +25,7 @@ mod number;
 mod options;
 mod progress;
 mod resize;
+mod snapshot;
 mod snapshot_list;
 
 use blockcore::Registry;
@@ -70,9 +71,7 @@ pub async fn run_async(args: &[String], registry: Registry, console: Console) ->
 }
 
 /// Commands that QEMU's tool has and this one has not yet.
-const LATER: [&str; 7] = [
-    "amend", "bitmap", "commit", "dd", "measure", "rebase", "snapshot",
-];
+const LATER: [&str; 6] = ["amend", "bitmap", "commit", "dd", "measure", "rebase"];
 
 impl Tool {
     async fn command_line(&self, args: &[String]) -> Outcome {
@@ -121,6 +120,7 @@ impl Tool {
             "info" => self.info(args).await,
             "map" => self.map(args).await,
             "resize" => self.resize(args).await,
+            "snapshot" => self.snapshot(args).await,
             later if LATER.contains(&later) => Err(self
                 .console
                 .fail(&format!("'{later}' is not supported yet"))),

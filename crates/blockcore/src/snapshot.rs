@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Internal snapshots: what a program asks of a node, and the way there. `QEMU: bdrv_snapshot_create` and its siblings.
+//!
+//! Taking, applying and deleting a snapshot concern every byte of a node, so each enters itself as one serialising change of all of it: it waits for the
+//! changes that are in flight, and those that come later wait for it. Each runs to its end even if its future is dropped.
+
+use std::sync::Arc;
+
+use crate::driver::SnapshotInfo;
+use crate::error::{BlockError, Op, Result};
+use crate::node::Node;
+
+/// A snapshot that is to be taken.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SnapshotRequest {
+    /// Its name. Several snapshots may have the same.
+    pub name: String,
+    /// When it is taken: seconds since 1970.
+    pub date_sec: u32,
+    /// When it is taken: nanoseconds within the second.
+    pub date_nsec: u32,
+    /// How long the guest has been running, in nanoseconds.
+    pub vm_clock_nsec: u64,
+    /// Bytes of VM state that were saved for it (`BlockDriver::save_vmstate`). The active layer has none afterwards.
+    pub vm_state_size: u64,
+    /// Instructions that the guest has executed, where they are counted.
+    pub icount: Option<u64>,
+}
+
+impl SnapshotRequest {
+    /// A snapshot of a disk without a machine, taken now.
+    pub fn now(name: impl Into<String>) -> SnapshotRequest {
+        let now = std::time::SystemTime::now();
+        let since = now
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap_or_default();
+        SnapshotRequest {
+            name: name.into(),
+            date_sec: since.as_secs() as u32,
+            date_nsec: since.subsec_nanos(),
+            icount: Some(0),
+            ..SnapshotRequest::default()
+        }
+    }
+}
+
+/// Which of an image's snapshots is meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SnapshotSelector {
+    /// The first with this id or, if there is none, with this name.
+    IdOrName(String),
+    /// The first of which holds what is given here.
+    Fields {
+        /// Its id.
+        id: Option<String>,
+        /// Its name.
+        name: Option<String>,
+    },
+}
+
+impl SnapshotSelector {
+    /// The snapshot with a name.
+    pub fn name(name: impl Into<String>) -> SnapshotSelector {
+        SnapshotSelector::Fields {
+            id: None,
+            name: Some(name.into()),
+        }
+    }
+
+    /// The place of the chosen one among ids and names.
+    pub fn find<'a>(&self, all: impl Iterator<Item = (&'a str, &'a str)> + Clone) -> Option<usize> {
+        let mut all = all;
+        match self {
+            SnapshotSelector::IdOrName(word) => {
+                let by_id = all.clone().position(|(id, _)| id == word);
+                by_id.or_else(|| all.position(|(_, name)| name == word))
+            }
+            SnapshotSelector::Fields { id, name } => all.position(|(i, n)| {
+                id.as_deref().is_none_or(|id| id == i)
+                    && name.as_deref().is_none_or(|name| name == n)
+            }),
+        }
+    }
+}
+
+/// A change of snapshots.
+enum Change {
+    Create(SnapshotRequest),
+    Goto(SnapshotSelector),
+    Delete(SnapshotSelector),
+}
+
+impl Node {
+    /// The internal snapshots, in the order in which they were taken.
+    ///
+    /// # Errors
+    /// Those of the driver.
+    pub async fn snapshots(&self) -> Result<Vec<SnapshotInfo>> {
+        self.driver().snapshots().await
+    }
+
+    /// Takes an internal snapshot: what the node holds now can be had again later. Durable when it returns.
+    ///
+    /// # Errors
+    /// `Unsupported` for drivers without snapshots; `ReadOnly`; those of the driver. Nothing has changed then.
+    pub async fn snapshot_create(self: &Arc<Self>, request: SnapshotRequest) -> Result<()> {
+        self.change_snapshots(Change::Create(request)).await
+    }
+
+    /// Makes the node what it was when the snapshot was taken, its length included. What was written since is gone. Durable when it returns.
+    ///
+    /// # Errors
+    /// `NotFound` where there is no such snapshot; as [`snapshot_create`](Node::snapshot_create).
+    pub async fn snapshot_goto(self: &Arc<Self>, which: SnapshotSelector) -> Result<()> {
+        self.change_snapshots(Change::Goto(which)).await
+    }
+
+    /// Deletes an internal snapshot. Durable when it returns.
+    ///
+    /// # Errors
+    /// As [`snapshot_goto`](Node::snapshot_goto).
+    pub async fn snapshot_delete(self: &Arc<Self>, which: SnapshotSelector) -> Result<()> {
+        self.change_snapshots(Change::Delete(which)).await
+    }
+
+    /// Shows what the node was when the snapshot was taken, its length included, instead of what it is. The node is read-only, and stays so.
+    ///
+    /// # Errors
+    /// `NotFound` where there is no such snapshot; `InvalidArgument` for a node that may be written.
+    pub async fn snapshot_load(&self, which: SnapshotSelector) -> Result<()> {
+        if !self.is_read_only() {
+            return Err(BlockError::invalid("Device is not readonly"));
+        }
+        self.driver().snapshot_load(&which).await?;
+        self.refresh_length().await?;
+        Ok(())
+    }
+
+    async fn change_snapshots(self: &Arc<Self>, change: Change) -> Result<()> {
+        self.check_writable(Op::Snapshot)?;
+        let tracked = self.tracked.enter(0, u64::MAX, true);
+        let in_flight = self.tasks.enter_owned();
+        let node = self.clone();
+        let task = tokio::spawn(async move {
+            let _in_flight = in_flight;
+            tracked.turn().await;
+            let driver = node.driver();
+            let result = match change {
+                Change::Create(request) => driver.snapshot_create(request).await,
+                Change::Goto(which) => driver.snapshot_goto(&which).await,
+                Change::Delete(which) => driver.snapshot_delete(&which).await,
+            };
+            node.mark_written();
+            let refreshed = node.refresh_length().await;
+            drop(tracked);
+            result
+                .map_err(|e| e.during(Op::Snapshot).on_node(node.name()))
+                .and(refreshed.map(|_| ()))
+        });
+        let cancelled = |_| Err(BlockError::from_errno(libc::ECANCELED).during(Op::Snapshot));
+        task.await.unwrap_or_else(cancelled)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_goes_before_a_name() {
+        let all = [("1", "2"), ("2", "a"), ("3", "a")];
+        let find = |s: SnapshotSelector| s.find(all.into_iter());
+        assert_eq!(find(SnapshotSelector::IdOrName("2".into())), Some(1));
+        assert_eq!(find(SnapshotSelector::IdOrName("a".into())), Some(1));
+        assert_eq!(find(SnapshotSelector::IdOrName("b".into())), None);
+        assert_eq!(find(SnapshotSelector::name("2")), Some(0));
+        let fields = |id: &str, name: &str| SnapshotSelector::Fields {
+            id: Some(id.into()),
+            name: Some(name.into()),
+        };
+        assert_eq!(find(fields("3", "a")), Some(2));
+        assert_eq!(find(fields("1", "a")), None);
+    }
+}
