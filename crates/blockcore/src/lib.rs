@@ -33,6 +33,7 @@ pub mod name;
 pub mod node;
 pub mod open;
 pub mod options;
+pub mod orphan;
 pub mod perm;
 pub mod policy;
 pub mod registry;

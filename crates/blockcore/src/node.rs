@@ -17,6 +17,7 @@ use crate::driver::{BlockDriver, ReopenRequest, TruncateRequest};
 use crate::error::{BlockError, ErrorKind, Op, Result};
 use crate::limits::{BlockLimits, MAX_LENGTH_BYTES};
 use crate::options::{OptionValue, Options};
+use crate::orphan::Orphans;
 use crate::tracked::{TrackedRequest, TrackedRequests};
 
 /// The size of a sector in bytes. Lengths of nodes are multiples of it, as in QEMU.
@@ -66,6 +67,8 @@ pub struct Node {
     unmap: AtomicBool,
     debug_events: bool,
     pub(crate) tracked: TrackedRequests,
+    /// Changes of the whole node whose future was dropped, and that go on: later reads wait for them.
+    pub(crate) orphans: Orphans,
     /// Changes of length that go on when their future is dropped.
     pub(crate) tasks: Arc<InFlight>,
     /// Counts changes that are done, given up or failed. Two flushes without a step in between are one.
@@ -116,6 +119,7 @@ impl Node {
             unmap: AtomicBool::new(f.unmap),
             debug_events,
             tracked: TrackedRequests::default(),
+            orphans: Orphans::default(),
             tasks: Arc::default(),
             write_generation: AtomicU64::new(0),
             flushed_generation: AtomicU64::new(0),
@@ -255,6 +259,7 @@ impl Node {
     /// # Errors
     /// The driver's; nothing is known then about what is durable.
     pub async fn flush(&self) -> Result<()> {
+        self.settle_orphans(0, u64::MAX).await;
         if !self.driver.is_protocol() {
             // A format knows itself what it has to write, and its child below knows whether anything was.
             if let Some(child) = self.driver.primary() {

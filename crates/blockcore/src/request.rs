@@ -89,7 +89,17 @@ impl Node {
         if bytes == 0 || end > self.length() || (offset | bytes) & (align - 1) != 0 {
             return false;
         }
+        if self.orphans.any() {
+            return false;
+        }
         self.driver().read_nowait(offset, buf)
+    }
+
+    /// INV REQ-DROP-1: waits for changes of the whole node that nobody else waits for any more, as far as they concern `start..end`.
+    pub(crate) async fn settle_orphans(&self, start: u64, end: u64) {
+        if self.orphans.any() {
+            self.tracked.settled(start, end).await;
+        }
     }
 
     /// Reads `buf.len()` bytes at `offset`; what lies past the end reads as zero.
@@ -107,6 +117,7 @@ impl Node {
         if bytes == 0 {
             return Ok(buf);
         }
+        self.settle_orphans(offset, offset + bytes).await;
         let align = self.align();
         let padding = Padding::new(offset, bytes, align);
         let result = if padding.is_none() {

@@ -139,10 +139,12 @@ impl Node {
     async fn change_snapshots(self: &Arc<Self>, change: Change) -> Result<()> {
         self.check_writable(Op::Snapshot)?;
         let tracked = self.tracked.enter(0, u64::MAX, true);
+        let (done, _unless_dropped) = self.orphans.watch();
         let in_flight = self.tasks.enter_owned();
         let node = self.clone();
         let task = tokio::spawn(async move {
             let _in_flight = in_flight;
+            let _done = done;
             tracked.turn().await;
             let driver = node.driver();
             let result = match change {

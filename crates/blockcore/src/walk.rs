@@ -18,6 +18,8 @@ impl Node {
         bytes: u64,
         mode: StatusMode,
     ) -> Result<BlockStatus> {
+        self.settle_orphans(offset, offset.saturating_add(bytes))
+            .await;
         let length = self.length();
         if offset >= length || bytes == 0 {
             let flags = if offset >= length {

@@ -14,6 +14,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock};
 
+use blockcore::orphan::Orphans;
 use blockcore::tracked::TrackedRequests;
 use blockcore::{
     BlockError, Child, DebugEvent, Diagnostics, ErrorKind, InFlight, IoBuf, IoBufMut, ReadFlags,
@@ -27,7 +28,6 @@ use crate::format::{L1E_OFFSET_MASK, L2E_OFFSET_MASK, OFLAG_ZERO};
 use crate::header::{CompressionType, Header, Incompatible};
 use crate::l2_cache::{L2Cache, NumberMap, PinnedSlice};
 use crate::l2_table::{BadEntry, L1Table, Mapping};
-use crate::orphan::Orphans;
 
 /// Byte offset of the incompatible feature bits in the header.
 pub(crate) const INCOMPATIBLE_OFFSET: u64 = 72;

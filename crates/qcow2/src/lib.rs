@@ -22,7 +22,6 @@ mod l2_cache;
 mod l2_table;
 mod map;
 mod open;
-mod orphan;
 mod overhaul;
 mod read;
 mod refcount;

@@ -296,9 +296,9 @@ impl<'a> Overhaul<'a> {
         *self.image.header() = header;
         let gone = std::mem::take(&mut self.gone);
         self.meta.freed.extend(gone);
-        self.stage = Stage::Over;
-        // A slice that was read from an old table must not say `COPIED` of what is shared now.
+        // A slice that was read from an old table must not say `COPIED` of what is shared now. If the runtime ends here, nothing is written any more.
         self.image.l2.clear().await;
+        self.stage = Stage::Over;
     }
 }
 

@@ -41,8 +41,7 @@ impl Image {
         self.check_sound()?;
         self.check_snapshots_possible()?;
         let work = |image: Arc<Image>| async move { image.snapshot_create_now(request).await };
-        self.spawn(0, MAX_LENGTH_BYTES, work).await?;
-        self.commit().await
+        self.spawn_alone(0, MAX_LENGTH_BYTES, work).await
     }
 
     /// Makes the disk what it was when a snapshot was taken.
@@ -54,8 +53,7 @@ impl Image {
         self.check_snapshots_possible()?;
         let which = which.clone();
         let work = |image: Arc<Image>| async move { image.snapshot_goto_now(which).await };
-        self.spawn(0, MAX_LENGTH_BYTES, work).await?;
-        self.commit().await
+        self.spawn_alone(0, MAX_LENGTH_BYTES, work).await
     }
 
     /// Deletes a snapshot.
@@ -67,8 +65,7 @@ impl Image {
         self.check_snapshots_possible()?;
         let which = which.clone();
         let work = |image: Arc<Image>| async move { image.snapshot_delete_now(which).await };
-        self.spawn(0, MAX_LENGTH_BYTES, work).await?;
-        self.commit().await
+        self.spawn_alone(0, MAX_LENGTH_BYTES, work).await
     }
 
     /// Shows a snapshot instead of the active layer. The image is open read-only, and nothing is in flight.

@@ -66,6 +66,35 @@ impl Image {
     where
         F: Future<Output = Result<()>> + Send + 'static,
     {
+        self.spawn_then(start, end, change, true).await
+    }
+
+    /// As [`spawn`](Image::spawn), and no commit follows, however much has piled up: an error is one of the change itself.
+    ///
+    /// # Errors
+    /// As [`spawn`](Image::spawn).
+    pub async fn spawn_alone<F>(
+        self: &Arc<Self>,
+        start: u64,
+        end: u64,
+        change: impl FnOnce(Arc<Image>) -> F,
+    ) -> Result<()>
+    where
+        F: Future<Output = Result<()>> + Send + 'static,
+    {
+        self.spawn_then(start, end, change, false).await
+    }
+
+    async fn spawn_then<F>(
+        self: &Arc<Self>,
+        start: u64,
+        end: u64,
+        change: impl FnOnce(Arc<Image>) -> F,
+        may_commit: bool,
+    ) -> Result<()>
+    where
+        F: Future<Output = Result<()>> + Send + 'static,
+    {
         let in_flight = self.tasks.enter_owned();
         let changing = self.changing.enter(
             start >> self.cluster_bits,
@@ -81,7 +110,10 @@ impl Image {
             changing.turn().await;
             let result = work.await;
             drop(changing);
-            result.and(image.commit_if_wanted().await)
+            if may_commit {
+                return result.and(image.commit_if_wanted().await);
+            }
+            result
         });
         task.await.unwrap_or_else(|_| Err(cancelled()))
     }

@@ -4,7 +4,7 @@
 //! some of them dropped, some meeting with errors, on a disk that takes random times; for many cuts, images that the cut could leave are opened, checked
 //! and compared with what each sector may hold. A plan that fails is made as short as it gets, and shown.
 //!
-//! Each test of an ordering rule is this one: INV QCOW2-ORD-1, INV QCOW2-ORD-2, INV QCOW2-ORD-3, INV QCOW2-ORD-4, INV QCOW2-ORD-5. See docs/TESTING.md for
+//! Each test of an ordering rule is this one: INV QCOW2-ORD-1, INV QCOW2-ORD-2, INV QCOW2-ORD-3, INV QCOW2-ORD-4, INV QCOW2-ORD-5, INV QCOW2-ORD-6. See docs/TESTING.md for
 //! how each was seen to fail.
 //!
 //! `BLOCKLAYER_CRASH_SEEDS` and `BLOCKLAYER_CRASH_CUTS` make it longer: how many runs, and how many cuts in each (`cargo xtask crash`).
@@ -101,6 +101,7 @@ async fn some_plan(rng: &mut Rng) -> Plan {
     let drops = rng.chance(50);
     let mut value = 0;
     let mut grown = sectors;
+    let mut snapshots = 1;
     for _ in 0..1 + rng.below(2) {
         let mut steps = Vec::new();
         let writers = 1 + rng.below(WRITERS) as usize;
@@ -117,11 +118,20 @@ async fn some_plan(rng: &mut Rng) -> Plan {
                         let flags = [WriteFlags::MAY_UNMAP, WriteFlags::empty()];
                         Op::Zero(range, flags[rng.below(2) as usize])
                     }
-                    14..16 => Op::Discard(range),
+                    14 => Op::Discard(range),
+                    15 if task < 2 && shape.refcount_order > 3 => match rng.below(4) {
+                        0 => Op::Goto(1 + rng.below(snapshots.into()) as u32),
+                        1 => Op::Delete(1 + rng.below(snapshots.into()) as u32),
+                        _ => {
+                            snapshots += 1;
+                            Op::Snapshot(snapshots)
+                        }
+                    },
                     16 if task == 0 && shape.version > 2 => {
                         grown += rng.below(60) as usize;
                         Op::Grow(grown)
                     }
+                    15 => Op::Discard(range),
                     16 => Op::Flush,
                     _ => Op::Read(range),
                 };

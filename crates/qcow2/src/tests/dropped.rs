@@ -89,6 +89,17 @@ fn kinds() -> Vec<(&'static str, Vec<Op>, Op)> {
         ("growth", vec![], Op::Grow(820)),
         ("growth with a longer L1 table", vec![], Op::Grow(5000)),
         ("block status", vec![], Op::Status(0..800)),
+        ("taking a snapshot", vec![write(20, 8, 1)], Op::Snapshot(1)),
+        (
+            "going back to a snapshot",
+            vec![Op::Snapshot(1), write(20, 8, 1), Op::Discard(0..8)],
+            Op::Goto(1),
+        ),
+        (
+            "deleting a snapshot",
+            vec![Op::Snapshot(1), write(2, 1, 1)],
+            Op::Delete(1),
+        ),
     ]
 }
 

@@ -73,6 +73,15 @@ fn tables() -> Plan {
         write(400, 4, 7),
         write(500, 3, 8),
         Op::Flush,
+        // A snapshot, changes, the way back; another one, which goes away.
+        Op::Snapshot(1),
+        write(70, 2, 21),
+        Op::Goto(1),
+        write(72, 2, 22),
+        Op::Snapshot(2),
+        write(500, 2, 23),
+        Op::Delete(1),
+        Op::Flush,
         // A longer L1 table: twice.
         Op::Grow(660),
         write(640, 3, 9),
@@ -125,6 +134,9 @@ fn parts() -> Plan {
         Op::Discard(40..44),
         Op::Flush,
         Op::Flush,
+        Op::Snapshot(1),
+        write(42, 1, 21),
+        Op::Delete(1),
         // A new L2 table in a place that was used before.
         Op::Grow(5000),
         write(4200, 30, 5),

@@ -9,6 +9,7 @@ mod forge;
 mod growth;
 mod history;
 mod hostile;
+mod kept;
 mod model;
 mod parked;
 mod rules;

@@ -19,12 +19,13 @@ use std::time::Duration;
 use blockcore::testing::fault::{Event, Faults, Rule};
 use blockcore::testing::{CrashDriver, DelayDriver, FaultDriver, Rng, given_up_after};
 use blockcore::{
-    BlockError, Child, ChildRole, IoBufMut, Node, NodeFlags, ReadFlags, Result, StatusMode,
-    TruncateRequest, WriteFlags, chain_status,
+    BlockError, Child, ChildRole, ErrorKind, IoBufMut, Node, NodeFlags, ReadFlags, Result,
+    SnapshotRequest, SnapshotSelector, StatusMode, TruncateRequest, WriteFlags, chain_status,
 };
 use futures::FutureExt;
 
 use super::history::{History, SECTOR};
+use super::kept::{self, Snapshots};
 use super::{Backing, corruptions, findings, forge, fresh_image, open_on, open_over, read_all};
 use super::{Shape, write};
 use crate::image::Image;
@@ -42,6 +43,11 @@ pub(crate) enum Op {
     Flush,
     Grow(usize),
     Status(Range<usize>),
+    /// Takes the snapshot with this number.
+    Snapshot(u32),
+    /// Goes back to it, if it was taken.
+    Goto(u32),
+    Delete(u32),
 }
 
 /// When a request is dropped.
@@ -234,8 +240,11 @@ impl Plan {
         }
         second.block_on(async {
             disk.faults.clear();
-            if let Some(e) = disk.close(&node, &image).await? {
-                return Err(format!("close: {e}"));
+            match disk.close(&node, &image).await? {
+                Some(e) if !image.uncertain.load(Ordering::Acquire) => {
+                    return Err(format!("close: {e}"));
+                }
+                _ => {}
             }
             // What was allocated and not yet linked is lost with the runtime.
             disk.use_and_check(true).await
@@ -260,6 +269,7 @@ struct Disk {
     faults: Faults,
     history: History,
     start: Arc<Start>,
+    snapshots: Snapshots,
     dropped: AtomicU32,
 }
 
@@ -280,6 +290,7 @@ impl Disk {
             faults: Faults::default(),
             history: History::default(),
             start,
+            snapshots: Snapshots::default(),
             dropped: AtomicU32::new(0),
         }
     }
@@ -343,6 +354,10 @@ impl Disk {
         self.faults.clear();
         let top = Child::new("top", ChildRole::File, node.clone());
         let closed = top.close().await;
+        if image.uncertain.load(Ordering::Acquire) {
+            // An error in the middle of an overhaul's last step, and in taking it back. It has to be opened again.
+            return Ok(failed.or(closed.err()));
+        }
         closed.map_err(|e| format!("closed, without errors from below: {e}"))?;
         self.history.flushed(called, self.log_len());
         if image.tasks.count() != 0 {
@@ -430,12 +445,82 @@ impl Disk {
                 let (offset, length) = bytes(&clip(range));
                 chain_status(node, None, offset, length, StatusMode::Precise).await?;
             }
+            Op::Snapshot(_) | Op::Goto(_) | Op::Delete(_) => {
+                return self.snapshot_request(node, op).await;
+            }
             Op::Grow(sectors) => {
                 let recording = self.history.resize(*sectors as u64, log_len);
                 let request = TruncateRequest::to((sectors * SECTOR) as u64);
                 node.truncate(request).await?;
                 recording.done(false);
             }
+        }
+        Ok(Ok(()))
+    }
+
+    async fn snapshot_request(&self, node: &Arc<Node>, op: &Op) -> Result<Result<(), String>> {
+        let called = self.history.now();
+        let log_len = || self.log_len();
+        let none = |e: &BlockError| e.kind() == ErrorKind::NotFound;
+        match op {
+            Op::Snapshot(number) => {
+                let name = format!("s{number}");
+                let request = SnapshotRequest::now(&name);
+                node.snapshot_create(request).await?;
+                let image = self.disk.snapshot();
+                let Some(contents) = kept::contents(&image, &self.plan.backing, &name).await else {
+                    return Ok(Err("there is no such snapshot".to_owned()));
+                };
+                for (sector, bytes) in contents.chunks(SECTOR).enumerate() {
+                    let allowed = self
+                        .history
+                        .allowed_since(sector, self.base(sector), called);
+                    if !uniform(bytes).is_some_and(|v| allowed.contains(&v)) {
+                        let value = uniform(bytes);
+                        return Ok(Err(format!(
+                            "sector {sector} of it holds {value:?} and may hold {allowed:?}"
+                        )));
+                    }
+                }
+                self.snapshots.taken(&name, contents, self.log_len());
+                self.history.flushed(called, self.log_len());
+            }
+            Op::Goto(number) => {
+                let name = format!("s{number}");
+                let kept = self.snapshots.find(&name);
+                // One that was dropped or has failed may be there all the same, and nobody knows what it holds.
+                let Some(kept) = kept else {
+                    return Ok(Ok(()));
+                };
+                let values = kept.contents.chunks(SECTOR);
+                let mut recordings = Vec::new();
+                for (sector, bytes) in values.enumerate() {
+                    let value = bytes[0];
+                    recordings.push(self.history.change(sector..sector + 1, value, log_len));
+                }
+                let sectors = kept.contents.len() / SECTOR;
+                recordings.push(self.history.change(sectors..usize::MAX - 2, 0, log_len));
+                recordings.push(self.history.resize(sectors as u64, log_len));
+                match node.snapshot_goto(SnapshotSelector::name(&name)).await {
+                    Ok(()) => recordings.into_iter().for_each(|r| r.done(false)),
+                    // Deleted meanwhile, or never taken.
+                    Err(e) if none(&e) => {}
+                    Err(e) => return Err(e),
+                }
+            }
+            Op::Delete(number) => {
+                let name = format!("s{number}");
+                if self.snapshots.find(&name).is_none() {
+                    return Ok(Ok(()));
+                }
+                self.snapshots.deleting(&name, self.log_len());
+                match node.snapshot_delete(SnapshotSelector::name(&name)).await {
+                    Ok(()) => self.snapshots.deleted(&name, self.log_len()),
+                    Err(e) if none(&e) => {}
+                    Err(e) => return Err(e),
+                }
+            }
+            _ => unreachable!("the caller has others"),
         }
         Ok(Ok(()))
     }
@@ -494,6 +579,9 @@ impl Disk {
         self.check_contents(&read_all(&again).await, |s, base| {
             self.history.allowed_now(s, base)
         })?;
+        self.snapshots
+            .check(&image, &self.plan.backing, self.log_len())
+            .await?;
         self.check_snapshot(image).await?;
         Ok(())
     }
@@ -545,6 +633,9 @@ impl Disk {
         self.check_contents(&read_all(&node).await, |s, base| {
             self.history.allowed_after_cut(s, base, cut)
         })?;
+        self.snapshots
+            .check(&image, &self.plan.backing, cut)
+            .await?;
         self.check_snapshot(image).await?;
         // Now and then: what is left can be used.
         if rng.chance(10) {

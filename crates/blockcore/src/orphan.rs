@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Counts changes whose future was dropped and that are still going on (INV REQ-DROP-1). As long as there are none, which is nearly always, reads and
-//! writes in place look at nothing but this count.
+//! [`Orphans`] counts changes whose future was dropped and that are still going on (INV REQ-DROP-1). As long as there are none, which is nearly always, who
+//! would have to wait for them looks at nothing but this count. Used by nodes, and by drivers that work in tasks.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
@@ -11,7 +11,7 @@ const DONE: u8 = 2;
 
 /// How many orphans there are.
 #[derive(Debug, Default)]
-pub(crate) struct Orphans {
+pub struct Orphans {
     count: Arc<AtomicUsize>,
 }
 
@@ -23,11 +23,11 @@ struct Change {
 
 /// What the change holds. Dropping it says that the change is over.
 #[derive(Debug)]
-pub(crate) struct DoneOnDrop(Arc<Change>);
+pub struct DoneOnDrop(Arc<Change>);
 
 /// What the waiting future holds. Dropping it makes the change an orphan, if it isn't over.
 #[derive(Debug)]
-pub(crate) struct OrphanOnDrop(Arc<Change>);
+pub struct OrphanOnDrop(Arc<Change>);
 
 impl Orphans {
     /// Watches a change: one guard for the change, one for who waits for it.
