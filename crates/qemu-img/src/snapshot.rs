@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `qemu-img snapshot`, and the snapshot of a source that `convert -l` names.
 
-use blockcore::{Backend, BlockError, Options, SnapshotRequest, SnapshotSelector};
+use blockcore::{Backend, BlockError, ErrorKind, Options, SnapshotRequest, SnapshotSelector};
 use toolkit::getopt::{Arg, Long, long};
 
 use crate::Tool;
@@ -109,14 +109,9 @@ impl Tool {
             Action::Apply(name) => {
                 let which = SnapshotSelector::IdOrName(name.clone());
                 let applied = root.snapshot_goto(which).await;
-                applied.map_err(|e| {
-                    let loads = e.kind() != blockcore::ErrorKind::Unsupported;
-                    let what = if loads {
-                        "Failed to load snapshot: "
-                    } else {
-                        ""
-                    };
-                    failed("apply", &name, &e.context(what.trim_end_matches(": ")))
+                applied.map_err(|e| match e.kind() {
+                    ErrorKind::Unsupported => failed("apply", &name, &e),
+                    _ => failed("apply", &name, &e.context("Failed to load snapshot")),
                 })
             }
             Action::Delete(name) => {
@@ -170,9 +165,7 @@ impl Tool {
         loaded.map_err(|e| {
             let prefix = "Failed to load snapshot: ";
             match e.kind() {
-                blockcore::ErrorKind::NotFound => {
-                    self.console.fail(&format!("{prefix}Can't find snapshot"))
-                }
+                ErrorKind::NotFound => self.console.fail(&format!("{prefix}Can't find snapshot")),
                 _ => self.console.block_error(prefix, &e),
             }
         })
