@@ -604,6 +604,11 @@ pub trait DriverFactory: Send + Sync + 'static {
         options: &mut Options,
     ) -> Result<Box<dyn BlockDriver>>;
 
+    /// Whether images of this format can hold compressed data: [`WriteFlags::COMPRESSED`]. *If omitted*: no.
+    fn supports_compressed_writes(&self) -> bool {
+        false
+    }
+
     /// What `create` knows. Empty: images can't be created.
     fn create_options(&self) -> &'static [CreateOption] {
         &[]

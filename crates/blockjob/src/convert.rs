@@ -40,6 +40,8 @@ pub struct ConvertOptions {
     /// Look through the sources before anything is copied, so that the job's progress counts only what has to be written. Else it counts the whole
     /// length, holes too.
     pub measure_first: bool,
+    /// Write the data compressed, in whole clusters of the target.
+    pub compressed: bool,
     /// Sectors that can't be read become zeroes, each with a warning, instead of ending the copy.
     pub salvage: Option<Diagnostics>,
 }
@@ -53,6 +55,7 @@ impl Default for ConvertOptions {
             target_is_zero: false,
             target_backing: None,
             measure_first: false,
+            compressed: false,
             salvage: None,
         }
     }
@@ -80,6 +83,10 @@ pub async fn convert(
         0 => SECTOR_BYTES,
         n => 1 << n.ilog2(),
     };
+    let cluster = match options.compressed {
+        true => target.root().driver().info().await?.cluster_size.max(1),
+        false => 1,
+    };
     let copy = Copy {
         sources,
         starts,
@@ -87,6 +94,7 @@ pub async fn convert(
         target,
         options,
         job,
+        cluster,
         zero_block: block.max(target.root().limits().request_alignment.into()),
         plan: Mutex::new(Plan {
             at: 0,
@@ -140,6 +148,8 @@ struct Copy<'a> {
     target: &'a Backend,
     options: &'a ConvertOptions,
     job: &'a Job,
+    /// Steps begin and end at multiples of this many bytes, or at the end: the target's cluster, if data is to be compressed, else 1.
+    cluster: u64,
     /// Zeroes are looked for in blocks of this many bytes, a power of two.
     zero_block: u64,
     plan: Mutex<Plan>,
@@ -221,19 +231,34 @@ impl Copy<'_> {
             plan.run = run;
             plan.run_end = plan.at + bytes;
         }
-        let bytes = plan.run_end - plan.at;
-        let writes = self.is_written(plan.run);
-        let step = Step {
+        let mut step = Step {
             at: plan.at,
-            bytes: if writes {
-                bytes.min(CHUNK_BYTES)
-            } else {
-                bytes
-            },
+            bytes: plan.run_end - plan.at,
             run: plan.run,
         };
+        if self.is_written(step.run) {
+            step.bytes = step.bytes.min(CHUNK_BYTES.max(self.cluster));
+        }
+        self.in_clusters(&mut step);
         plan.at += step.bytes;
         Ok(Some(step))
+    }
+
+    /// Makes a step end at a multiple of `cluster`, or at the end. A cluster that is not all zero, or kept, is data.
+    fn in_clusters(&self, step: &mut Step) {
+        let end = step.at + step.bytes;
+        if end == self.total || end.is_multiple_of(self.cluster) {
+            return;
+        }
+        let whole = end / self.cluster * self.cluster;
+        let end = match self.is_written(step.run) {
+            false if whole > step.at => whole,
+            _ => {
+                step.run = Run::Data;
+                end.next_multiple_of(self.cluster).min(self.total)
+            }
+        };
+        step.bytes = end - step.at;
     }
 
     async fn status(&self, at: u64) -> Result<(Run, u64)> {
@@ -280,7 +305,24 @@ impl Copy<'_> {
         Ok((run, found.bytes.clamp(1, bytes)))
     }
 
+    /// Reads what may lie in several sources.
     async fn read(&self, step: Step) -> Result<IoBuf> {
+        let mut all = IoBuf::default();
+        while (all.len() as u64) < step.bytes {
+            let at = step.at + all.len() as u64;
+            let (source, start) = self.source_at(at);
+            let there = source.length() - (at - start);
+            let bytes = (step.bytes - all.len() as u64).min(there);
+            let part = self.read_source(Step { at, bytes, ..step }).await?;
+            if bytes == step.bytes {
+                return Ok(part);
+            }
+            all.append(part);
+        }
+        Ok(all)
+    }
+
+    async fn read_source(&self, step: Step) -> Result<IoBuf> {
         let (source, start) = self.source_at(step.at);
         let from = step.at - start;
         let buf = self.buffers.take(step.bytes as usize);
@@ -320,6 +362,9 @@ impl Copy<'_> {
 
     /// Writes data, leaving holes where they are zero. The offset goes with an error.
     async fn write(&self, at: u64, data: IoBuf) -> Result<(), (u64, BlockError)> {
+        if self.options.compressed {
+            return self.write_clusters(at, data).await;
+        }
         if self.options.sparse_bytes == 0 {
             return self.write_run(at, data).await;
         }
@@ -341,6 +386,50 @@ impl Copy<'_> {
                 self.zero(here, n as u64).await?;
             }
             done += n;
+        }
+        Ok(())
+    }
+
+    /// Writes data compressed, leaving out clusters that are zero.
+    async fn write_clusters(&self, at: u64, data: IoBuf) -> Result<(), (u64, BlockError)> {
+        let bytes = data.len();
+        let size = self.cluster as usize;
+        let is_zero = |from: usize| {
+            let cluster = data.slice(from..(from + size).min(bytes));
+            self.options.sparse_bytes > 0 && cluster.is_zero()
+        };
+        let mut done = 0;
+        while done < bytes {
+            let zero = is_zero(done);
+            let mut end = (done + size).min(bytes);
+            while end < bytes && is_zero(end) == zero {
+                end = (end + size).min(bytes);
+            }
+            let here = at + done as u64;
+            if zero {
+                self.zero(here, (end - done) as u64).await?;
+            } else {
+                self.write_compressed(here, data.slice(done..end)).await?;
+            }
+            done = end;
+        }
+        Ok(())
+    }
+
+    async fn write_compressed(&self, at: u64, data: IoBuf) -> Result<(), (u64, BlockError)> {
+        let end = at + data.len() as u64;
+        let whole = match end == self.target.length() {
+            true => data.len(),
+            // The sources end in the middle of a cluster of a longer target.
+            false => data.len() / self.cluster as usize * self.cluster as usize,
+        };
+        if whole > 0 {
+            let packed = self.target.pwritev_compressed(at, data.slice(..whole));
+            packed.await.map_err(|e| (at, e))?;
+        }
+        if whole < data.len() {
+            self.write_run(at + whole as u64, data.slice(whole..))
+                .await?;
         }
         Ok(())
     }

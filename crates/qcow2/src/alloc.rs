@@ -67,6 +67,8 @@ pub(crate) struct Meta {
     pub next_free: u64,
     /// No cluster from this index on was ever used.
     pub fresh_from: u64,
+    /// Where the next compressed cluster goes: a host cluster that has references, and how many of its bytes are taken.
+    pub packed: Option<(u64, u64)>,
     /// The file reaches at least this far once the next commit is done, in bytes: L2 tables and data clusters are there whole, though
     /// what is zero in fresh ones was never written.
     pub needed_length: u64,
@@ -101,8 +103,18 @@ impl Meta {
         }
     }
 
+    /// Clusters lose a reference: no more compressed data goes there. From here on their holes may be punched, and they may be handed out to others
+    /// (INV QCOW2-ORD-4).
+    fn close_packed(&mut self, cluster: u64, count: u64) {
+        let losing = cluster..cluster + count;
+        if self.packed.is_some_and(|(c, _)| losing.contains(&c)) {
+            self.packed = None;
+        }
+    }
+
     /// Notes that clusters lost a reference.
     pub fn free_later(&mut self, cluster: u64, count: u64, punch: bool) {
+        self.close_packed(cluster, count);
         if let Some(last) = self.freed.last_mut()
             && last.punch == punch
             && last.cluster + last.count == cluster
@@ -238,6 +250,7 @@ impl Image {
     pub async fn unalloc_run(&self, meta: &mut Meta, run: Run) -> Result<()> {
         for cluster in run.cluster..run.cluster + run.count {
             meta.refcounts.set(&self.file, cluster, 0).await?;
+            meta.close_packed(cluster, 1);
         }
         meta.next_free = meta.next_free.min(run.cluster);
         Ok(())

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Inflating compressed clusters: raw deflate with a window of 4 KiB, or Zstandard. Called by `read`.
+//! Compressing and inflating clusters: raw deflate with a window of 4 KiB, or Zstandard. Called by `read` and `write_compressed`.
 //!
 //! The output is exactly one cluster, whatever the input says of itself: no input makes more of it, and less is an error. What follows the compressed data
 //! in its last sector belongs to others and is not looked at. Inflating a cluster of 64 KiB takes a fraction of a millisecond, as long as a disk wait, so it
@@ -7,8 +7,8 @@
 
 use std::cell::RefCell;
 
-use blockcore::{BlockError, Result};
-use flate2::{Decompress, FlushDecompress};
+use blockcore::{BlockError, IoBuf, Result};
+use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
 use zstd::zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective};
 
 use crate::header::CompressionType;
@@ -35,6 +35,55 @@ pub async fn decompress(
     }
     let task = tokio::task::spawn_blocking(move || inflate(kind, &raw, cluster_size));
     task.await.unwrap_or_else(|_| Err(cancelled()))
+}
+
+/// The window of the deflate streams of the format, as a power two of bytes: readers have no longer one.
+const DEFLATE_WINDOW_BITS: u8 = 12;
+
+/// Compresses a cluster of `cluster_size` bytes. What `cluster` lacks at the end is zero. `None`: it doesn't get shorter.
+///
+/// # Errors
+/// `Cancelled` if the runtime ends.
+pub async fn compress(
+    kind: CompressionType,
+    cluster: IoBuf,
+    cluster_size: usize,
+) -> Result<Option<Vec<u8>>> {
+    let work = move || {
+        let mut bytes = vec![0; cluster_size];
+        cluster.copy_to_slice(0, &mut bytes[..cluster.len()]);
+        // Whatever is as long as the cluster is of no use.
+        match kind {
+            CompressionType::Zlib => deflate(&bytes, cluster_size - 1),
+            CompressionType::Zstd => deflate_zstd(&bytes, cluster_size - 1),
+        }
+    };
+    if cluster_size <= INLINE_BYTES_MAX {
+        return Ok(work());
+    }
+    let task = tokio::task::spawn_blocking(work);
+    task.await.map_err(|_| cancelled())
+}
+
+/// At most `max` bytes of raw deflate.
+fn deflate(bytes: &[u8], max: usize) -> Option<Vec<u8>> {
+    let level = flate2::Compression::default();
+    let mut deflater = Compress::new_with_window_bits(level, false, DEFLATE_WINDOW_BITS);
+    let mut out = vec![0; max];
+    let status = deflater.compress(bytes, &mut out, FlushCompress::Finish);
+    if !matches!(status, Ok(Status::StreamEnd)) {
+        return None;
+    }
+    out.truncate(deflater.total_out() as usize);
+    Some(out)
+}
+
+/// At most `max` bytes of Zstandard.
+fn deflate_zstd(bytes: &[u8], max: usize) -> Option<Vec<u8>> {
+    let mut out = vec![0; max];
+    let n = zstd::bulk::compress_to_buffer(bytes, &mut out, zstd::DEFAULT_COMPRESSION_LEVEL);
+    out.truncate(n.ok()?);
+    Some(out)
 }
 
 fn inflate(kind: CompressionType, raw: &[u8], cluster_size: usize) -> Result<Vec<u8>> {

@@ -76,8 +76,15 @@ impl BlockDriver for Qcow2 {
         self.settle(result).await
     }
 
-    async fn pwritev(&self, offset: u64, buf: IoBuf, _flags: WriteFlags) -> Result<()> {
-        let result = self.image.write(offset, buf).await;
+    fn supported_write_flags(&self) -> WriteFlags {
+        WriteFlags::COMPRESSED
+    }
+
+    async fn pwritev(&self, offset: u64, buf: IoBuf, flags: WriteFlags) -> Result<()> {
+        let result = match flags.contains(WriteFlags::COMPRESSED) {
+            true => self.image.write_compressed(offset, buf).await,
+            false => self.image.write(offset, buf).await,
+        };
         self.settle(result).await
     }
 

@@ -46,6 +46,19 @@ pub struct CompressedDescriptor {
 }
 
 impl CompressedDescriptor {
+    /// Compressed data ends no later in the file than this, in bytes.
+    pub fn end_max(cluster_bits: u32) -> u64 {
+        1 << (62 - (cluster_bits - 8))
+    }
+
+    /// The L2 entry of a cluster whose `bytes` bytes of compressed data lie at `host`.
+    pub fn encode(host: u64, bytes: u64, cluster_bits: u32) -> u64 {
+        let offset_bits = 62 - (cluster_bits - 8);
+        debug_assert!(host >> offset_bits == 0 && bytes > 0);
+        let more_sectors = ((host + bytes - 1) >> 9) - (host >> 9);
+        OFLAG_COMPRESSED | more_sectors << offset_bits | host
+    }
+
     /// Reads the L2 entry of a compressed cluster. The number of bits of the offset depends on the cluster size.
     pub fn decode(entry: u64, cluster_bits: u32) -> CompressedDescriptor {
         let offset_bits = 62 - (cluster_bits - 8);
@@ -114,5 +127,22 @@ mod tests {
                 host_bytes: 3 * 512 - 0x10
             }
         );
+    }
+
+    #[test]
+    fn an_encoded_descriptor_reaches_over_all_of_the_data_and_no_further_sector() {
+        for cluster_bits in [9, 16, 21] {
+            for (host, bytes) in [
+                (0x5_0000, 1),
+                (0x5_0010, 496),
+                (0x5_0010, 497),
+                (0x5_01ff, 400),
+            ] {
+                let entry = CompressedDescriptor::encode(host, bytes, cluster_bits);
+                let d = CompressedDescriptor::decode(entry, cluster_bits);
+                assert_eq!(d.host_offset, host);
+                assert_eq!(host + d.host_bytes, (host + bytes).next_multiple_of(512));
+            }
+        }
     }
 }

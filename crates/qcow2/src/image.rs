@@ -26,6 +26,7 @@ use crate::commit::CommitState;
 use crate::epoch::Epochs;
 use crate::format::{L1E_OFFSET_MASK, L2E_OFFSET_MASK, OFLAG_ZERO};
 use crate::header::{CompressionType, Header, Incompatible};
+use crate::inflated::Inflated;
 use crate::l2_cache::{L2Cache, NumberMap, PinnedSlice};
 use crate::l2_table::{BadEntry, L1Table, Mapping};
 
@@ -108,6 +109,8 @@ pub(crate) struct Image {
     pub owned: RwLock<NumberMap<Owner>>,
     pub changing: TrackedRequests,
     pub epochs: Epochs,
+    /// Compressed clusters that were read lately.
+    pub inflated: Inflated,
     pub commits: CommitState,
     /// Work that goes on when its future is dropped.
     pub tasks: Arc<InFlight>,
@@ -196,7 +199,10 @@ impl Image {
             return Ok(Some(slice));
         }
         let image = self.clone();
+        // Whoever closes the image waits for this, since what was freed can't be given back as long as somebody may read it.
+        let in_flight = self.tasks.enter_owned();
         let load = tokio::spawn(async move {
+            let _in_flight = in_flight;
             // The caller's epoch may end before this does.
             let _epoch = image.epochs.enter();
             image.l2.pinned(number, image.read_slice(number)).await

@@ -17,6 +17,7 @@ pub mod extension;
 pub mod format;
 pub mod header;
 mod image;
+mod inflated;
 mod info;
 mod l2_cache;
 mod l2_table;
@@ -30,6 +31,7 @@ pub mod snapshot;
 mod snapshot_ops;
 mod truncate;
 mod write;
+mod write_compressed;
 
 pub use driver::Qcow2;
 pub use open::Qcow2Factory;

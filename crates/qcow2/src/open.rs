@@ -75,6 +75,10 @@ impl DriverFactory for Qcow2Factory {
         }))
     }
 
+    fn supports_compressed_writes(&self) -> bool {
+        true
+    }
+
     fn create_options(&self) -> &'static [CreateOption] {
         create::create_options()
     }
@@ -117,6 +121,7 @@ pub(crate) async fn open_image(
         limbo: Default::default(),
         next_free: 0,
         fresh_from: end,
+        packed: None,
         needed_length: 0,
         unwritten: Vec::new(),
         l1_offset: header.l1_table_offset,
@@ -137,6 +142,7 @@ pub(crate) async fn open_image(
         owned: Default::default(),
         changing: Default::default(),
         epochs: Default::default(),
+        inflated: Default::default(),
         commits: CommitState::default(),
         tasks: Default::default(),
         orphans: Default::default(),

@@ -65,8 +65,9 @@ impl<'a> Overhaul<'a> {
     pub async fn begin(image: &'a Arc<Image>) -> Result<Overhaul<'a>> {
         let no_commits = image.commits.none().await;
         image.commit_now().await?;
-        let meta = image.meta.lock().await;
+        let mut meta = image.meta.lock().await;
         debug_assert!(meta.dirty_slices.is_empty() && meta.dirty_l1.is_empty());
+        meta.packed = None;
         let before = meta.refcounts.clone();
         let mut overhaul = Overhaul {
             image,
@@ -326,5 +327,6 @@ impl Drop for Overhaul<'_> {
             self.image.disown(cluster);
         }
         std::mem::swap(&mut self.meta.refcounts, &mut self.before);
+        self.meta.packed = None;
     }
 }

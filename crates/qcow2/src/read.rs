@@ -38,7 +38,14 @@ impl Image {
                     true
                 }
                 Mapping::Unallocated => self.read_backing_nowait(at, part),
-                Mapping::Compressed(_) => false,
+                Mapping::Compressed(d) => match self.inflated.get(d.host_offset) {
+                    Some(cluster) => {
+                        let from = self.in_cluster(at) as usize;
+                        part.copy_from_slice(&cluster[from..from + part.len()]);
+                        true
+                    }
+                    None => false,
+                },
             };
             if !served {
                 return false;
@@ -156,14 +163,21 @@ impl Image {
     async fn read_compressed(
         &self,
         descriptor: crate::format::CompressedDescriptor,
-    ) -> Result<Vec<u8>> {
+    ) -> Result<Arc<Vec<u8>>> {
+        if let Some(cluster) = self.inflated.get(descriptor.host_offset) {
+            return Ok(cluster);
+        }
         self.file.debug_event(DebugEvent::ReadCompressed).await;
         let raw = IoBufMut::zeroed(descriptor.host_bytes as usize);
         let raw = self
             .file
             .preadv(descriptor.host_offset, raw, ReadFlags::empty())
             .await?;
-        compressed::decompress(self.compression, raw.to_vec(), self.cluster_size() as usize).await
+        let size = self.cluster_size() as usize;
+        let cluster = compressed::decompress(self.compression, raw.to_vec(), size).await?;
+        let cluster = Arc::new(cluster);
+        self.inflated.keep(descriptor.host_offset, cluster.clone());
+        Ok(cluster)
     }
 }
 

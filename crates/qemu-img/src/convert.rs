@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `qemu-img convert`.
 
-use blockcore::{Backend, Diagnostics, SnapshotSelector, chain_is_zero};
+use blockcore::{Backend, Diagnostics, SnapshotSelector, WriteFlags, chain_is_zero};
 use blockjob::convert::MAX_PARALLEL;
 use blockjob::create::known_options;
 use blockjob::{ConvertOptions, CreatePlan, CreateRequest, convert};
@@ -68,6 +68,7 @@ struct Request {
     backing_format: Option<String>,
     target_is_zero: bool,
     sparse_bytes: u64,
+    compressed: bool,
     parallel: usize,
     in_order: bool,
     salvage: bool,
@@ -95,7 +96,7 @@ impl Tool {
         let later = |what: &str| fail(&format!("{what} is not supported yet"));
         let (mut format, mut image_opts, mut force_share) = (None, false, false);
         let (mut source_cache, mut target_cache) = ("writeback".to_owned(), "unsafe".to_owned());
-        let (mut compress, mut offload, mut rate) = (false, false, false);
+        let (mut offload, mut rate) = (false, false);
         let (mut bitmaps, mut skip_broken, mut sparse_given) = (false, false, false);
         let mut request = Request {
             sources: Vec::new(),
@@ -110,6 +111,7 @@ impl Tool {
             backing_format: None,
             target_is_zero: false,
             sparse_bytes: 4096,
+            compressed: false,
             parallel: 8,
             in_order: true,
             salvage: false,
@@ -130,7 +132,7 @@ impl Tool {
                 'O' => request.target_format = Some(arg),
                 TARGET_IMAGE_OPTS => request.target_image_opts = true,
                 'o' => request.options.push(arg),
-                'c' => compress = true,
+                'c' => request.compressed = true,
                 't' => target_cache = arg,
                 'B' => request.backing = Some(arg),
                 'F' => request.backing_format = Some(arg),
@@ -169,7 +171,7 @@ impl Tool {
         if skip_broken && !bitmaps {
             return Err(fail("Use of --skip-broken-bitmaps requires --bitmaps"));
         }
-        if offload && compress {
+        if offload && request.compressed {
             return Err(fail("Cannot enable copy offloading when -c is used"));
         }
         if offload && sparse_given {
@@ -185,7 +187,6 @@ impl Tool {
             return Err(fail("--target-is-zero requires use of -n flag"));
         }
         let refused = [
-            (compress, "--compress (-c)"),
             (bitmaps, "--bitmaps"),
             (offload, "--copy-range-offloading (-C)"),
             (rate, "--rate (-r)"),
@@ -291,6 +292,9 @@ impl Tool {
         let mut options = request.options.parse().map_err(plain)?;
         let has_backing = request.backing.is_some() || options.contains("backing_file");
         let has_format = request.backing_format.is_some() || options.contains("backing_fmt");
+        if request.compressed {
+            self.check_compression(format, &options)?;
+        }
         // The length is that of the sources, whatever the options say.
         options.take("size");
         let knows_backing = known_options(&self.registry, format, None)
@@ -319,6 +323,22 @@ impl Tool {
         Ok(plan)
     }
 
+    fn check_compression(&self, format: &str, options: &blockcore::Options) -> Outcome {
+        let factory = self.registry.driver(format);
+        if !factory.is_ok_and(|f| f.supports_compressed_writes()) {
+            let text = "Compression not supported for this file format";
+            return Err(self.console.fail(text));
+        }
+        if !matches!(
+            options.get_str("preallocation").as_deref(),
+            None | Some("off")
+        ) {
+            let text = "Compression and preallocation not supported at the same time";
+            return Err(self.console.fail(text));
+        }
+        Ok(())
+    }
+
     async fn copy_to(
         &self,
         request: &Request,
@@ -330,6 +350,11 @@ impl Tool {
     ) -> Outcome {
         if target.length() < total {
             let text = "output file is smaller than input file";
+            return Err(self.console.fail(text));
+        }
+        let supported = target.root().driver().supported_write_flags();
+        if request.compressed && !supported.contains(WriteFlags::COMPRESSED) {
+            let text = "Compression not supported for this file format";
             return Err(self.console.fail(text));
         }
         let target_backing = if has_backing {
@@ -347,6 +372,7 @@ impl Tool {
             target_is_zero: zero,
             target_backing,
             measure_first: request.show,
+            compressed: request.compressed,
             salvage: request.salvage.then(|| self.salvage_warnings(request)),
         };
         convert(sources, target, &options, job)

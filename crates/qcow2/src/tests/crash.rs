@@ -112,7 +112,10 @@ async fn some_plan(rng: &mut Rng) -> Plan {
                     _ if task == writers => Op::Flush,
                     0..10 => {
                         value = value % 119 + 1;
-                        Op::Write(range, value)
+                        match rng.below(5) {
+                            0 => Op::Pack(range, value),
+                            _ => Op::Write(range, value),
+                        }
                     }
                     10..14 => {
                         let flags = [WriteFlags::MAY_UNMAP, WriteFlags::empty()];

@@ -51,6 +51,11 @@ fn kinds() -> Vec<(&'static str, Vec<Op>, Op)> {
         ("write to shared clusters", vec![], write(2, 5, 2)),
         ("write to a compressed cluster", vec![], write(401, 1, 2)),
         (
+            "compressed write",
+            vec![Op::Pack(200..204, 1), Op::Discard(200..204)],
+            Op::Pack(200..232, 2),
+        ),
+        (
             "write to a zero cluster that kept its place",
             vec![
                 write(20, 8, 1),

@@ -23,10 +23,7 @@ const NOT_PASSED: &[DebugEvent] = &[
     DebugEvent::RefblockAllocWrite,
     DebugEvent::RefblockAllocWriteBlocks,
     DebugEvent::ReftableUpdate,
-    // No compressed writes, no VM state, no shrinking, no emptying, no copy-on-read yet.
-    DebugEvent::L2UpdateCompressed,
-    DebugEvent::WriteCompressed,
-    DebugEvent::ClusterAllocBytes,
+    // No VM state, no shrinking, no emptying, no copy-on-read yet.
     DebugEvent::VmstateLoad,
     DebugEvent::VmstateSave,
     DebugEvent::EmptyImagePrepare,
@@ -62,6 +59,8 @@ fn tables() -> Plan {
         write(3, 1, 4),
         // Over a compressed cluster.
         write(300, 1, 5),
+        Op::Pack(310..318, 30),
+        write(312, 1, 31),
         // Zeroes: kept clusters, freed clusters.
         Op::Zero(70..74, none),
         Op::Zero(199..201, unmap),
@@ -118,11 +117,15 @@ fn parts() -> Plan {
         size: 800 * 512,
         cluster_bits: 11,
         version: 3,
-        refcount_order: 1,
+        refcount_order: 3,
     };
     let write = |first: usize, count: usize, value: u8| Op::Write(first..first + count, value);
     let steps = [
         Op::Read(0..800),
+        Op::Pack(480..520, 30),
+        Op::Discard(480..492),
+        Op::Pack(480..488, 31),
+        Op::Flush,
         // Copies of backing data, of a shared cluster, of a compressed one.
         write(41, 2, 1),
         write(6, 1, 2),

@@ -180,19 +180,20 @@ async fn node_over(image: Arc<Image>, flags: NodeFlags) -> Arc<Node> {
 
 /// Reads the whole of a node.
 pub(crate) async fn read_all(node: &Node) -> Vec<u8> {
+    try_read_all(node).await.unwrap()
+}
+
+/// As [`read_all`], where that may fail.
+pub(crate) async fn try_read_all(node: &Node) -> Result<Vec<u8>> {
     let length = node.length() as usize;
     let mut all = Vec::with_capacity(length);
     while all.len() < length {
         let n = (length - all.len()).min(1 << 20);
         let buf = blockcore::IoBufMut::zeroed(n);
-        all.extend(
-            node.preadv(all.len() as u64, buf, Default::default())
-                .await
-                .unwrap()
-                .to_vec(),
-        );
+        let read = node.preadv(all.len() as u64, buf, Default::default());
+        all.extend(read.await?.to_vec());
     }
-    all
+    Ok(all)
 }
 
 /// Writes one value all over a range.

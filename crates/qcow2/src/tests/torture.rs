@@ -27,7 +27,7 @@ use futures::FutureExt;
 use super::history::{History, SECTOR};
 use super::kept::{self, Snapshots};
 use super::{Backing, corruptions, findings, forge, fresh_image, open_on, open_over, read_all};
-use super::{Shape, write};
+use super::{Shape, try_read_all, write};
 use crate::image::Image;
 
 /// How long a slow disk's request waits at most, before it takes effect and again after.
@@ -37,6 +37,8 @@ const DELAY_MILLIS: u64 = 100;
 #[derive(Clone, Debug)]
 pub(crate) enum Op {
     Write(Range<usize>, u8),
+    /// A write of the clusters that begin in the range, compressed.
+    Pack(Range<usize>, u8),
     Zero(Range<usize>, WriteFlags),
     Discard(Range<usize>),
     Read(Range<usize>),
@@ -273,6 +275,12 @@ struct Disk {
     dropped: AtomicU32,
 }
 
+/// All that a disk holds.
+async fn all(node: &Node) -> Result<Vec<u8>, String> {
+    let read = try_read_all(node).await;
+    read.map_err(|e| format!("can't be read: {e}"))
+}
+
 fn uniform(sector: &[u8]) -> Option<u64> {
     let first = sector[0];
     sector.iter().all(|b| *b == first).then_some(first.into())
@@ -411,6 +419,24 @@ impl Disk {
                 let recording = self.history.change(range, *value, log_len);
                 write(node, offset, length as usize, *value).await?;
                 recording.done(false);
+            }
+            Op::Pack(range, value) => {
+                let cluster = 1usize << (self.plan.shape.cluster_bits - 9);
+                let whole = |sector: usize| sector.next_multiple_of(cluster);
+                let range = clip(&(whole(range.start)..whole(range.end)));
+                let (offset, length) = bytes(&range);
+                if range.is_empty() {
+                    return Ok(Ok(()));
+                }
+                let recording = self.history.change(range, *value, log_len);
+                let data = vec![*value; length as usize].into();
+                match node.pwritev_compressed(offset, data).await {
+                    Ok(()) => recording.done(false),
+                    // Something is there already, and compressed data never takes the place of other data; or the disk's end has moved meanwhile.
+                    Err(e) if e.errno() == libc::EIO && self.faults.failed().is_empty() => {}
+                    Err(e) if e.errno() == libc::EINVAL => {}
+                    Err(e) => return Err(e),
+                }
             }
             Op::Zero(range, flags) => {
                 let range = clip(range);
@@ -555,7 +581,7 @@ impl Disk {
         if !lengths.contains(&(sectors as u64)) {
             return Err(format!("{sectors} sectors long, and may be {lengths:?}"));
         }
-        self.check_contents(&read_all(&node).await, |s, base| {
+        self.check_contents(&all(&node).await?, |s, base| {
             self.history.allowed_now(s, base)
         })?;
         let steps = [
@@ -576,7 +602,7 @@ impl Disk {
             return Err(format!("check says {found:?}"));
         }
         let (again, _image) = self.open().await.map_err(told)?;
-        self.check_contents(&read_all(&again).await, |s, base| {
+        self.check_contents(&all(&again).await?, |s, base| {
             self.history.allowed_now(s, base)
         })?;
         self.snapshots
@@ -630,7 +656,7 @@ impl Disk {
         if !lengths.contains(&sectors) {
             return Err(format!("{sectors} sectors long, and may be {lengths:?}"));
         }
-        self.check_contents(&read_all(&node).await, |s, base| {
+        self.check_contents(&all(&node).await?, |s, base| {
             self.history.allowed_after_cut(s, base, cut)
         })?;
         self.snapshots
