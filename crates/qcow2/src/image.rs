@@ -438,6 +438,15 @@ impl Image {
         BlockError::corrupt(what).at(offset)
     }
 
+    /// Fails for a change of what lies past the end. Who asks was told that it doesn't, but the disk may have become shorter since, while he waited for
+    /// that change.
+    pub fn check_end(&self, end: u64) -> Result<()> {
+        if end > self.size() {
+            return Err(BlockError::from_errno(libc::EIO));
+        }
+        Ok(())
+    }
+
     /// Fails once the image is known to be corrupt, or not known well enough, so that no change makes it worse.
     pub fn check_sound(&self) -> Result<()> {
         if self.corrupt.load(Ordering::Acquire) {

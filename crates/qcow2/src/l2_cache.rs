@@ -240,9 +240,14 @@ impl L2Cache {
 
     /// Forgets all slices, none of which has changes. Those that are being loaded are forgotten once they are there.
     pub async fn clear(&self) {
+        self.forget(0..u64::MAX).await;
+    }
+
+    /// Forgets slices, which have no changes. Those that are being loaded are forgotten once they are there.
+    pub async fn forget(&self, numbers: std::ops::Range<u64>) {
         for shard in &self.shards {
             let _loading = shard.loading.lock().await;
-            shard.write().clear();
+            shard.write().retain(|number, _| !numbers.contains(number));
         }
     }
 

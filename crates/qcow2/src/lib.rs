@@ -27,6 +27,7 @@ mod overhaul;
 mod read;
 mod refcount;
 mod remap;
+mod shrink;
 pub mod snapshot;
 mod snapshot_ops;
 mod truncate;

@@ -101,6 +101,44 @@ impl Refcounts {
         there.partition(is_dirty)
     }
 
+    /// The numbers of all blocks there are.
+    pub fn existing_blocks(&self) -> Vec<u64> {
+        let all = 0..self.table.len() as u64;
+        all.filter(|&n| self.table[n as usize] != 0).collect()
+    }
+
+    /// Whether a block counts nothing, but perhaps the cluster `own`: then, whether it does.
+    ///
+    /// # Errors
+    /// As [`get`](Refcounts::get).
+    pub async fn is_empty_but(
+        &mut self,
+        file: &Child,
+        number: u64,
+        own: u64,
+    ) -> Result<Option<bool>> {
+        let (order, entries) = (self.order, self.block_entries());
+        let block = self.block(file, number).await?;
+        let mut counts_itself = false;
+        for index in 0..entries {
+            if get_refcount(&block.bytes, order, index) == 0 {
+                continue;
+            }
+            if number * entries + index != own {
+                return Ok(None);
+            }
+            counts_itself = true;
+        }
+        Ok(Some(counts_itself))
+    }
+
+    /// Takes a block out of the table.
+    pub fn drop_block(&mut self, number: u64) {
+        self.blocks.remove(&number);
+        self.table[number as usize] = 0;
+        self.dirty_entries.insert(number as usize);
+    }
+
     /// Gives a block another place, where all of it is still to be written, and returns the old one.
     ///
     /// # Errors

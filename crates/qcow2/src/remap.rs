@@ -43,6 +43,7 @@ impl Image {
         flags: WriteFlags,
     ) -> Result<()> {
         self.check_sound()?;
+        self.check_end(offset + bytes)?;
         if self.version < 3 && self.backing.is_some() {
             // Version 2 has no zero clusters, and an unallocated one would show the backing node.
             return not_supported();
@@ -128,6 +129,7 @@ impl Image {
     pub async fn discard(self: &Arc<Self>, offset: u64, bytes: u64) -> Result<()> {
         self.check_sound()?;
         let end = offset + bytes;
+        self.check_end(end)?;
         let whole =
             self.in_cluster(offset) == 0 && (self.in_cluster(end) == 0 || end == self.size());
         // A discard must never bring to light what the backing node has (version 2 has no way to hide it).

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Growing the disk. What appears reads as zero: also where the last cluster, or a longer backing node, has something else there.
+//! Changing the length of the disk; making it shorter is `shrink`. What appears reads as zero: also where the last cluster, or a longer backing node, has something else there.
 //!
 //! All of that is done before the header says the new length, so that a power cut leaves the old disk or the new one (INV QCOW2-ORD-2).
 
@@ -22,16 +22,11 @@ const PREALLOCATION_CLUSTERS: u64 = 512;
 /// The most zeroes that one write carries, in bytes.
 const ZERO_WRITE_BYTES: u64 = 1 << 20;
 
-fn shrinking() -> Result<()> {
-    let text = "Shrinking qcow2 images is not supported yet";
-    Err(BlockError::unsupported(text))
-}
-
 impl Image {
-    /// Changes the length of the disk. Only growing so far.
+    /// Changes the length of the disk.
     ///
     /// # Errors
-    /// `Unsupported` for shrinking, and for version 2 images with snapshots; `InvalidArgument` for a length that is no multiple of a sector, or too
+    /// `Unsupported` for version 2 images with snapshots; `InvalidArgument` for a length that is no multiple of a sector, or too
     /// large for the cluster size; those of metadata I/O.
     pub async fn truncate(self: &Arc<Self>, request: TruncateRequest) -> Result<()> {
         self.check_sound()?;
@@ -41,14 +36,19 @@ impl Image {
             ));
         }
         let old = self.size();
-        if request.bytes < old {
-            return shrinking();
-        }
         let snapshots = self.header().nb_snapshots;
         if self.version < 3 && snapshots > 0 {
             return Err(BlockError::unsupported(
                 "Can't resize a v2 image which has snapshots",
             ));
+        }
+        if request.bytes < old {
+            if request.preallocation != Preallocation::Off {
+                let text = "Preallocation can't be used for shrinking an image";
+                return Err(BlockError::invalid(text));
+            }
+            let work = move |image: Arc<Image>| async move { image.resize(request).await };
+            return self.spawn(request.bytes, MAX_LENGTH_BYTES, work).await;
         }
         if request.bytes == old {
             return Ok(());
@@ -62,18 +62,23 @@ impl Image {
         }
         // All behind the end: no two growths at a time.
         self.spawn(old, MAX_LENGTH_BYTES, move |image| async move {
-            image.grow(request).await
+            image.resize(request).await
         })
         .await
     }
 
-    /// Grows the disk. The caller holds `changing` over all behind the old end.
-    async fn grow(self: Arc<Self>, request: TruncateRequest) -> Result<()> {
-        // Looked at only now: a growth that nobody waits for any more may have come before this one.
-        let (old, new) = (self.size(), request.bytes);
-        if new < old {
-            return shrinking();
+    /// Changes the length. The caller holds `changing` over all behind the lesser of the old end and the new one.
+    async fn resize(self: Arc<Self>, request: TruncateRequest) -> Result<()> {
+        // Looked at only now: a change that nobody waits for any more may have come before this one.
+        match request.bytes.cmp(&self.size()) {
+            std::cmp::Ordering::Less => self.shrink(request.bytes).await,
+            std::cmp::Ordering::Equal => Ok(()),
+            std::cmp::Ordering::Greater => self.grow(request).await,
         }
+    }
+
+    async fn grow(self: &Arc<Self>, request: TruncateRequest) -> Result<()> {
+        let (old, new) = (self.size(), request.bytes);
         let table_bytes = 1u64 << (self.l2_bits() + self.cluster_bits);
         let l1_entries = new.div_ceil(table_bytes);
         if l1_entries * 8 > MAX_L1_BYTES {

@@ -38,6 +38,7 @@ impl Image {
     pub async fn write(self: &Arc<Self>, offset: u64, buf: IoBuf) -> Result<()> {
         self.check_sound()?;
         let end = offset + buf.len() as u64;
+        self.check_end(end)?;
         // INV REQ-DROP-1: while a change is on its way that nobody waits for any more, later writes line up behind it.
         if !self.orphans.any() {
             let epoch = self.epochs.enter();

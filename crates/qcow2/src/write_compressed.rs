@@ -38,6 +38,7 @@ impl Image {
     pub async fn write_compressed(self: &Arc<Self>, offset: u64, buf: IoBuf) -> Result<()> {
         self.check_sound()?;
         let end = offset + buf.len() as u64;
+        self.check_end(end)?;
         let is_whole =
             self.in_cluster(offset) == 0 && (self.in_cluster(end) == 0 || end == self.size());
         if !is_whole {

@@ -131,8 +131,11 @@ async fn some_plan(rng: &mut Rng) -> Plan {
                         }
                     },
                     16 if task == 0 && shape.version > 2 => {
-                        grown += rng.below(60) as usize;
-                        Op::Grow(grown)
+                        match rng.below(3) {
+                            0 => grown = 1 + rng.below(grown as u64) as usize,
+                            _ => grown += rng.below(60) as usize,
+                        }
+                        Op::Resize(grown)
                     }
                     15 => Op::Discard(range),
                     16 => Op::Flush,

@@ -91,8 +91,14 @@ fn kinds() -> Vec<(&'static str, Vec<Op>, Op)> {
             vec![write(20, 8, 1), Op::Flush, Op::Discard(20..28), Op::Flush],
             Op::Flush,
         ),
-        ("growth", vec![], Op::Grow(820)),
-        ("growth with a longer L1 table", vec![], Op::Grow(5000)),
+        ("growth", vec![], Op::Resize(820)),
+        ("growth with a longer L1 table", vec![], Op::Resize(5000)),
+        ("shrinking", vec![write(20, 8, 1)], Op::Resize(402)),
+        (
+            "shrinking to little",
+            vec![Op::Resize(5000), write(4000, 8, 1)],
+            Op::Resize(9),
+        ),
         ("block status", vec![], Op::Status(0..800)),
         ("taking a snapshot", vec![write(20, 8, 1)], Op::Snapshot(1)),
         (
@@ -147,7 +153,7 @@ fn with_company(before: &[Op], target: Step, company: Company) -> Vec<Step> {
         Op::Flush,
         Op::Zero(2..7, UNMAP),
         write(402, 3, 33),
-        Op::Grow(5100),
+        Op::Resize(5100),
         Op::Read(0..800),
     ];
     match company {

@@ -23,12 +23,10 @@ const NOT_PASSED: &[DebugEvent] = &[
     DebugEvent::RefblockAllocWrite,
     DebugEvent::RefblockAllocWriteBlocks,
     DebugEvent::ReftableUpdate,
-    // No VM state, no shrinking, no emptying, no copy-on-read yet.
+    // No VM state, no emptying, no copy-on-read yet.
     DebugEvent::VmstateLoad,
     DebugEvent::VmstateSave,
     DebugEvent::EmptyImagePrepare,
-    DebugEvent::L1ShrinkWriteTable,
-    DebugEvent::L1ShrinkFreeL2Clusters,
     DebugEvent::CorWrite,
     DebugEvent::ClusterAllocSpace,
     DebugEvent::None,
@@ -82,10 +80,10 @@ fn tables() -> Plan {
         Op::Delete(1),
         Op::Flush,
         // A longer L1 table: twice.
-        Op::Grow(660),
+        Op::Resize(660),
         write(640, 3, 9),
         Op::Flush,
-        Op::Grow(5000),
+        Op::Resize(5000),
         write(4990, 2, 10),
         // More clusters than the refcount table has room for, so that it moves.
         write(700, 4280, 11),
@@ -93,6 +91,9 @@ fn tables() -> Plan {
         Op::Discard(3000..3200),
         Op::Flush,
         Op::Flush,
+        Op::Resize(400),
+        Op::Read(0..400),
+        Op::Resize(5000),
         Op::Read(0..5000),
     ];
     let raw = (0..450).flat_map(|s| [200 + (s % 50) as u8; 512]);
@@ -141,7 +142,7 @@ fn parts() -> Plan {
         write(42, 1, 21),
         Op::Delete(1),
         // A new L2 table in a place that was used before.
-        Op::Grow(5000),
+        Op::Resize(5000),
         write(4200, 30, 5),
         Op::Flush,
         write(4202, 1, 6),

@@ -43,7 +43,8 @@ pub(crate) enum Op {
     Discard(Range<usize>),
     Read(Range<usize>),
     Flush,
-    Grow(usize),
+    /// Changes the length.
+    Resize(usize),
     Status(Range<usize>),
     /// Takes the snapshot with this number.
     Snapshot(u32),
@@ -281,6 +282,17 @@ async fn all(node: &Node) -> Result<Vec<u8>, String> {
     read.map_err(|e| format!("can't be read: {e}"))
 }
 
+/// Whether a change reaches past the end of the disk as it is now.
+fn is_past_end(node: &Node, op: &Op) -> bool {
+    let end = match op {
+        Op::Write(range, _) | Op::Pack(range, _) | Op::Zero(range, _) | Op::Discard(range) => {
+            range.end
+        }
+        _ => 0,
+    };
+    (end * SECTOR) as u64 > node.length()
+}
+
 fn uniform(sector: &[u8]) -> Option<u64> {
     let first = sector[0];
     sector.iter().all(|b| *b == first).then_some(first.into())
@@ -399,6 +411,8 @@ impl Disk {
             match result {
                 None | Some(Ok(Ok(()))) => {}
                 Some(Ok(Err(why))) => return Err(format!("{:?}: {why}", step.op)),
+                // It waited for the way back to a shorter disk.
+                Some(Err(e)) if e.errno() == libc::EIO && is_past_end(node, &step.op) => {}
                 Some(Err(e)) => errors.push(e),
             }
         }
@@ -474,10 +488,12 @@ impl Disk {
             Op::Snapshot(_) | Op::Goto(_) | Op::Delete(_) => {
                 return self.snapshot_request(node, op).await;
             }
-            Op::Grow(sectors) => {
+            Op::Resize(sectors) => {
+                let behind = self.history.change(*sectors..usize::MAX - 2, 0, log_len);
                 let recording = self.history.resize(*sectors as u64, log_len);
                 let request = TruncateRequest::to((sectors * SECTOR) as u64);
                 node.truncate(request).await?;
+                behind.done(false);
                 recording.done(false);
             }
         }
