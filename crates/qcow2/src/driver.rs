@@ -55,10 +55,10 @@ impl BlockDriver for Qcow2 {
     }
 
     fn limits(&self) -> BlockLimits {
-        let cluster = self.image.cluster_size() as u32;
         BlockLimits {
-            pwrite_zeroes_alignment: cluster,
-            pdiscard_alignment: cluster,
+            pwrite_zeroes_alignment: self.image.subcluster_size() as u32,
+            // As QEMU: subclusters are not discarded.
+            pdiscard_alignment: self.image.cluster_size() as u32,
             ..BlockLimits::default()
         }
     }
@@ -137,7 +137,7 @@ impl BlockDriver for Qcow2 {
         let table_bytes = cluster_size << self.image.l2_bits();
         Ok(DriverInfo {
             cluster_size,
-            subcluster_size: cluster_size,
+            subcluster_size: self.image.subcluster_size(),
             vm_state_offset: self.image.size().next_multiple_of(table_bytes),
             is_dirty: self.header().incompatible.contains(Incompatible::DIRTY),
             unallocated_reads_zero: true,

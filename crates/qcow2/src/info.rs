@@ -27,7 +27,7 @@ pub fn specific_info(header: &Header) -> SpecificInfo {
     put("refcount-bits", (1u64 << header.refcount_order).into());
     if header.version >= 3 {
         put("corrupt", header.is_corrupt().into());
-        put("extended-l2", false.into());
+        put("extended-l2", header.has_extended_l2().into());
     }
     SpecificInfo {
         type_name: "qcow2",

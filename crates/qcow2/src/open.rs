@@ -20,6 +20,7 @@ use crate::format::{L1E_OFFSET_MASK, MAGIC};
 use crate::header::{Header, Incompatible};
 use crate::image::{INCOMPATIBLE_OFFSET, Image, Owner, be_words};
 use crate::l2_cache::L2Cache;
+use crate::l2_entry::EntryFormat;
 use crate::l2_table::L1Table;
 use crate::refcount::Refcounts;
 use crate::{check, create, snapshot};
@@ -105,7 +106,12 @@ pub(crate) async fn open_image(
     let table_entries = (header.refcount_table_clusters as usize) << (bits - 3);
     let table = read_table(&file, header.refcount_table_offset, table_entries).await?;
     let end = file.length().div_ceil(1 << bits);
-    let slice_bits = SLICE_BYTES_BITS.min(bits) - 3;
+    let entries = EntryFormat {
+        version: header.version,
+        cluster_bits: bits,
+        is_extended: header.has_extended_l2(),
+    };
+    let slice_bits = SLICE_BYTES_BITS.min(bits) - 3 - u32::from(entries.is_extended);
     let order = header.refcount_order;
     let meta = Meta {
         refcounts: Refcounts::new(
@@ -133,11 +139,12 @@ pub(crate) async fn open_image(
         backing,
         version: header.version,
         cluster_bits: bits,
+        entries,
         // Whole sectors, as other readers have it.
         size: AtomicU64::new(header.size / SECTOR_BYTES * SECTOR_BYTES),
         compression: header.compression_type,
         l1: L1Table::new(l1),
-        l2: L2Cache::new(L2_CACHE_BYTES, slice_bits),
+        l2: L2Cache::new(L2_CACHE_BYTES, slice_bits, entries.words()),
         meta: tokio::sync::Mutex::new(meta),
         owned: Default::default(),
         changing: Default::default(),
