@@ -14,6 +14,7 @@ mod model;
 mod parked;
 mod rules;
 mod stress;
+mod subclusters;
 mod torture;
 
 use std::sync::Arc;
