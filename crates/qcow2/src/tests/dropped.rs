@@ -20,8 +20,11 @@ fn write(first: usize, count: usize, value: u8) -> Op {
     Op::Write(first..first + count, value)
 }
 
+/// Its name, what comes before it, and the request.
+type Kind = (&'static str, Vec<Op>, Op);
+
 /// Every kind of request, and what comes before it, so that it finds what its name says. The disk is that of [`plan`].
-fn kinds() -> Vec<(&'static str, Vec<Op>, Op)> {
+fn kinds() -> Vec<Kind> {
     vec![
         ("read of data", vec![], Op::Read(0..8)),
         ("read of backing data", vec![], Op::Read(40..90)),
@@ -115,7 +118,7 @@ fn kinds() -> Vec<(&'static str, Vec<Op>, Op)> {
 }
 
 /// As [`kinds`], on the disk of [`plan_of_subclusters`].
-fn kinds_of_subclusters() -> Vec<(&'static str, Vec<Op>, Op)> {
+fn kinds_of_subclusters() -> Vec<Kind> {
     let none = WriteFlags::empty();
     let mixed = vec![
         write(130, 4, 1),
@@ -188,7 +191,7 @@ fn kinds_of_subclusters() -> Vec<(&'static str, Vec<Op>, Op)> {
 }
 
 /// The disks, and the kinds of requests that each is for.
-fn disks() -> Vec<(Plan, Vec<(&'static str, Vec<Op>, Op)>)> {
+fn disks() -> Vec<(Plan, Vec<Kind>)> {
     vec![
         (plan(), kinds()),
         (plan_of_subclusters(), kinds_of_subclusters()),
