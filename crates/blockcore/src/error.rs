@@ -59,6 +59,7 @@ pub enum Op {
     Reopen,
     CopyRange,
     Snapshot,
+    Amend,
 }
 
 impl fmt::Display for Op {
@@ -74,6 +75,7 @@ impl fmt::Display for Op {
             Op::Flush => "flush",
             Op::Truncate => "truncate",
             Op::Snapshot => "snapshot",
+            Op::Amend => "amend",
             Op::Length => "length",
             Op::Lock => "lock",
             Op::Create => "create",

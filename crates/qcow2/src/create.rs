@@ -23,7 +23,7 @@ use crate::refcount::set_refcount;
 /// Images with larger clusters than this carry the names of features.
 const FEATURE_NAMES_ABOVE_BYTES: u64 = 4096;
 
-const fn option(
+pub(crate) const fn option(
     name: &'static str,
     kind: OptionKind,
     help: &'static str,

@@ -7,8 +7,9 @@ use std::sync::atomic::Ordering;
 use async_trait::async_trait;
 use blockcore::{
     BackingName, BlockDriver, BlockLimits, BlockStatus, CheckFix, CheckResult, Child, DriverInfo,
-    ErrorKind, IoBuf, IoBufMut, PreparedReopen, ReadFlags, ReopenRequest, Result, SnapshotInfo,
-    SnapshotRequest, SnapshotSelector, SpecificInfo, StatusMode, TruncateRequest, WriteFlags,
+    ErrorKind, IoBuf, IoBufMut, Options, PreparedReopen, ReadFlags, ReopenRequest, Result,
+    SnapshotInfo, SnapshotRequest, SnapshotSelector, SpecificInfo, StatusMode, TruncateRequest,
+    WriteFlags,
 };
 
 use crate::header::{Header, Incompatible};
@@ -90,7 +91,7 @@ impl BlockDriver for Qcow2 {
 
     fn supported_zero_flags(&self) -> WriteFlags {
         // Version 2 can't promise anything: it has no zero clusters.
-        if self.image.version < 3 {
+        if self.image.version() < 3 {
             WriteFlags::empty()
         } else {
             WriteFlags::MAY_UNMAP | WriteFlags::NO_FALLBACK
@@ -133,12 +134,10 @@ impl BlockDriver for Qcow2 {
 
     async fn info(&self) -> Result<DriverInfo> {
         let cluster_size = self.image.cluster_size();
-        // The VM state area begins with the first L1 entry that the disk doesn't need.
-        let table_bytes = cluster_size << self.image.l2_bits();
         Ok(DriverInfo {
             cluster_size,
             subcluster_size: cluster_size,
-            vm_state_offset: self.image.size().next_multiple_of(table_bytes),
+            vm_state_offset: self.image.vm_state_offset(),
             is_dirty: self.header().incompatible.contains(Incompatible::DIRTY),
             unallocated_reads_zero: true,
         })
@@ -180,6 +179,21 @@ impl BlockDriver for Qcow2 {
 
     async fn snapshot_load(&self, which: &SnapshotSelector) -> Result<()> {
         self.image.snapshot_load(which).await
+    }
+
+    async fn load_vmstate(&self, offset: u64, buf: IoBufMut) -> Result<IoBufMut> {
+        let result = self.image.load_vm_state(offset, buf).await;
+        self.settle(result).await
+    }
+
+    async fn save_vmstate(&self, offset: u64, buf: IoBuf) -> Result<()> {
+        let result = self.image.save_vm_state(offset, buf).await;
+        self.settle(result).await
+    }
+
+    async fn amend(&self, options: Options) -> Result<()> {
+        let result = self.image.amend(options).await;
+        self.settle(result).await
     }
 
     fn backing_name(&self) -> Option<BackingName> {

@@ -415,6 +415,26 @@ impl Header {
         out.extend(name);
         Ok(out)
     }
+
+    /// The header in at most one sector, if it fits there with or without the name of the backing file; else that name is to be written to `name_at`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if it doesn't fit into the cluster.
+    pub fn encode_apart(&self, name_at: usize) -> Result<(Vec<u8>, Option<Vec<u8>>)> {
+        let whole = self.encode()?;
+        let Some(backing) = self.backing.as_ref().filter(|_| whole.len() > 512) else {
+            return Ok((whole, None));
+        };
+        let name = backing.filename.clone().into_bytes();
+        if name_at + name.len() > 1 << self.cluster_bits {
+            return Err(BlockError::invalid(
+                "The header does not fit into one cluster",
+            ));
+        }
+        let mut head = whole[..whole.len() - name.len()].to_vec();
+        head[8..16].copy_from_slice(&(name_at as u64).to_be_bytes());
+        Ok((head, Some(name)))
+    }
 }
 
 fn check_compression(kind: u8, features: u64) -> Result<CompressionType> {

@@ -11,7 +11,7 @@
 //!
 //! Whoever looks up a host offset and uses it is inside an epoch (`epoch`) until it is done with it.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock};
 
 use blockcore::orphan::Orphans;
@@ -98,7 +98,8 @@ pub(crate) struct Image {
     pub file: Child,
     pub backing: Option<Child>,
     pub header: Mutex<Header>,
-    pub version: u32,
+    /// 2 or 3; `amend` changes it.
+    pub format_version: AtomicU32,
     pub cluster_bits: u32,
     /// The length of the disk in bytes.
     pub size: AtomicU64,
@@ -133,6 +134,11 @@ pub(crate) struct Image {
 impl Image {
     pub fn cluster_size(&self) -> u64 {
         1 << self.cluster_bits
+    }
+
+    /// The version of the format: 2 or 3.
+    pub fn version(&self) -> u32 {
+        self.format_version.load(Ordering::Acquire)
     }
 
     pub fn size(&self) -> u64 {
@@ -240,7 +246,7 @@ impl Image {
     /// The mapping of a guest cluster, if it can be told without reading the disk. `Some(Err)`: the entry makes no sense.
     fn mapping_now(&self, guest_cluster: u64) -> Option<Result<Mapping, BadEntry>> {
         match self.l2.entry_now(guest_cluster) {
-            Some(entry) => Some(Mapping::decode(entry, self.version, self.cluster_bits)),
+            Some(entry) => Some(Mapping::decode(entry, self.version(), self.cluster_bits)),
             None if self.l1.get(self.l1_index(guest_cluster)) & L1E_OFFSET_MASK == 0 => {
                 Some(Ok(Mapping::Unallocated))
             }
@@ -265,7 +271,7 @@ impl Image {
 
     /// Reads an L2 entry, and marks the image corrupt where it makes no sense.
     pub fn decode(&self, guest_cluster: u64, entry: u64, intent: Intent) -> Result<Mapping> {
-        Mapping::decode(entry, self.version, self.cluster_bits).map_err(|bad| {
+        Mapping::decode(entry, self.version(), self.cluster_bits).map_err(|bad| {
             let l2_index = guest_cluster & ((1 << self.l2_bits()) - 1);
             let table = self.l1.get(self.l1_index(guest_cluster)) & L1E_OFFSET_MASK;
             let at = format!("(L2 offset: {}, L2 index: {})", Hex(table), Hex(l2_index));
@@ -466,7 +472,7 @@ impl Image {
     pub async fn mark_corrupt_on_disk(&self) -> Result<()> {
         let known = self.corrupt.load(Ordering::Acquire) && self.writable.load(Ordering::Acquire);
         let bits = self.header().incompatible;
-        if !known || self.version < 3 || bits.contains(Incompatible::CORRUPT) {
+        if !known || self.version() < 3 || bits.contains(Incompatible::CORRUPT) {
             return Ok(());
         }
         let bits = bits | Incompatible::CORRUPT;

@@ -7,6 +7,7 @@
 //! The driver knows its file and its backing node only as [`blockcore::Child`].
 
 mod alloc;
+mod amend;
 mod check;
 mod commit;
 mod compressed;
@@ -31,6 +32,7 @@ mod shrink;
 pub mod snapshot;
 mod snapshot_ops;
 mod truncate;
+mod vm_state;
 mod write;
 mod write_compressed;
 

@@ -4,7 +4,7 @@
 //! Everything that is read is checked before it is used: the header by `header`, tables when they are loaded. Nothing is written until the first
 //! change, but for what the specification wants a writer to do at once (`prepare_writing`).
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use async_trait::async_trait;
@@ -22,7 +22,7 @@ use crate::image::{INCOMPATIBLE_OFFSET, Image, Owner, be_words};
 use crate::l2_cache::L2Cache;
 use crate::l2_table::L1Table;
 use crate::refcount::Refcounts;
-use crate::{check, create, snapshot};
+use crate::{amend, check, create, snapshot};
 
 /// Bytes in an L2 slice; a whole table where clusters are smaller.
 const SLICE_BYTES_BITS: u32 = 12;
@@ -73,6 +73,10 @@ impl DriverFactory for Qcow2Factory {
         Ok(Box::new(Qcow2 {
             image: Arc::new(image),
         }))
+    }
+
+    fn amend_options(&self) -> &'static [CreateOption] {
+        amend::amend_options()
     }
 
     fn supports_compressed_writes(&self) -> bool {
@@ -131,7 +135,7 @@ pub(crate) async fn open_image(
     Ok(Image {
         file,
         backing,
-        version: header.version,
+        format_version: AtomicU32::new(header.version),
         cluster_bits: bits,
         // Whole sectors, as other readers have it.
         size: AtomicU64::new(header.size / SECTOR_BYTES * SECTOR_BYTES),
@@ -190,7 +194,7 @@ impl Image {
 
     /// Clears what a writer that doesn't know a feature has to clear.
     async fn update_features(&self, header: Header) -> Result<()> {
-        if self.version < 3 || header.autoclear == 0 {
+        if self.version() < 3 || header.autoclear == 0 {
             return Ok(());
         }
         self.write_header_bytes(AUTOCLEAR_OFFSET, 0u64.to_be_bytes().to_vec())

@@ -63,13 +63,19 @@ impl<'a> Overhaul<'a> {
     /// # Errors
     /// Those of the commit, and of metadata I/O.
     pub async fn begin(image: &'a Arc<Image>) -> Result<Overhaul<'a>> {
+        let mut overhaul = Overhaul::prepare(image).await?;
+        overhaul.move_refcounts().await?;
+        Ok(overhaul)
+    }
+
+    async fn prepare(image: &'a Arc<Image>) -> Result<Overhaul<'a>> {
         let no_commits = image.commits.none().await;
         image.commit_now().await?;
         let mut meta = image.meta.lock().await;
         debug_assert!(meta.dirty_slices.is_empty() && meta.dirty_l1.is_empty());
         meta.packed = None;
         let before = meta.refcounts.clone();
-        let mut overhaul = Overhaul {
+        Ok(Overhaul {
             image,
             _no_commits: no_commits,
             meta,
@@ -77,9 +83,82 @@ impl<'a> Overhaul<'a> {
             made: Vec::new(),
             gone: Vec::new(),
             stage: Stage::Building,
-        };
-        overhaul.move_refcounts().await?;
+        })
+    }
+
+    /// As [`begin`](Overhaul::begin), and refcounts are `1 << order` bits wide from here on.
+    ///
+    /// # Errors
+    /// As [`begin`](Overhaul::begin); `InvalidArgument` for a refcount that is too large for that width.
+    pub async fn begin_with_order(image: &'a Arc<Image>, order: u32) -> Result<Overhaul<'a>> {
+        let mut overhaul = Overhaul::prepare(image).await?;
+        overhaul.recount(order).await?;
         Ok(overhaul)
+    }
+
+    /// Copies every refcount to new blocks, which lie behind all that is in use.
+    async fn recount(&mut self, order: u32) -> Result<()> {
+        let bits = self.image.cluster_bits;
+        let entries = self.before.block_entries();
+        let mut end = self
+            .image
+            .file
+            .length()
+            .div_ceil(1 << bits)
+            .max(self.meta.fresh_from);
+        let mut after = Refcounts::new(order, bits, Vec::new(), 0, 0);
+        let mut wanted = std::collections::BTreeSet::new();
+        for number in self.before.existing_blocks() {
+            for cluster in number * entries..(number + 1) * entries {
+                let references = self.before.get(&self.image.file, cluster).await?;
+                if references > after.max_refcount() {
+                    let text = format!(
+                        "Cannot decrease refcount entry width to {} bits: Cluster at offset {:#x} has a refcount of {references}",
+                        1 << order,
+                        cluster << bits
+                    );
+                    return Err(BlockError::invalid(text));
+                }
+                if references > 0 {
+                    wanted.insert(cluster / after.block_entries());
+                    end = end.max(cluster + 1);
+                }
+            }
+        }
+        // The new blocks count themselves, too.
+        let first = end;
+        loop {
+            let needed = first / after.block_entries()
+                ..=(first + wanted.len() as u64) / after.block_entries();
+            let before = wanted.len();
+            wanted.extend(needed);
+            if wanted.len() == before {
+                break;
+            }
+        }
+        let count = wanted.len() as u64;
+        for (number, place) in wanted.into_iter().zip(first..) {
+            after.add_block(number, place << bits)?;
+        }
+        self.make(first << bits, count << bits, Owner::RefcountBlock);
+        self.meta.fresh_from = self.meta.fresh_from.max(first + count);
+        self.meta.refcounts = after;
+        for number in self.before.existing_blocks() {
+            for cluster in number * entries..(number + 1) * entries {
+                let references = self.before.get(&self.image.file, cluster).await?;
+                if references > 0 {
+                    self.set(cluster, references).await?;
+                }
+            }
+            let old = self.before.table()[number as usize];
+            self.leave(old >> bits, 1, false);
+        }
+        for cluster in first..first + count {
+            self.set(cluster, 1).await?;
+        }
+        let (offset, clusters) = (self.before.table_offset, self.before.table_clusters);
+        self.leave(offset >> bits, clusters.into(), false);
+        Ok(())
     }
 
     /// Gives every refcount block a new place, and writes it there.

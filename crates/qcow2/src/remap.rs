@@ -44,7 +44,7 @@ impl Image {
     ) -> Result<()> {
         self.check_sound()?;
         self.check_end(offset + bytes)?;
-        if self.version < 3 && self.backing.is_some() {
+        if self.version() < 3 && self.backing.is_some() {
             // Version 2 has no zero clusters, and an unallocated one would show the backing node.
             return not_supported();
         }
@@ -76,7 +76,7 @@ impl Image {
             return not_supported();
         }
         let unmap = flags.contains(WriteFlags::MAY_UNMAP);
-        let version = self.version;
+        let version = self.version();
         self.remap(first, last + 1, unmap, |mapping, entry| match mapping {
             _ if version < 3 => match mapping {
                 Mapping::Unallocated => Remap::Keep,
@@ -133,14 +133,14 @@ impl Image {
         let whole =
             self.in_cluster(offset) == 0 && (self.in_cluster(end) == 0 || end == self.size());
         // A discard must never bring to light what the backing node has (version 2 has no way to hide it).
-        if !whole || (self.version < 3 && self.backing.is_some()) {
+        if !whole || (self.version() < 3 && self.backing.is_some()) {
             return not_supported();
         }
         self.spawn(offset, end, move |image| async move {
             let _epoch = image.epochs.enter();
             let first = offset >> image.cluster_bits;
             let last = (end - 1) >> image.cluster_bits;
-            let zero = if image.version < 3 { 0 } else { OFLAG_ZERO };
+            let zero = if image.version() < 3 { 0 } else { OFLAG_ZERO };
             let has_backing = image.backing.is_some();
             image
                 .remap(first, last + 1, true, |mapping, _| match mapping {

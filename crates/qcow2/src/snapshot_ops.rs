@@ -105,7 +105,7 @@ impl Image {
         Ok(size)
     }
 
-    async fn snapshot_l1(&self, snapshot: &Snapshot) -> Result<Vec<u64>> {
+    pub(crate) async fn snapshot_l1(&self, snapshot: &Snapshot) -> Result<Vec<u64>> {
         if let Some(fault) = snapshot.l1_fault(self.cluster_size()) {
             return Err(BlockError::new(ErrorKind::InvalidImage, fault));
         }
@@ -164,7 +164,9 @@ impl Image {
         table.snapshots.push(entry);
         overhaul.write_snapshots(&mut header, &table).await?;
         overhaul.write_l1(&mut header, &l1).await?;
-        overhaul.finish(header, l1).await
+        overhaul.finish(header, l1).await?;
+        // It belongs to the snapshot now.
+        self.clear_vm_state(request.vm_state_size).await
     }
 
     async fn snapshot_goto_now(self: Arc<Self>, which: SnapshotSelector) -> Result<()> {
@@ -300,7 +302,11 @@ impl Overhaul<'_> {
     }
 
     /// Writes the snapshot table to a new place.
-    async fn write_snapshots(&mut self, header: &mut Header, table: &SnapshotTable) -> Result<()> {
+    pub async fn write_snapshots(
+        &mut self,
+        header: &mut Header,
+        table: &SnapshotTable,
+    ) -> Result<()> {
         if header.nb_snapshots > 0 {
             self.leave_table(header.snapshots_offset, table.bytes);
         }

@@ -37,7 +37,7 @@ impl Image {
         }
         let old = self.size();
         let snapshots = self.header().nb_snapshots;
-        if self.version < 3 && snapshots > 0 {
+        if self.version() < 3 && snapshots > 0 {
             return Err(BlockError::unsupported(
                 "Can't resize a v2 image which has snapshots",
             ));
@@ -55,7 +55,7 @@ impl Image {
         }
         let whole_clusters = old.next_multiple_of(self.cluster_size()) < request.bytes;
         let shows_backing = self.backing.as_ref().is_some_and(|b| b.length() > old);
-        if self.version < 3 && whole_clusters && shows_backing {
+        if self.version() < 3 && whole_clusters && shows_backing {
             // What appears would show the backing node, and version 2 has no zero clusters to hide it.
             let text = "Failed to zero out new clusters: Operation not supported";
             return Err(BlockError::unsupported(text));
@@ -111,7 +111,7 @@ impl Image {
     }
 
     /// Makes room for L1 entries, at a new place if need be, and notes the new length for the commit.
-    async fn grow_l1(&self, entries: usize) -> Result<()> {
+    pub(crate) async fn grow_l1(&self, entries: usize) -> Result<()> {
         let mut meta = self.meta.lock().await;
         let meta = &mut *meta;
         let have = self.l1.len();
@@ -166,7 +166,7 @@ impl Image {
             }
         }
         // Entries behind the old end are none of this disk's data: another disk's life has left them.
-        let forget = if self.version < 3 { 0 } else { OFLAG_ZERO };
+        let forget = if self.version() < 3 { 0 } else { OFLAG_ZERO };
         let cluster = |offset: u64| offset.div_ceil(self.cluster_size());
         let (first, hidden, end) = (
             cluster(partial_end),

@@ -171,7 +171,7 @@ impl Image {
     }
 
     /// As [`write`](Image::write), whatever the clusters are. The caller holds `changing`.
-    async fn write_allocating(self: Arc<Self>, offset: u64, buf: IoBuf) -> Result<()> {
+    pub(crate) async fn write_allocating(self: Arc<Self>, offset: u64, buf: IoBuf) -> Result<()> {
         let _epoch = self.epochs.enter();
         let end = offset + buf.len() as u64;
         let mut at = offset;

@@ -100,6 +100,7 @@ fn kinds() -> Vec<(&'static str, Vec<Op>, Op)> {
             Op::Resize(9),
         ),
         ("block status", vec![], Op::Status(0..800)),
+        ("other refcounts", vec![write(20, 8, 1)], Op::Width(64)),
         ("taking a snapshot", vec![write(20, 8, 1)], Op::Snapshot(1)),
         (
             "going back to a snapshot",

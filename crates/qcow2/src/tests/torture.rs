@@ -19,7 +19,7 @@ use std::time::Duration;
 use blockcore::testing::fault::{Event, Faults, Rule};
 use blockcore::testing::{CrashDriver, DelayDriver, FaultDriver, Rng, given_up_after};
 use blockcore::{
-    BlockError, Child, ChildRole, ErrorKind, IoBufMut, Node, NodeFlags, ReadFlags, Result,
+    BlockError, Child, ChildRole, ErrorKind, IoBufMut, Node, NodeFlags, Options, ReadFlags, Result,
     SnapshotRequest, SnapshotSelector, StatusMode, TruncateRequest, WriteFlags, chain_status,
 };
 use futures::FutureExt;
@@ -51,6 +51,8 @@ pub(crate) enum Op {
     /// Goes back to it, if it was taken.
     Goto(u32),
     Delete(u32),
+    /// Gives refcounts so many bits.
+    Width(u32),
 }
 
 /// When a request is dropped.
@@ -487,6 +489,11 @@ impl Disk {
             }
             Op::Snapshot(_) | Op::Goto(_) | Op::Delete(_) => {
                 return self.snapshot_request(node, op).await;
+            }
+            Op::Width(bits) => {
+                let mut options = Options::new();
+                options.set("refcount_bits", bits.to_string());
+                node.amend(options).await?;
             }
             Op::Resize(sectors) => {
                 let behind = self.history.change(*sectors..usize::MAX - 2, 0, log_len);
