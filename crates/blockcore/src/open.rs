@@ -295,6 +295,11 @@ impl OpenContext<'_> {
         &self.shared.diagnostics
     }
 
+    /// Whether only what the image says of itself is wanted: neither backing files nor external data files are opened.
+    pub fn is_without_data(&self) -> bool {
+        self.shared.no_backing
+    }
+
     /// The drivers at hand.
     pub fn registry(&self) -> &Registry {
         &self.shared.registry

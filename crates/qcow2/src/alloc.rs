@@ -243,6 +243,32 @@ impl Image {
         blocks.filter(move |b| !meta.refcounts.has_block(b * entries))
     }
 
+    /// Takes places for the data of guest clusters. In an external data file each has its own.
+    ///
+    /// # Errors
+    /// As [`alloc_run`](Image::alloc_run).
+    pub async fn alloc_data(&self, meta: &mut Meta, guest_cluster: u64, count: u64) -> Result<Run> {
+        if !self.has_data_file() {
+            return self.alloc_run(meta, count).await;
+        }
+        Ok(Run {
+            cluster: guest_cluster,
+            count,
+            fresh: false,
+        })
+    }
+
+    /// Gives back what [`alloc_data`](Image::alloc_data) took.
+    ///
+    /// # Errors
+    /// As [`unalloc_run`](Image::unalloc_run).
+    pub async fn unalloc_data(&self, meta: &mut Meta, run: Run) -> Result<()> {
+        match self.has_data_file() {
+            true => Ok(()),
+            false => self.unalloc_run(meta, run).await,
+        }
+    }
+
     /// Gives back clusters that nothing ever pointed at. They can be handed out again at once.
     ///
     /// # Errors
@@ -371,6 +397,10 @@ impl Image {
     /// # Errors
     /// `Corrupt` where they hold metadata.
     pub fn free_mapping(&self, meta: &mut Meta, old: &Mapping, punch: bool) -> Result<()> {
+        if self.has_data_file() {
+            // Nothing is counted there.
+            return Ok(());
+        }
         if let Some((host, bytes)) = old.referenced(self.cluster_size()) {
             // INV QCOW2-META-1: an entry that points at metadata must not make that metadata free, or a hole.
             if let Some(owner) = self.owner_in(host, bytes) {

@@ -372,7 +372,9 @@ impl<'a> Checker<'a> {
                 );
                 self.corruption(line);
             }
-            self.count(host, self.cluster);
+            if !self.header.has_data_file() {
+                self.count(host, self.cluster);
+            }
         }
         Ok(())
     }
@@ -517,7 +519,7 @@ impl<'a> Checker<'a> {
             }
             for entry in self.words(table, self.cluster / 8).await? {
                 let host = entry & L2E_OFFSET_MASK;
-                if entry & OFLAG_COMPRESSED != 0 || host == 0 {
+                if entry & OFLAG_COMPRESSED != 0 || host == 0 || self.header.has_data_file() {
                     continue;
                 }
                 if let Some(refcount) = self.wrong_copied(entry, host, counted).await {

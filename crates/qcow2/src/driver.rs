@@ -47,6 +47,7 @@ impl BlockDriver for Qcow2 {
 
     fn children(&self) -> Vec<&Child> {
         std::iter::once(&self.image.file)
+            .chain(self.image.data.child())
             .chain(&self.image.backing)
             .collect()
     }

@@ -42,6 +42,8 @@ bitflags::bitflags! {
 
 /// The autoclear bit that says that the persistent bitmaps are consistent.
 pub const AUTOCLEAR_BITMAPS: u64 = 1 << 0;
+/// The autoclear bit that says that the external data file reads as the disk does.
+pub const AUTOCLEAR_DATA_FILE_RAW: u64 = 1 << 1;
 
 /// How compressed clusters are compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -467,9 +469,6 @@ fn check_incompatible(features: u64, extensions: &[Extension]) -> Result<Incompa
             "Unsupported qcow2 feature(s): {}",
             names.join(", ")
         ));
-    }
-    if known.contains(Incompatible::DATA_FILE) {
-        return not_yet("Images with an external data file are not supported yet");
     }
     if known.contains(Incompatible::EXTENDED_L2) {
         return not_yet("Images with extended L2 entries (subclusters) are not supported yet");

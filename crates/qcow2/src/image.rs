@@ -23,8 +23,9 @@ use blockcore::{
 
 use crate::alloc::Meta;
 use crate::commit::CommitState;
+use crate::data_file::DataFile;
 use crate::epoch::Epochs;
-use crate::format::{L1E_OFFSET_MASK, L2E_OFFSET_MASK, OFLAG_ZERO};
+use crate::format::{L1E_OFFSET_MASK, L2E_OFFSET_MASK, OFLAG_COPIED, OFLAG_ZERO};
 use crate::header::{CompressionType, Header, Incompatible};
 use crate::inflated::Inflated;
 use crate::l2_cache::{L2Cache, NumberMap, PinnedSlice};
@@ -97,6 +98,7 @@ impl Owner {
 pub(crate) struct Image {
     pub file: Child,
     pub backing: Option<Child>,
+    pub data: DataFile,
     pub header: Mutex<Header>,
     /// 2 or 3; `amend` changes it.
     pub format_version: AtomicU32,
@@ -243,10 +245,21 @@ impl Image {
         there.then(|| be_words(&bytes))
     }
 
+    fn entry_mapping(&self, entry: u64) -> Result<Mapping, BadEntry> {
+        if self.has_data_file() && entry == OFLAG_COPIED {
+            // The first cluster of an external data file.
+            return Ok(Mapping::Data {
+                host: 0,
+                copied: true,
+            });
+        }
+        Mapping::decode(entry, self.version(), self.cluster_bits)
+    }
+
     /// The mapping of a guest cluster, if it can be told without reading the disk. `Some(Err)`: the entry makes no sense.
     fn mapping_now(&self, guest_cluster: u64) -> Option<Result<Mapping, BadEntry>> {
         match self.l2.entry_now(guest_cluster) {
-            Some(entry) => Some(Mapping::decode(entry, self.version(), self.cluster_bits)),
+            Some(entry) => Some(self.entry_mapping(entry)),
             None if self.l1.get(self.l1_index(guest_cluster)) & L1E_OFFSET_MASK == 0 => {
                 Some(Ok(Mapping::Unallocated))
             }
@@ -271,7 +284,7 @@ impl Image {
 
     /// Reads an L2 entry, and marks the image corrupt where it makes no sense.
     pub fn decode(&self, guest_cluster: u64, entry: u64, intent: Intent) -> Result<Mapping> {
-        Mapping::decode(entry, self.version(), self.cluster_bits).map_err(|bad| {
+        self.entry_mapping(entry).map_err(|bad| {
             let l2_index = guest_cluster & ((1 << self.l2_bits()) - 1);
             let table = self.l1.get(self.l1_index(guest_cluster)) & L1E_OFFSET_MASK;
             let at = format!("(L2 offset: {}, L2 index: {})", Hex(table), Hex(l2_index));
@@ -398,6 +411,9 @@ impl Image {
 
     /// INV QCOW2-META-1: refuses a write of guest data over metadata, and marks the image corrupt.
     pub fn check_data_write(&self, host: u64, bytes: u64) -> Result<()> {
+        if self.has_data_file() {
+            return Ok(());
+        }
         match self.owner_in(host, bytes) {
             None => Ok(()),
             Some(owner) => Err(self.refuse_overlap(host, owner)),

@@ -12,6 +12,7 @@ mod check;
 mod commit;
 mod compressed;
 mod create;
+mod data_file;
 mod driver;
 mod epoch;
 pub mod extension;

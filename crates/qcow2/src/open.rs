@@ -15,9 +15,10 @@ use blockcore::{
 
 use crate::alloc::Meta;
 use crate::commit::CommitState;
+use crate::data_file::DataFile;
 use crate::driver::Qcow2;
 use crate::format::{L1E_OFFSET_MASK, MAGIC};
-use crate::header::{Header, Incompatible};
+use crate::header::{AUTOCLEAR_DATA_FILE_RAW, Header, Incompatible};
 use crate::image::{INCOMPATIBLE_OFFSET, Image, Owner, be_words};
 use crate::l2_cache::L2Cache;
 use crate::l2_table::L1Table;
@@ -65,7 +66,9 @@ impl DriverFactory for Qcow2Factory {
             header.check_writable()?;
         }
         let backing = ctx.open_backing(options, header.backing.as_ref()).await?;
-        let image = open_image(file, backing, header, ctx.diagnostics().clone()).await?;
+        let data = DataFile::open(ctx, options, &header).await?;
+        let mut image = open_image(file, backing, header, ctx.diagnostics().clone()).await?;
+        image.data = data;
         if writable {
             image.prepare_writing().await?;
             image.writable.store(true, Ordering::Release);
@@ -135,6 +138,7 @@ pub(crate) async fn open_image(
     Ok(Image {
         file,
         backing,
+        data: DataFile::Inside,
         format_version: AtomicU32::new(header.version),
         cluster_bits: bits,
         // Whole sectors, as other readers have it.
@@ -194,12 +198,16 @@ impl Image {
 
     /// Clears what a writer that doesn't know a feature has to clear.
     async fn update_features(&self, header: Header) -> Result<()> {
-        if self.version() < 3 || header.autoclear == 0 {
+        let known = match header.has_data_file() {
+            true => header.autoclear & AUTOCLEAR_DATA_FILE_RAW,
+            false => 0,
+        };
+        if self.version() < 3 || header.autoclear == known {
             return Ok(());
         }
-        self.write_header_bytes(AUTOCLEAR_OFFSET, 0u64.to_be_bytes().to_vec())
+        self.write_header_bytes(AUTOCLEAR_OFFSET, known.to_be_bytes().to_vec())
             .await?;
-        self.header().autoclear = 0;
+        self.header().autoclear = known;
         Ok(())
     }
 

@@ -75,6 +75,7 @@ impl Image {
         if (head > 0 || tail > 0) && !self.may_widen(first, last, offset, head, end, tail).await? {
             return not_supported();
         }
+        self.zero_raw_data(offset, bytes, flags).await?;
         let unmap = flags.contains(WriteFlags::MAY_UNMAP);
         let version = self.version();
         self.remap(first, last + 1, unmap, |mapping, entry| match mapping {
@@ -91,7 +92,11 @@ impl Image {
             Mapping::ZeroAllocated { .. } => Remap::Keep,
             Mapping::Data { .. } => Remap::Set(entry | OFLAG_ZERO),
         })
-        .await
+        .await?;
+        if unmap && head == 0 {
+            self.discard_data(offset, bytes).await;
+        }
+        Ok(())
     }
 
     /// Whether what a request leaves out of its one cluster, in front of it and behind it, reads as zero. The caller holds `changing`.
@@ -138,6 +143,9 @@ impl Image {
         }
         self.spawn(offset, end, move |image| async move {
             let _epoch = image.epochs.enter();
+            image
+                .zero_raw_data(offset, bytes, WriteFlags::MAY_UNMAP)
+                .await?;
             let first = offset >> image.cluster_bits;
             let last = (end - 1) >> image.cluster_bits;
             let zero = if image.version() < 3 { 0 } else { OFLAG_ZERO };
@@ -149,7 +157,9 @@ impl Image {
                     Mapping::Unallocated => Remap::Keep,
                     _ => Remap::Replace(zero),
                 })
-                .await
+                .await?;
+            image.discard_data(offset, bytes).await;
+            Ok(())
         })
         .await
     }

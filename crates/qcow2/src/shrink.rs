@@ -9,7 +9,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use blockcore::{BlockError, DebugEvent, Result, TruncateRequest};
+use blockcore::{BlockError, DebugEvent, Preallocation, Result, TruncateRequest};
 
 use crate::alloc::Meta;
 use crate::commit::Growth;
@@ -44,6 +44,7 @@ impl Image {
         self.drop_empty_blocks().await?;
         // For what that has freed.
         self.commit().await?;
+        self.resize_data(old, new, Preallocation::Off).await?;
         self.cut_file().await
     }
 

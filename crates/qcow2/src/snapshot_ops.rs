@@ -39,7 +39,7 @@ impl Image {
     /// `Unsupported` for images with an external data file; `InvalidArgument` where refcounts are too narrow; `InvalidImage` at the format's limits.
     pub async fn snapshot_create(self: &Arc<Self>, request: SnapshotRequest) -> Result<()> {
         self.check_sound()?;
-        self.check_snapshots_possible()?;
+        self.check_no_data_file()?;
         let work = |image: Arc<Image>| async move { image.snapshot_create_now(request).await };
         self.spawn_alone(0, MAX_LENGTH_BYTES, work).await
     }
@@ -50,7 +50,7 @@ impl Image {
     /// `NotFound`; as [`snapshot_create`](Image::snapshot_create).
     pub async fn snapshot_goto(self: &Arc<Self>, which: &SnapshotSelector) -> Result<()> {
         self.check_sound()?;
-        self.check_snapshots_possible()?;
+        self.check_no_data_file()?;
         let which = which.clone();
         let work = |image: Arc<Image>| async move { image.snapshot_goto_now(which).await };
         self.spawn_alone(0, MAX_LENGTH_BYTES, work).await
@@ -62,7 +62,7 @@ impl Image {
     /// As [`snapshot_goto`](Image::snapshot_goto).
     pub async fn snapshot_delete(self: &Arc<Self>, which: &SnapshotSelector) -> Result<()> {
         self.check_sound()?;
-        self.check_snapshots_possible()?;
+        self.check_no_data_file()?;
         let which = which.clone();
         let work = |image: Arc<Image>| async move { image.snapshot_delete_now(which).await };
         self.spawn_alone(0, MAX_LENGTH_BYTES, work).await
@@ -81,13 +81,6 @@ impl Image {
         self.l1.replace(l1);
         self.l2.clear().await;
         self.size.store(size, Ordering::Release);
-        Ok(())
-    }
-
-    fn check_snapshots_possible(&self) -> Result<()> {
-        if self.header().incompatible.contains(Incompatible::DATA_FILE) {
-            return Err(BlockError::from_errno(libc::ENOTSUP));
-        }
         Ok(())
     }
 

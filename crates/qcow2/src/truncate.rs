@@ -77,8 +77,12 @@ impl Image {
         }
     }
 
-    async fn grow(self: &Arc<Self>, request: TruncateRequest) -> Result<()> {
+    async fn grow(self: &Arc<Self>, mut request: TruncateRequest) -> Result<()> {
         let (old, new) = (self.size(), request.bytes);
+        if self.header().is_data_file_raw() && request.preallocation == Preallocation::Off {
+            // What reads as the disk does is the disk: every cluster of it is in use.
+            request.preallocation = Preallocation::Metadata;
+        }
         let table_bytes = 1u64 << (self.l2_bits() + self.cluster_bits);
         let l1_entries = new.div_ceil(table_bytes);
         if l1_entries * 8 > MAX_L1_BYTES {
@@ -88,6 +92,7 @@ impl Image {
         {
             let _epoch = self.epochs.enter();
             self.grow_l1(l1_entries as usize).await?;
+            self.resize_data(old, new, request.preallocation).await?;
             self.zero_new_area(old, new).await?;
             if request.preallocation != Preallocation::Off {
                 self.preallocate(old, new, request.preallocation).await?;
@@ -199,17 +204,20 @@ impl Image {
             let run = {
                 let mut meta = self.meta.lock().await;
                 self.ensure_l2_table(&mut meta, self.l1_index(at)).await?;
-                self.alloc_run(&mut meta, count).await?
+                self.alloc_data(&mut meta, at, count).await?
             };
             if let Err(e) = self.fill_with_zeroes(run, mode).await {
                 let mut meta = self.meta.lock().await;
-                self.unalloc_run(&mut meta, run).await?;
+                self.unalloc_data(&mut meta, run).await?;
                 return Err(e);
             }
             let mut meta = self.meta.lock().await;
             self.link_preallocated(&mut meta, at, run).await?;
             at += count;
             last = Some(run);
+        }
+        if self.has_data_file() {
+            return Ok(());
         }
         let unused = (end << self.cluster_bits) - new;
         if let (Some(run), Preallocation::Metadata, 1..) = (last, mode, unused) {
@@ -227,6 +235,10 @@ impl Image {
     }
 
     async fn fill_with_zeroes(&self, run: Run, mode: Preallocation) -> Result<()> {
+        if self.has_data_file() {
+            // It has been made longer as was asked for.
+            return Ok(());
+        }
         let (host, bytes) = (
             run.cluster << self.cluster_bits,
             run.count << self.cluster_bits,
@@ -258,7 +270,9 @@ impl Image {
         first: u64,
         run: Run,
     ) -> Result<()> {
-        meta.needs_file_to(run, self.cluster_bits);
+        if !self.has_data_file() {
+            meta.needs_file_to(run, self.cluster_bits);
+        }
         for i in 0..run.count {
             let host = (run.cluster + i) << self.cluster_bits;
             let old = self.set_entry(meta, first + i, host | OFLAG_COPIED).await?;

@@ -38,6 +38,7 @@ impl Image {
     /// # Errors
     /// As [`read`](Image::read); `InvalidArgument` for a range past what the format can address.
     pub async fn load_vm_state(self: &Arc<Self>, offset: u64, buf: IoBufMut) -> Result<IoBufMut> {
+        self.check_no_data_file()?;
         let (start, _) = self.vm_state_range(offset, buf.len() as u64)?;
         self.file.debug_event(DebugEvent::VmstateLoad).await;
         self.read(start, buf).await
@@ -52,6 +53,7 @@ impl Image {
         if !self.writable.load(std::sync::atomic::Ordering::Acquire) {
             return Err(BlockError::new(ErrorKind::ReadOnly, "").errno_is(libc::EPERM));
         }
+        self.check_no_data_file()?;
         let (start, end) = self.vm_state_range(offset, buf.len() as u64)?;
         self.file.debug_event(DebugEvent::VmstateSave).await;
         self.spawn(start, end, move |image| async move {
@@ -64,6 +66,9 @@ impl Image {
 
     /// Forgets what the area of the active layer holds. The caller holds `changing` over it.
     pub(crate) async fn clear_vm_state(self: &Arc<Self>, bytes: u64) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
         let (start, end) = self.vm_state_range(0, bytes)?;
         let _epoch = self.epochs.enter();
         let (first, end) = (

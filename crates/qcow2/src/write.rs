@@ -139,7 +139,11 @@ impl Image {
             };
             let host = host + self.in_cluster(at);
             // INV REQ-PARK-1: a write that makes the file longer is not for the caller's own future, since a commit may have to wait for it.
-            if (host + n).next_multiple_of(self.cluster_size()) > self.file.length() {
+            let needed = match self.has_data_file() {
+                true => host + n,
+                false => (host + n).next_multiple_of(self.cluster_size()),
+            };
+            if needed > self.storage()?.length() {
                 return Ok(None);
             }
             runs.push((host, n));
@@ -152,7 +156,10 @@ impl Image {
         if let [(host, bytes)] = *runs {
             self.check_data_write(host, bytes)?;
             self.file.debug_event(DebugEvent::WriteAio).await;
-            return self.file.pwritev(host, buf, WriteFlags::empty()).await;
+            return self
+                .storage()?
+                .pwritev(host, buf, WriteFlags::empty())
+                .await;
         }
         let mut writes = FuturesUnordered::new();
         let mut done = 0;
@@ -161,7 +168,7 @@ impl Image {
             let part = buf.slice(done..done + bytes as usize);
             done += bytes as usize;
             self.file.debug_event(DebugEvent::WriteAio).await;
-            writes.push(self.file.pwritev(host, part, WriteFlags::empty()));
+            writes.push(self.storage()?.pwritev(host, part, WriteFlags::empty()));
         }
         let mut result = Ok(());
         while let Some(one) = writes.next().await {
@@ -240,7 +247,7 @@ impl Image {
             let mut meta = self.meta.lock().await;
             self.ensure_l2_table(&mut meta, self.l1_index(first))
                 .await?;
-            self.alloc_run(&mut meta, count).await?
+            self.alloc_data(&mut meta, first, count).await?
         };
         let sparse = run.fresh && (self.in_cluster(at) | bytes) & (self.cluster_size() - 1) != 0;
         let filled = async {
@@ -254,7 +261,7 @@ impl Image {
         };
         if let Err(e) = filled.await {
             let mut meta = self.meta.lock().await;
-            self.unalloc_run(&mut meta, run).await?;
+            self.unalloc_data(&mut meta, run).await?;
             return Err(e);
         }
         self.link_run(first, run, sparse).await
@@ -264,7 +271,11 @@ impl Image {
     async fn fill_run(self: &Arc<Self>, at: u64, buf: IoBuf, run: Run) -> Result<()> {
         let end = at + buf.len() as u64;
         let head_bytes = self.in_cluster(at);
-        let tail_bytes = end.next_multiple_of(self.cluster_size()) - end;
+        let mut tail_bytes = end.next_multiple_of(self.cluster_size()) - end;
+        if self.has_data_file() {
+            // It is as long as the disk.
+            tail_bytes = tail_bytes.min(self.size().saturating_sub(end));
+        }
         let head = self
             .cow_part(at - head_bytes, head_bytes, run.fresh)
             .await?;
@@ -280,7 +291,9 @@ impl Image {
         all.append(tail.unwrap_or_default());
         self.check_data_write(start, all.len() as u64)?;
         self.file.debug_event(DebugEvent::WriteAio).await;
-        self.file.pwritev(start, all, WriteFlags::empty()).await
+        self.storage()?
+            .pwritev(start, all, WriteFlags::empty())
+            .await
     }
 
     /// What a guest range inside one cluster reads as. `None`: zero, and `fresh` clusters read as zero without being written.
@@ -324,7 +337,9 @@ impl Image {
         let mut meta = self.meta.lock().await;
         self.ensure_l2_table(&mut meta, self.l1_index(first))
             .await?;
-        meta.needs_file_to(run, self.cluster_bits);
+        if !self.has_data_file() {
+            meta.needs_file_to(run, self.cluster_bits);
+        }
         if sparse {
             meta.reserve_later(run, self.cluster_bits);
         }
