@@ -392,7 +392,7 @@ impl Image {
         Ok(old)
     }
 
-    /// Notes that the host clusters of a mapping lost the reference of an L2 entry.
+    /// Notes that the host clusters of a mapping lost the reference of an L2 entry; with `punch`, since the guest doesn't need them.
     ///
     /// # Errors
     /// `Corrupt` where they hold metadata.
@@ -408,7 +408,12 @@ impl Image {
             }
             let first = host >> self.cluster_bits;
             let end = (host + bytes).div_ceil(self.cluster_size());
-            meta.free_later(first, end - first, punch);
+            let runtime = self.runtime();
+            let passes = match punch {
+                true => runtime.pass_discard_request,
+                false => runtime.pass_discard_other,
+            };
+            meta.free_later(first, end - first, passes);
         }
         Ok(())
     }

@@ -87,7 +87,11 @@ impl DataFile {
         if ctx.is_without_data() && !options.has_subtree("data-file") {
             return Ok(DataFile::NotOpened);
         }
-        let name = header.data_file_name();
+        // A plain file name, whatever it looks like: no protocol, no options.
+        let name = header.data_file_name().map(|name| match name {
+            name if name.contains(':') && !name.starts_with('/') => format!("./{name}"),
+            name => name,
+        });
         let role = ChildRole::Data;
         let child = ctx.open_child("data-file", role, options, name.as_deref());
         match child.await? {

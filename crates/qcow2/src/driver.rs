@@ -14,6 +14,7 @@ use blockcore::{
 
 use crate::header::{Header, Incompatible};
 use crate::image::Image;
+use crate::runtime::RuntimeOptions;
 use crate::{check, info, snapshot};
 
 /// An open qcow2 image.
@@ -210,12 +211,17 @@ impl BlockDriver for Qcow2 {
     }
 
     async fn reopen_prepare(&self, request: &mut ReopenRequest) -> Result<Box<dyn PreparedReopen>> {
-        struct Prepared(Arc<Image>, bool);
+        struct Prepared(Arc<Image>, bool, RuntimeOptions);
         impl PreparedReopen for Prepared {
             fn commit(self: Box<Self>) {
+                self.0.set_runtime(self.2);
                 self.0.writable.store(self.1, Ordering::Release);
             }
         }
+        let before = self.image.runtime().clone();
+        let mut runtime = before.clone();
+        runtime.take(&mut request.options, &self.header())?;
+        runtime.check_change(&before)?;
         let writable = !request.read_only;
         if writable && !self.image.writable.load(Ordering::Acquire) {
             self.image.prepare_writing().await?;
@@ -226,7 +232,7 @@ impl BlockDriver for Qcow2 {
             // Once more for what the first has freed: a reader may have ended since, and later nothing can be written.
             self.image.commit().await?;
         }
-        Ok(Box::new(Prepared(self.image.clone(), writable)))
+        Ok(Box::new(Prepared(self.image.clone(), writable, runtime)))
     }
 
     async fn close(&self) -> Result<()> {

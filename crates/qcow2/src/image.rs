@@ -12,7 +12,7 @@
 //! Whoever looks up a host offset and uses it is inside an epoch (`epoch`) until it is done with it.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard};
 
 use blockcore::orphan::Orphans;
 use blockcore::tracked::TrackedRequests;
@@ -30,6 +30,7 @@ use crate::header::{CompressionType, Header, Incompatible};
 use crate::inflated::Inflated;
 use crate::l2_cache::{L2Cache, NumberMap, PinnedSlice};
 use crate::l2_table::{BadEntry, L1Table, Mapping};
+use crate::runtime::RuntimeOptions;
 
 /// Byte offset of the incompatible feature bits in the header.
 pub(crate) const INCOMPATIBLE_OFFSET: u64 = 72;
@@ -75,6 +76,7 @@ pub(crate) enum Owner {
     RefcountBlock,
     SnapshotTable,
     InactiveL1,
+    InactiveL2,
     /// Two structures claim it: nothing may be written there.
     Disputed,
 }
@@ -89,6 +91,7 @@ impl Owner {
             Owner::RefcountBlock => "refcount block",
             Owner::SnapshotTable => "snapshot table",
             Owner::InactiveL1 => "inactive L1 table",
+            Owner::InactiveL2 => "inactive L2 table",
             Owner::Disputed => "disputed metadata",
         }
     }
@@ -123,6 +126,8 @@ pub(crate) struct Image {
     /// Corruption was found since the image was opened, and somebody was told.
     pub corruption_said: AtomicBool,
     pub writable: AtomicBool,
+    /// How this writer works.
+    pub runtime: RwLock<RuntimeOptions>,
     /// What the header on disk says is not known: see `overhaul`. Nothing is written any more.
     pub uncertain: AtomicBool,
     pub diagnostics: Diagnostics,
@@ -409,14 +414,23 @@ impl Image {
             .find_map(|c| owned.get(&c).copied())
     }
 
+    /// How this writer works. Not to be held over an await.
+    pub fn runtime(&self) -> RwLockReadGuard<'_, RuntimeOptions> {
+        self.runtime
+            .read()
+            .expect("no code panics while it holds this lock")
+    }
+
     /// INV QCOW2-META-1: refuses a write of guest data over metadata, and marks the image corrupt.
     pub fn check_data_write(&self, host: u64, bytes: u64) -> Result<()> {
         if self.has_data_file() {
             return Ok(());
         }
         match self.owner_in(host, bytes) {
-            None => Ok(()),
-            Some(owner) => Err(self.refuse_overlap(host, owner)),
+            Some(owner) if self.runtime().overlap_checks.includes(owner) => {
+                Err(self.refuse_overlap(host, owner))
+            }
+            _ => Ok(()),
         }
     }
 

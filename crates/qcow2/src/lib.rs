@@ -29,6 +29,7 @@ mod overhaul;
 mod read;
 mod refcount;
 mod remap;
+mod runtime;
 mod shrink;
 pub mod snapshot;
 mod snapshot_ops;

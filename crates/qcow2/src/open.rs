@@ -5,7 +5,7 @@
 //! change, but for what the specification wants a writer to do at once (`prepare_writing`).
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 use async_trait::async_trait;
 use blockcore::{
@@ -23,12 +23,8 @@ use crate::image::{INCOMPATIBLE_OFFSET, Image, Owner, be_words};
 use crate::l2_cache::L2Cache;
 use crate::l2_table::L1Table;
 use crate::refcount::Refcounts;
+use crate::runtime::{OverlapChecks, RuntimeOptions};
 use crate::{amend, check, create, snapshot};
-
-/// Bytes in an L2 slice; a whole table where clusters are smaller.
-const SLICE_BYTES_BITS: u32 = 12;
-/// What the L2 cache holds at most, in bytes: the tables of 256 GiB with the usual cluster size. Memory is used as slices are.
-const L2_CACHE_BYTES: usize = 32 << 20;
 
 /// Byte offset of the autoclear feature bits in the header.
 const AUTOCLEAR_OFFSET: u64 = 88;
@@ -65,9 +61,12 @@ impl DriverFactory for Qcow2Factory {
         if writable {
             header.check_writable()?;
         }
+        let mut runtime = RuntimeOptions::new(header.cluster_bits);
+        runtime.take(options, &header)?;
         let backing = ctx.open_backing(options, header.backing.as_ref()).await?;
         let data = DataFile::open(ctx, options, &header).await?;
-        let mut image = open_image(file, backing, header, ctx.diagnostics().clone()).await?;
+        let diagnostics = ctx.diagnostics().clone();
+        let mut image = open_with(file, backing, header, runtime, diagnostics).await?;
         image.data = data;
         if writable {
             image.prepare_writing().await?;
@@ -100,10 +99,22 @@ impl DriverFactory for Qcow2Factory {
     }
 }
 
+/// Opens an image as it is opened where nothing else is said.
 pub(crate) async fn open_image(
     file: Child,
     backing: Option<Child>,
     header: Header,
+    diagnostics: blockcore::Diagnostics,
+) -> Result<Image> {
+    let runtime = RuntimeOptions::new(header.cluster_bits);
+    open_with(file, backing, header, runtime, diagnostics).await
+}
+
+async fn open_with(
+    file: Child,
+    backing: Option<Child>,
+    header: Header,
+    runtime: RuntimeOptions,
     diagnostics: blockcore::Diagnostics,
 ) -> Result<Image> {
     let bits = header.cluster_bits;
@@ -112,7 +123,7 @@ pub(crate) async fn open_image(
     let table_entries = (header.refcount_table_clusters as usize) << (bits - 3);
     let table = read_table(&file, header.refcount_table_offset, table_entries).await?;
     let end = file.length().div_ceil(1 << bits);
-    let slice_bits = SLICE_BYTES_BITS.min(bits) - 3;
+    let slice_bits = runtime.slice_bytes_bits - 3;
     let order = header.refcount_order;
     let meta = Meta {
         refcounts: Refcounts::new(
@@ -121,6 +132,7 @@ pub(crate) async fn open_image(
             table,
             header.refcount_table_offset,
             header.refcount_table_clusters,
+            runtime.refcount_cache_bytes,
         ),
         dirty_slices: Default::default(),
         dirty_l1: Default::default(),
@@ -145,7 +157,7 @@ pub(crate) async fn open_image(
         size: AtomicU64::new(header.size / SECTOR_BYTES * SECTOR_BYTES),
         compression: header.compression_type,
         l1: L1Table::new(l1),
-        l2: L2Cache::new(L2_CACHE_BYTES, slice_bits),
+        l2: L2Cache::new(runtime.l2_cache_bytes, slice_bits),
         meta: tokio::sync::Mutex::new(meta),
         owned: Default::default(),
         changing: Default::default(),
@@ -158,6 +170,7 @@ pub(crate) async fn open_image(
         corruption_said: AtomicBool::new(false),
         writable: AtomicBool::new(false),
         uncertain: AtomicBool::new(false),
+        runtime: RwLock::new(runtime),
         diagnostics,
         metadata_preallocated: OnceLock::new(),
         zero_from: end << bits,
@@ -260,6 +273,27 @@ impl Image {
                     u64::from(s.l1_size) * 8,
                     Owner::InactiveL1,
                 );
+            }
+            if self
+                .runtime()
+                .overlap_checks
+                .contains(OverlapChecks::INACTIVE_L2)
+            {
+                self.find_inactive_l2(&table).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Says where the L2 tables are that only snapshots use.
+    async fn find_inactive_l2(&self, table: &snapshot::SnapshotTable) -> Result<()> {
+        for s in &table.snapshots {
+            for entry in self.snapshot_l1(s).await? {
+                let host = entry & L1E_OFFSET_MASK;
+                let is_table = host != 0 && host & (self.cluster_size() - 1) == 0;
+                if is_table && self.owner_in(host, 1).is_none() {
+                    self.own(host, self.cluster_size(), Owner::InactiveL2);
+                }
             }
         }
         Ok(())

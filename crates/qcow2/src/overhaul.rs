@@ -106,7 +106,7 @@ impl<'a> Overhaul<'a> {
             .length()
             .div_ceil(1 << bits)
             .max(self.meta.fresh_from);
-        let mut after = Refcounts::new(order, bits, Vec::new(), 0, 0);
+        let mut after = Refcounts::new(order, bits, Vec::new(), 0, 0, self.before.cache_bytes);
         let mut wanted = std::collections::BTreeSet::new();
         for number in self.before.existing_blocks() {
             for cluster in number * entries..(number + 1) * entries {
@@ -197,6 +197,7 @@ impl<'a> Overhaul<'a> {
 
     /// Notes that clusters, each of which has one reference left, are not reached from the new tree.
     fn leave(&mut self, cluster: u64, count: u64, punch: bool) {
+        let punch = punch && self.image.runtime().pass_discard_snapshot;
         match self.gone.last_mut() {
             Some(last) if last.punch == punch && last.cluster + last.count == cluster => {
                 last.count += count;

@@ -14,8 +14,6 @@ use crate::l2_cache::NumberMap;
 
 /// The granularity in which changes of a block are written, in bytes.
 const WRITE_GRAIN_BYTES: usize = 512;
-/// What the cache holds beside changed blocks, in bytes; at least four blocks.
-const CACHE_BYTES: usize = 1 << 20;
 
 /// One refcount block, as on disk.
 #[derive(Clone, Debug)]
@@ -52,6 +50,8 @@ pub(crate) struct Refcounts {
     pub dirty_entries: BTreeSet<usize>,
     blocks: NumberMap<Block>,
     clock: u64,
+    /// What is kept beside changed blocks, in bytes; at least four blocks.
+    pub cache_bytes: usize,
 }
 
 impl Refcounts {
@@ -62,6 +62,7 @@ impl Refcounts {
         table: Vec<u64>,
         table_offset: u64,
         table_clusters: u32,
+        cache_bytes: usize,
     ) -> Refcounts {
         Refcounts {
             order,
@@ -72,6 +73,7 @@ impl Refcounts {
             dirty_entries: BTreeSet::new(),
             blocks: NumberMap::default(),
             clock: 0,
+            cache_bytes,
         }
     }
 
@@ -273,7 +275,7 @@ impl Refcounts {
     }
 
     fn evict(&mut self) {
-        let capacity = (CACHE_BYTES >> self.cluster_bits).max(4);
+        let capacity = (self.cache_bytes >> self.cluster_bits).max(4);
         while self.blocks.len() >= capacity {
             let idle = self
                 .blocks

@@ -27,6 +27,25 @@ pub(crate) enum Remap {
     Replace(u64),
 }
 
+/// Host clusters that keep their place (`discard-no-unref`).
+#[derive(Debug, Default)]
+struct Kept(std::sync::Mutex<Vec<u64>>);
+
+impl Kept {
+    fn note(&self, host: u64) {
+        let mut clusters = self
+            .0
+            .lock()
+            .expect("no code panics while it holds this lock");
+        clusters.push(host);
+    }
+
+    fn into_clusters(self) -> Vec<u64> {
+        let clusters = self.0.into_inner();
+        clusters.expect("no code panics while it holds this lock")
+    }
+}
+
 fn not_supported<T>() -> Result<T> {
     Err(BlockError::from_errno(libc::EOPNOTSUPP))
 }
@@ -78,6 +97,8 @@ impl Image {
         self.zero_raw_data(offset, bytes, flags).await?;
         let unmap = flags.contains(WriteFlags::MAY_UNMAP);
         let version = self.version();
+        let keeps = self.runtime().discard_no_unref && version >= 3;
+        let kept = Kept::default();
         self.remap(first, last + 1, unmap, |mapping, entry| match mapping {
             _ if version < 3 => match mapping {
                 Mapping::Unallocated => Remap::Keep,
@@ -86,6 +107,13 @@ impl Image {
             Mapping::ZeroPlain => Remap::Keep,
             Mapping::Unallocated => Remap::Set(OFLAG_ZERO),
             Mapping::Compressed(_) => Remap::Replace(OFLAG_ZERO),
+            Mapping::ZeroAllocated { host, copied: true }
+            | Mapping::Data { host, copied: true }
+                if unmap && keeps =>
+            {
+                kept.note(host);
+                Remap::Set(entry | OFLAG_ZERO)
+            }
             Mapping::ZeroAllocated { .. } | Mapping::Data { .. } if unmap => {
                 Remap::Replace(OFLAG_ZERO)
             }
@@ -93,6 +121,7 @@ impl Image {
             Mapping::Data { .. } => Remap::Set(entry | OFLAG_ZERO),
         })
         .await?;
+        self.punch_kept(kept).await;
         if unmap && head == 0 {
             self.discard_data(offset, bytes).await;
         }
@@ -150,18 +179,43 @@ impl Image {
             let last = (end - 1) >> image.cluster_bits;
             let zero = if image.version() < 3 { 0 } else { OFLAG_ZERO };
             let has_backing = image.backing.is_some();
+            let keeps = image.runtime().discard_no_unref && image.version() >= 3;
+            let kept = Kept::default();
             image
-                .remap(first, last + 1, true, |mapping, _| match mapping {
+                .remap(first, last + 1, true, |mapping, entry| match mapping {
+                    Mapping::ZeroAllocated { host, copied: true }
+                    | Mapping::Data { host, copied: true }
+                        if keeps =>
+                    {
+                        kept.note(host);
+                        Remap::Set(entry | OFLAG_ZERO)
+                    }
                     Mapping::ZeroPlain => Remap::Keep,
                     Mapping::Unallocated if has_backing => Remap::Set(zero),
                     Mapping::Unallocated => Remap::Keep,
                     _ => Remap::Replace(zero),
                 })
                 .await?;
+            image.punch_kept(kept).await;
             image.discard_data(offset, bytes).await;
             Ok(())
         })
         .await
+    }
+
+    /// Punches holes where clusters keep their place though they read as zero. The caller holds `changing`, so nobody is given them for new data meanwhile.
+    /// That the entries may be durable only later is no harm: the guest said that it needs nothing of this.
+    async fn punch_kept(&self, kept: Kept) {
+        if self.has_data_file() || !self.runtime().pass_discard_request {
+            return;
+        }
+        for host in kept.into_clusters() {
+            if self.owner_in(host, self.cluster_size()).is_none()
+                && let Err(e) = self.file.pdiscard(host, self.cluster_size()).await
+            {
+                tracing::debug!("no hole at {host:#x}: {e}");
+            }
+        }
     }
 
     /// Commits if much has piled up. The caller holds no lock.
