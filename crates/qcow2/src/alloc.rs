@@ -19,6 +19,7 @@ use crate::commit::{Growth, MovedTable};
 use crate::format::{L1E_OFFSET_MASK, L2E_OFFSET_MASK, OFLAG_COPIED};
 use crate::image::{Hex, Image, Intent, Owner};
 use crate::l2_cache::PinnedSlice;
+use crate::l2_entry::L2Entry;
 use crate::l2_table::Mapping;
 use crate::refcount::Refcounts;
 
@@ -380,7 +381,7 @@ impl Image {
         self: &Arc<Self>,
         meta: &mut Meta,
         guest_cluster: u64,
-        entry: u64,
+        entry: L2Entry,
     ) -> Result<Mapping> {
         let (number, index) = self.l2.locate(guest_cluster);
         let Some(slice) = self.slice(number).await? else {

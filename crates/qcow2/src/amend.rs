@@ -17,6 +17,7 @@ use crate::extension::{self, Extension};
 use crate::format::{L1E_OFFSET_MASK, OFLAG_COMPRESSED, OFLAG_ZERO};
 use crate::header::{Compatible, CompressionType, Header, Incompatible};
 use crate::image::{Image, Intent};
+use crate::l2_entry::L2Entry;
 use crate::l2_table::Mapping;
 use crate::overhaul::Overhaul;
 use crate::remap::Remap;
@@ -268,7 +269,9 @@ impl Image {
         if self.backing.is_none() {
             return self
                 .remap(0, clusters, false, |mapping, _| match mapping {
-                    Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => Remap::Replace(0),
+                    Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => {
+                        Remap::Replace(L2Entry::default())
+                    }
                     _ => Remap::Keep,
                 })
                 .await;

@@ -206,6 +206,13 @@ impl<'a> Checker<'a> {
             .collect())
     }
 
+    /// The entries of an L2 table, of those that have two words the first.
+    async fn l2_entries(&self, table: u64) -> Result<Vec<u64>> {
+        let words = self.words(table, self.cluster / 8).await?;
+        let entry_words = 1 + usize::from(self.header.has_extended_l2());
+        Ok(words.into_iter().step_by(entry_words).collect())
+    }
+
     /// One more reference to each cluster that a range touches.
     fn count(&mut self, offset: u64, bytes: u64) {
         if bytes == 0 {
@@ -340,7 +347,7 @@ impl<'a> Checker<'a> {
         }
         // Where the next guest cluster of this table would lie if nothing were fragmented.
         let mut next_contiguous = 0;
-        for entry in self.words(table, self.cluster / 8).await? {
+        for entry in self.l2_entries(table).await? {
             if entry & OFLAG_COMPRESSED != 0 {
                 self.count_compressed(entry, active);
                 continue;
@@ -517,7 +524,7 @@ impl<'a> Checker<'a> {
             if table >= self.file.length() {
                 continue;
             }
-            for entry in self.words(table, self.cluster / 8).await? {
+            for entry in self.l2_entries(table).await? {
                 let host = entry & L2E_OFFSET_MASK;
                 if entry & OFLAG_COMPRESSED != 0 || host == 0 || self.header.has_data_file() {
                     continue;

@@ -15,7 +15,7 @@ use crate::data_file::DataFile;
 use crate::extension::{self, Extension};
 use crate::format::{
     Geometry, MAX_BACKING_NAME_BYTES, MAX_CLUSTER_BITS, MAX_L1_BYTES, MIN_CLUSTER_BITS,
-    V3_HEADER_BYTES,
+    MIN_EXTENDED_CLUSTER_BITS, V3_HEADER_BYTES,
 };
 use crate::header::{Compatible, CompressionType, Header, Incompatible};
 use crate::open::open_image;
@@ -50,7 +50,7 @@ pub fn create_options() -> &'static [CreateOption] {
         option(
             "extended_l2",
             OptionKind::Bool,
-            "Subclusters (not supported yet)",
+            "Divide clusters into 32 subclusters",
             Some("off"),
         ),
         option(
@@ -197,18 +197,21 @@ fn check_options(options: &mut Options) -> Result<Request> {
             "{what} compatibility level 1.1 and above (use version=v3 or greater)"
         ))
     };
-    if extended_l2 {
-        return match version {
-            2 => needs_v3("Extended L2 entries are only supported with"),
-            _ => not_yet("extended_l2"),
-        };
+    if extended_l2 && version < 3 {
+        return needs_v3("Extended L2 entries are only supported with");
     }
     if !cluster_size.is_power_of_two()
         || !(MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS).contains(&cluster_size.trailing_zeros())
     {
         return invalid("Cluster size must be a power of two between 512 and 2048k");
     }
-    if backing.is_some() && preallocation != Preallocation::Off {
+    if extended_l2 && cluster_size < 1 << MIN_EXTENDED_CLUSTER_BITS {
+        return invalid(format!(
+            "Extended L2 entries are only supported with cluster sizes of at least {} bytes",
+            1 << MIN_EXTENDED_CLUSTER_BITS
+        ));
+    }
+    if backing.is_some() && preallocation != Preallocation::Off && !extended_l2 {
         return invalid(
             "Backing file and preallocation can only be used at the same time if extended_l2 is on",
         );
@@ -241,6 +244,7 @@ fn check_options(options: &mut Options) -> Result<Request> {
     let geometry = Geometry {
         cluster_bits: cluster_size.trailing_zeros(),
         refcount_order: refcount_bits.trailing_zeros(),
+        extended_l2,
     };
     let header = fresh_header(
         version,
@@ -318,6 +322,7 @@ fn fresh_header(
         Incompatible::COMPRESSION,
         compression_type != CompressionType::Zlib,
     );
+    incompatible.set(Incompatible::EXTENDED_L2, geometry.extended_l2);
     let mut compatible = Compatible::empty();
     compatible.set(Compatible::LAZY_REFCOUNTS, lazy);
     let header = Header {

@@ -58,10 +58,10 @@ impl BlockDriver for Qcow2 {
     }
 
     fn limits(&self) -> BlockLimits {
-        let cluster = self.image.cluster_size() as u32;
         BlockLimits {
-            pwrite_zeroes_alignment: cluster,
-            pdiscard_alignment: cluster,
+            pwrite_zeroes_alignment: self.image.subcluster_size() as u32,
+            // As QEMU: subclusters are not discarded.
+            pdiscard_alignment: self.image.cluster_size() as u32,
             ..BlockLimits::default()
         }
     }
@@ -138,7 +138,7 @@ impl BlockDriver for Qcow2 {
         let cluster_size = self.image.cluster_size();
         Ok(DriverInfo {
             cluster_size,
-            subcluster_size: cluster_size,
+            subcluster_size: self.image.subcluster_size(),
             vm_state_offset: self.image.vm_state_offset(),
             is_dirty: self.header().incompatible.contains(Incompatible::DIRTY),
             unallocated_reads_zero: true,

@@ -11,7 +11,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use crate::extension::{self, Extension};
 use crate::format::{
     Geometry, MAGIC, MAX_BACKING_NAME_BYTES, MAX_CLUSTER_BITS, MAX_L1_BYTES,
-    MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOTS, MIN_CLUSTER_BITS, V2_HEADER_BYTES, V3_HEADER_BYTES,
+    MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOTS, MIN_CLUSTER_BITS, MIN_EXTENDED_CLUSTER_BITS,
+    SUBCLUSTERS_BITS, V2_HEADER_BYTES, V3_HEADER_BYTES,
 };
 
 bitflags::bitflags! {
@@ -211,6 +212,12 @@ impl Header {
             check_compression(if has_type { raw.compression_type } else { 0 }, features)?;
         // Only the names of features are wanted here; that the extensions are sound is checked below.
         let incompatible = check_incompatible(features, &extension::parse_prefix(area))?;
+        if incompatible.contains(Incompatible::EXTENDED_L2)
+            && cluster_bits < MIN_EXTENDED_CLUSTER_BITS
+        {
+            let bytes = (1 << cluster_bits) >> SUBCLUSTERS_BITS;
+            return bad(format!("Unsupported subcluster size: {bytes}"));
+        }
         let refcount_order = if v3 { raw.refcount_order.get() } else { 4 };
         if refcount_order > 6 {
             return bad("Reference count entry width too large; may not exceed 64 bits");
@@ -310,7 +317,13 @@ impl Header {
         Geometry {
             cluster_bits: self.cluster_bits,
             refcount_order: self.refcount_order,
+            extended_l2: self.has_extended_l2(),
         }
+    }
+
+    /// Whether L2 entries have two words, the second for subclusters.
+    pub fn has_extended_l2(&self) -> bool {
+        self.incompatible.contains(Incompatible::EXTENDED_L2)
     }
 
     /// Whether the image says that it is corrupt.
@@ -470,8 +483,10 @@ fn check_incompatible(features: u64, extensions: &[Extension]) -> Result<Incompa
             names.join(", ")
         ));
     }
-    if known.contains(Incompatible::EXTENDED_L2) {
-        return not_yet("Images with extended L2 entries (subclusters) are not supported yet");
+    if known.contains(Incompatible::DATA_FILE | Incompatible::EXTENDED_L2) {
+        return not_yet(
+            "Images with both an external data file and extended L2 entries are not supported yet",
+        );
     }
     Ok(known)
 }

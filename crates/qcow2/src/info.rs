@@ -31,7 +31,7 @@ pub fn specific_info(header: &Header) -> SpecificInfo {
     }
     if header.version >= 3 {
         put("corrupt", header.is_corrupt().into());
-        put("extended-l2", false.into());
+        put("extended-l2", header.has_extended_l2().into());
     }
     SpecificInfo {
         type_name: "qcow2",

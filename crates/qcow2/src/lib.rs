@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The qcow2 image format: versions 2 and 3.
 //!
-//! Reading order: `format` (what is on disk), `header`, `open`, `image` (one open image, its locks, lookup), `l2_table` and `l2_cache`, `read`, `write`,
+//! Reading order: `format` (what is on disk), `header`, `open`, `image` (one open image, its locks, lookup), `l2_table`, `l2_entry` and `l2_cache`, `read`, `write`,
 //! `alloc` and `refcount`, `commit` (the order on disk), `epoch`, `remap` (zero writes, discards), `truncate`, `map`, `check`, `create`.
 //!
 //! The driver knows its file and its backing node only as [`blockcore::Child`].
@@ -22,6 +22,7 @@ mod image;
 mod inflated;
 mod info;
 mod l2_cache;
+mod l2_entry;
 mod l2_table;
 mod map;
 mod open;

@@ -30,6 +30,9 @@ impl Image {
         let within = self.in_cluster(offset);
         Ok(match mapping {
             Mapping::Unallocated => BlockStatus::new(StatusFlags::empty(), covered),
+            Mapping::Reserved { host, .. } => {
+                BlockStatus::mapped(StatusFlags::empty(), covered, host + within, file())
+            }
             Mapping::ZeroPlain => BlockStatus::new(StatusFlags::ZERO, covered),
             Mapping::ZeroAllocated { host, .. } => {
                 BlockStatus::mapped(StatusFlags::ZERO, covered, host + within, file())

@@ -21,6 +21,7 @@ use crate::format::{L1E_OFFSET_MASK, MAGIC};
 use crate::header::{AUTOCLEAR_DATA_FILE_RAW, Header, Incompatible};
 use crate::image::{INCOMPATIBLE_OFFSET, Image, Owner, be_words};
 use crate::l2_cache::L2Cache;
+use crate::l2_entry::EntryFormat;
 use crate::l2_table::L1Table;
 use crate::refcount::Refcounts;
 use crate::runtime::{OverlapChecks, RuntimeOptions};
@@ -123,7 +124,13 @@ async fn open_with(
     let table_entries = (header.refcount_table_clusters as usize) << (bits - 3);
     let table = read_table(&file, header.refcount_table_offset, table_entries).await?;
     let end = file.length().div_ceil(1 << bits);
-    let slice_bits = runtime.slice_bytes_bits - 3;
+    let entries = EntryFormat {
+        version: header.version,
+        cluster_bits: bits,
+        is_extended: header.has_extended_l2(),
+        has_data_file: header.has_data_file(),
+    };
+    let slice_bits = runtime.slice_bytes_bits - 3 - u32::from(entries.is_extended);
     let order = header.refcount_order;
     let meta = Meta {
         refcounts: Refcounts::new(
@@ -153,11 +160,12 @@ async fn open_with(
         data: DataFile::Inside,
         format_version: AtomicU32::new(header.version),
         cluster_bits: bits,
+        entry_format: entries,
         // Whole sectors, as other readers have it.
         size: AtomicU64::new(header.size / SECTOR_BYTES * SECTOR_BYTES),
         compression: header.compression_type,
         l1: L1Table::new(l1),
-        l2: L2Cache::new(runtime.l2_cache_bytes, slice_bits),
+        l2: L2Cache::new(runtime.l2_cache_bytes, slice_bits, entries.words()),
         meta: tokio::sync::Mutex::new(meta),
         owned: Default::default(),
         changing: Default::default(),

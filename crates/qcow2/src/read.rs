@@ -37,7 +37,9 @@ impl Image {
                     part.fill(0);
                     true
                 }
-                Mapping::Unallocated => self.read_backing_nowait(at, part),
+                Mapping::Unallocated | Mapping::Reserved { .. } => {
+                    self.read_backing_nowait(at, part)
+                }
                 Mapping::Compressed(d) => match self.inflated.get(d.host_offset) {
                     Some(cluster) => {
                         let from = self.in_cluster(at) as usize;
@@ -139,7 +141,7 @@ impl Image {
                 buf.fill(0);
                 Ok(buf)
             }
-            Mapping::Unallocated => self.read_backing(offset, buf).await,
+            Mapping::Unallocated | Mapping::Reserved { .. } => self.read_backing(offset, buf).await,
             Mapping::Compressed(descriptor) => {
                 let cluster = self.read_compressed(descriptor).await?;
                 let at = self.in_cluster(offset) as usize;

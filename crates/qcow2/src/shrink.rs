@@ -15,6 +15,7 @@ use crate::alloc::Meta;
 use crate::commit::Growth;
 use crate::format::L1E_OFFSET_MASK;
 use crate::image::{Hex, Image, Intent};
+use crate::l2_entry::L2Entry;
 use crate::remap::Remap;
 
 impl Image {
@@ -54,15 +55,12 @@ impl Image {
         let per_table = 1u64 << self.l2_bits();
         let first = new.div_ceil(self.cluster_size());
         let first_table = first.div_ceil(per_table);
-        self.remap(
-            first,
-            first_table * per_table,
-            true,
-            |mapping, entry| match (mapping, entry) {
-                (_, 0) => Remap::Keep,
-                _ => Remap::Replace(0),
-            },
-        )
+        self.remap(first, first_table * per_table, true, |_, entry| {
+            match entry == L2Entry::default() {
+                true => Remap::Keep,
+                false => Remap::Replace(L2Entry::default()),
+            }
+        })
         .await?;
         for index in first_table as usize..self.l1.len() {
             self.free_table(index).await?;

@@ -18,7 +18,7 @@ use crate::format::{
     CompressedDescriptor, L1E_OFFSET_MASK, L2E_OFFSET_MASK, MAX_SNAPSHOTS, OFLAG_COMPRESSED,
     OFLAG_COPIED,
 };
-use crate::header::{Header, Incompatible};
+use crate::header::Header;
 use crate::image::{Image, Owner};
 use crate::overhaul::Overhaul;
 use crate::snapshot::{self, Snapshot, SnapshotTable};
@@ -123,15 +123,6 @@ impl Image {
         Ok(first..first + u64::from(host != 0))
     }
 
-    /// Words in an L2 entry.
-    fn entry_words(&self) -> usize {
-        let extended = self
-            .header()
-            .incompatible
-            .contains(Incompatible::EXTENDED_L2);
-        1 + usize::from(extended)
-    }
-
     async fn snapshot_create_now(self: Arc<Self>, request: SnapshotRequest) -> Result<()> {
         let mut overhaul = Overhaul::begin(&self).await?;
         let mut header = self.header().clone();
@@ -207,7 +198,7 @@ fn words_to_bytes(words: &[u64]) -> Vec<u8> {
 impl Overhaul<'_> {
     /// Counts everything that an L1 table reaches.
     async fn count_tree(&mut self, l1: &[u64], count: Count) -> Result<()> {
-        let (words, bits) = (self.image.entry_words(), self.image.cluster_bits);
+        let (words, bits) = (self.image.entries().words(), self.image.cluster_bits);
         for &entry in l1.iter().filter(|&&e| e & L1E_OFFSET_MASK != 0) {
             let table = self.l2_table(entry).await?;
             for &entry in table.iter().step_by(words) {
@@ -236,7 +227,7 @@ impl Overhaul<'_> {
 
     /// Makes the L2 tables of the active L1 table fit to be shared with a snapshot: no entry says `COPIED` any more, and no L1 entry does.
     async fn share_tables(&mut self, l1: &mut [u64]) -> Result<()> {
-        let words = self.image.entry_words();
+        let words = self.image.entries().words();
         for entry in l1.iter_mut().filter(|e| **e & L1E_OFFSET_MASK != 0) {
             let mut table = self.l2_table(*entry).await?;
             let is_copied = |e: u64| e & (OFLAG_COPIED | OFLAG_COMPRESSED) == OFLAG_COPIED;
@@ -253,7 +244,7 @@ impl Overhaul<'_> {
 
     /// Sets `COPIED` in the active L1 table and its L2 tables exactly where the only reference is this one (INV QCOW2-META-2).
     async fn settle_flags(&mut self, l1: &mut [u64]) -> Result<()> {
-        let (words, bits) = (self.image.entry_words(), self.image.cluster_bits);
+        let (words, bits) = (self.image.entries().words(), self.image.cluster_bits);
         for entry in l1.iter_mut().filter(|e| **e & L1E_OFFSET_MASK != 0) {
             let mut table = self.l2_table(*entry).await?;
             let mut is_changed = false;

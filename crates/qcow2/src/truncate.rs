@@ -12,7 +12,7 @@ use blockcore::{
 
 use crate::alloc::{Freed, Meta, Run};
 use crate::commit::Growth;
-use crate::format::{MAX_L1_BYTES, OFLAG_COPIED, OFLAG_ZERO};
+use crate::format::MAX_L1_BYTES;
 use crate::image::{Image, Intent, Owner};
 use crate::l2_table::Mapping;
 use crate::remap::Remap;
@@ -155,23 +155,11 @@ impl Image {
             .min(new.next_multiple_of(self.cluster_size()));
         let backing_end = self.backing.as_ref().map_or(0, |b| b.length());
         if old < partial_end {
-            let shown = match self
-                .mapping(old >> self.cluster_bits, Intent::Write)
-                .await?
-            {
-                Mapping::Data { .. } | Mapping::Compressed(_) => true,
-                // A zero cluster hides the backing node already. QEMU writes zeroes to it all the same, and `map` shows that.
-                Mapping::Unallocated | Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => {
-                    backing_end > old
-                }
-            };
-            if shown {
-                self.write_some(old, IoBuf::zeroes((partial_end - old) as usize))
-                    .await?;
-            }
+            self.zero_new_part(old, partial_end, backing_end > old)
+                .await?;
         }
         // Entries behind the old end are none of this disk's data: another disk's life has left them.
-        let forget = if self.version() < 3 { 0 } else { OFLAG_ZERO };
+        let forget = self.entry_for_nothing();
         let cluster = |offset: u64| offset.div_ceil(self.cluster_size());
         let (first, hidden, end) = (
             cluster(partial_end),
@@ -181,8 +169,8 @@ impl Image {
         );
         self.remap(first, hidden, false, |mapping, _| match mapping {
             Mapping::ZeroPlain => Remap::Keep,
-            Mapping::Unallocated => Remap::Set(OFLAG_ZERO),
-            _ => Remap::Replace(OFLAG_ZERO),
+            Mapping::Unallocated => Remap::Set(self.entries().zero()),
+            _ => Remap::Replace(self.entries().zero()),
         })
         .await?;
         self.remap(hidden, end, false, |mapping, _| match mapping {
@@ -192,10 +180,40 @@ impl Image {
         .await
     }
 
+    /// Makes the end of the cluster that the disk ended in read as zero: all of `old..end`. The caller holds `changing` and an epoch.
+    async fn zero_new_part(self: &Arc<Self>, old: u64, end: u64, hides: bool) -> Result<()> {
+        let (mapping, _) = self.run(old, 1, Intent::Write).await?;
+        let (is_shown, written_end) = match mapping {
+            Mapping::Compressed(_) => (true, end),
+            Mapping::Data { .. } => (true, old.next_multiple_of(self.subcluster_size())),
+            // A zero cluster hides the backing node already. QEMU writes zeroes to it all the same, and `map` shows that.
+            _ => (hides, old.next_multiple_of(self.subcluster_size())),
+        };
+        if is_shown && old < written_end {
+            self.write_some(old, IoBuf::zeroes((written_end - old) as usize))
+                .await?;
+        }
+        // Further subclusters: they are hidden, too, and what another disk's life has left in them is forgotten.
+        let mut at = written_end;
+        while at < end {
+            let (mapping, bytes) = self.run(at, end - at, Intent::Write).await?;
+            if hides || matches!(mapping, Mapping::Data { .. }) {
+                self.zero_part(at..at + bytes).await?;
+            }
+            at += bytes;
+        }
+        Ok(())
+    }
+
     /// Gives every cluster of `old..new` a host cluster that reads as zero. The caller holds `changing` and an epoch.
     async fn preallocate(self: &Arc<Self>, old: u64, new: u64, mode: Preallocation) -> Result<()> {
-        let mut at = old.next_multiple_of(self.cluster_size()) >> self.cluster_bits;
+        let mut at = old.div_ceil(self.cluster_size());
         let end = new.div_ceil(self.cluster_size());
+        if self.entries().is_extended && self.in_cluster(old) != 0 {
+            // The cluster that the disk ended in gets its place, too: what it holds doesn't change.
+            let mapping = self.mapping(at - 1, Intent::Write).await?;
+            at -= u64::from(mapping.referenced(self.cluster_size()).is_none());
+        }
         let mut last = None;
         while at < end {
             let table_entries = 1u64 << self.l2_bits();
@@ -219,10 +237,17 @@ impl Image {
         if self.has_data_file() {
             return Ok(());
         }
+        let (Some(run), Preallocation::Metadata) = (last, mode) else {
+            return Ok(());
+        };
         let unused = (end << self.cluster_bits) - new;
-        if let (Some(run), Preallocation::Metadata, 1..) = (last, mode, unused) {
+        let host_end = ((run.cluster + run.count) << self.cluster_bits) - unused;
+        if self.entries().is_extended {
+            let mut meta = self.meta.lock().await;
+            let used_end = host_end.next_multiple_of(self.subcluster_size());
+            meta.needed_length = meta.needed_length.max(used_end);
+        } else if unused > 0 {
             // What the last cluster has behind the end of the disk is written, so that a later growth finds zeroes there whatever it trusts.
-            let host_end = ((run.cluster + run.count) << self.cluster_bits) - unused;
             self.file
                 .pwritev(
                     host_end,
@@ -244,7 +269,11 @@ impl Image {
             run.count << self.cluster_bits,
         );
         match mode {
-            Preallocation::Off | Preallocation::Metadata if run.fresh => Ok(()),
+            Preallocation::Off | Preallocation::Metadata
+                if run.fresh || self.entries().is_extended =>
+            {
+                Ok(())
+            }
             Preallocation::Full => {
                 let mut done = 0;
                 while done < bytes {
@@ -270,12 +299,15 @@ impl Image {
         first: u64,
         run: Run,
     ) -> Result<()> {
-        if !self.has_data_file() {
+        if !self.has_data_file() && !self.entries().is_extended {
             meta.needs_file_to(run, self.cluster_bits);
         }
         for i in 0..run.count {
             let host = (run.cluster + i) << self.cluster_bits;
-            let old = self.set_entry(meta, first + i, host | OFLAG_COPIED).await?;
+            let old = self.entry(first + i).await?;
+            // Subclusters stay what they are: only their place is kept.
+            let new = self.entries().written(old, host, 0..0);
+            let old = self.set_entry(meta, first + i, new).await?;
             self.free_mapping(meta, &old, false)?;
         }
         Ok(())

@@ -8,6 +8,7 @@ use blockcore::{BlockError, DebugEvent, ErrorKind, IoBuf, IoBufMut, Result};
 
 use crate::format::MAX_L1_BYTES;
 use crate::image::Image;
+use crate::l2_entry::L2Entry;
 use crate::remap::Remap;
 
 impl Image {
@@ -75,9 +76,12 @@ impl Image {
             start >> self.cluster_bits,
             end.div_ceil(self.cluster_size()),
         );
-        self.remap(first, end, true, |_, entry| match entry {
-            0 => Remap::Keep,
-            _ => Remap::Replace(0),
+        self.remap(first, end, true, |_, entry| {
+            let nothing = L2Entry::default();
+            match entry == nothing {
+                true => Remap::Keep,
+                false => Remap::Replace(nothing),
+            }
         })
         .await
     }

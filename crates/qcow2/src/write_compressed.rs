@@ -17,6 +17,7 @@ use crate::alloc::{Meta, Run};
 use crate::compressed;
 use crate::format::CompressedDescriptor;
 use crate::image::{Image, Intent};
+use crate::l2_entry::L2Entry;
 use crate::l2_table::Mapping;
 
 /// How many clusters of one request are compressed at the same time.
@@ -186,6 +187,7 @@ impl Image {
             meta.needed_length = meta.needed_length.max(end);
             self.file.debug_event(DebugEvent::L2UpdateCompressed).await;
             let entry = CompressedDescriptor::encode(one.host, bytes, self.cluster_bits);
+            let entry = L2Entry::one_word(entry);
             let old = self.set_entry(&mut meta, one.guest_cluster, entry).await?;
             self.free_mapping(&mut meta, &old, false)?;
         }

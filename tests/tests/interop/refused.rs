@@ -39,12 +39,7 @@ fn features_that_we_lack_are_refused_by_name_and_nothing_is_written() {
     };
     let bench = Bench::new();
     let secret = "--object secret,id=key,data=open-sesame";
-    let makes: [(&str, String, &[&str]); 3] = [
-        (
-            "extended.qcow2",
-            "create -q -f qcow2 -o extended_l2=on extended.qcow2 1M".into(),
-            &["extended l2"],
-        ),
+    let makes: [(&str, String, &[&str]); 2] = [
         (
             "luks.qcow2",
             format!(
@@ -122,10 +117,6 @@ fn calls_that_we_lack_are_refused_by_name() {
         ("check -r all t.qcow2", ["repair"]),
         ("convert -c -O qcow2 t.qcow2 out.qcow2", ["compress"]),
         ("convert -l snap -O qcow2 t.qcow2 out.qcow2", ["snapshot"]),
-        (
-            "create -f qcow2 -o extended_l2=on out.qcow2 1M",
-            ["extended_l2"],
-        ),
         (
             "create -f qcow2 -o data_file=out.raw out.qcow2 1M",
             ["data_file"],

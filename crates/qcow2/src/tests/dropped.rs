@@ -122,6 +122,7 @@ fn plan() -> Plan {
         cluster_bits: 11,
         version: 3,
         refcount_order: 4,
+        extended_l2: false,
     };
     let raw = (0..450).flat_map(|s| [200 + (s % 50) as u8; 512]);
     Plan {

@@ -40,6 +40,7 @@ fn tables() -> Plan {
         cluster_bits: 9,
         version: 3,
         refcount_order: 6,
+        extended_l2: false,
     };
     let step = |op: Op| vec![Step::new(op)];
     let write = |first: usize, count: usize, value: u8| Op::Write(first..first + count, value);
@@ -119,6 +120,7 @@ fn parts() -> Plan {
         cluster_bits: 11,
         version: 3,
         refcount_order: 3,
+        extended_l2: false,
     };
     let write = |first: usize, count: usize, value: u8| Op::Write(first..first + count, value);
     let steps = [

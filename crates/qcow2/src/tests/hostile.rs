@@ -8,6 +8,7 @@ use blockcore::{Child, ChildRole, Diagnostics, NodeFlags, WriteFlags};
 use super::{Shape, fresh_image, open_on, open_with_faults};
 use crate::format::OFLAG_COPIED;
 use crate::header::Header;
+use crate::l2_entry::L2Entry;
 use crate::open::open_image;
 
 const CLUSTER: u64 = 4096;
@@ -33,7 +34,10 @@ async fn a_discard_never_hits_metadata() {
         }
         node.flush().await.unwrap();
         let mut meta = image.meta.lock().await;
-        image.set_entry(&mut meta, 0, entry).await.unwrap();
+        image
+            .set_entry(&mut meta, 0, L2Entry::one_word(entry))
+            .await
+            .unwrap();
         drop(meta);
         let mut before = disk.snapshot();
         let err = node.pdiscard(0, CLUSTER).await.unwrap_err();
@@ -54,7 +58,7 @@ async fn the_corrupt_bit_is_tried_again() {
         .unwrap();
     let mut meta = image.meta.lock().await;
     image
-        .set_entry(&mut meta, 0, CLUSTER | OFLAG_COPIED)
+        .set_entry(&mut meta, 0, L2Entry::one_word(CLUSTER | OFLAG_COPIED))
         .await
         .unwrap();
     drop(meta);
