@@ -468,7 +468,11 @@ pub trait BlockDriver: Send + Sync + 'static {
         None
     }
 
-    /// Checks the metadata. *If omitted*: unsupported.
+    /// Checks the metadata, and repairs what `fix` allows.
+    ///
+    /// *The caller guarantees* that no change of the node is in flight, and none begins meanwhile; and for repairs that it is writable. *Errors*: the host's,
+    /// with what was found till then ([`CheckAborted`](crate::CheckAborted)). *If the future is dropped*: it isn't; the caller has a task for it.
+    /// *If omitted*: unsupported.
     async fn check(&self, fix: CheckFix) -> Result<CheckResult> {
         let _nothing = fix;
         Err(BlockError::from_errno(libc::ENOTSUP)

@@ -201,6 +201,12 @@ impl BlockError {
         self
     }
 
+    /// Says what caused it, or what else there is to know of it.
+    pub fn caused_by(mut self, source: impl StdError + Send + Sync + 'static) -> BlockError {
+        self.0.source = Some(Box::new(source));
+        self
+    }
+
     /// Adds a line that a tool prints below the error.
     pub fn hint(mut self, hint: impl Into<String>) -> BlockError {
         self.0.hint = Some(hint.into());

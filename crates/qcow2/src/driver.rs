@@ -15,7 +15,7 @@ use blockcore::{
 use crate::header::{Header, Incompatible};
 use crate::image::Image;
 use crate::runtime::RuntimeOptions;
-use crate::{check, info, snapshot};
+use crate::{info, snapshot};
 
 /// An open qcow2 image.
 pub struct Qcow2 {
@@ -203,11 +203,7 @@ impl BlockDriver for Qcow2 {
     }
 
     async fn check(&self, fix: CheckFix) -> Result<CheckResult> {
-        if self.image.writable.load(Ordering::Acquire) {
-            self.image.commit().await?;
-        }
-        let header = self.header();
-        check::check(&header, &self.image.file, fix).await
+        self.image.check(fix).await
     }
 
     async fn reopen_prepare(&self, request: &mut ReopenRequest) -> Result<Box<dyn PreparedReopen>> {

@@ -18,8 +18,8 @@ use crate::commit::CommitState;
 use crate::data_file::DataFile;
 use crate::driver::Qcow2;
 use crate::format::{L1E_OFFSET_MASK, MAGIC};
-use crate::header::{AUTOCLEAR_DATA_FILE_RAW, Header, Incompatible};
-use crate::image::{INCOMPATIBLE_OFFSET, Image, Owner, be_words};
+use crate::header::{AUTOCLEAR_DATA_FILE_RAW, Header};
+use crate::image::{Image, Owner, be_words};
 use crate::l2_cache::L2Cache;
 use crate::l2_entry::EntryFormat;
 use crate::l2_table::L1Table;
@@ -56,6 +56,9 @@ impl DriverFactory for Qcow2Factory {
         ctx: &OpenContext<'_>,
         options: &mut Options,
     ) -> Result<Box<dyn BlockDriver>> {
+        if ctx.for_check() {
+            return check::open(ctx, options).await;
+        }
         let file = ctx.take_file()?;
         let writable = !ctx.flags().read_only;
         let header = Header::read(&file).await?;
@@ -190,7 +193,7 @@ async fn open_with(
 const TABLE_READ_BYTES: usize = 1 << 20;
 
 /// Reads a table of 64-bit entries, whose place and length the header's validation has bounded.
-async fn read_table(file: &Child, offset: u64, entries: usize) -> Result<Vec<u64>> {
+pub(crate) async fn read_table(file: &Child, offset: u64, entries: usize) -> Result<Vec<u64>> {
     let mut table = Vec::with_capacity(entries);
     while table.len() < entries {
         let bytes = ((entries - table.len()) * 8).min(TABLE_READ_BYTES);
@@ -210,10 +213,10 @@ impl Image {
     /// # Errors
     /// Those of metadata I/O; `Corrupt`, `Unsupported` where the image must not be written.
     pub async fn prepare_writing(&self) -> Result<()> {
+        self.header().check_writable()?;
+        self.repair_if_dirty().await?;
         let header = self.header().clone();
-        header.check_writable()?;
-        self.find_owners(&header).await?;
-        self.recount_if_dirty(&header).await?;
+        self.find_owners(&header, &*self.meta.lock().await).await?;
         self.update_features(header).await
     }
 
@@ -232,7 +235,7 @@ impl Image {
         Ok(())
     }
 
-    async fn find_owners(&self, header: &Header) -> Result<()> {
+    pub(crate) async fn find_owners(&self, header: &Header, meta: &Meta) -> Result<()> {
         self.owned
             .write()
             .expect("no code panics while it holds this lock")
@@ -256,7 +259,6 @@ impl Image {
         {
             self.own(offset, cluster, Owner::L2);
         }
-        let meta = self.meta.lock().await;
         for &offset in meta.refcounts.table().iter().filter(|&&o| aligned(o)) {
             self.own(offset, cluster, Owner::RefcountBlock);
         }
@@ -304,45 +306,6 @@ impl Image {
                 }
             }
         }
-        Ok(())
-    }
-
-    /// An image whose last writer did not close it, and let refcounts be written late (`lazy_refcounts`): counts them again before anything is
-    /// allocated by them (INV QCOW2-ORD-1 does not hold in such an image until then).
-    async fn recount_if_dirty(&self, header: &Header) -> Result<()> {
-        if !header.incompatible.contains(Incompatible::DIRTY) {
-            return Ok(());
-        }
-        let (references, found) = check::compute_refcounts(header, &self.file).await?;
-        if found.corruptions + found.check_errors > 0 {
-            let text = "The image was not closed properly, and its tables are damaged; repairing it is not supported yet";
-            return Err(BlockError::corrupt(text));
-        }
-        {
-            let mut meta = self.meta.lock().await;
-            for cluster in 0..references.len() {
-                let wanted = references.get(cluster);
-                if meta.refcounts.get(&self.file, cluster).await? == wanted {
-                    continue;
-                }
-                if !meta.refcounts.has_block(cluster) {
-                    let text = "The image was not closed properly, and lacks a refcount block; repairing it is not supported yet";
-                    return Err(BlockError::corrupt(text));
-                }
-                if wanted > meta.refcounts.max_refcount() {
-                    return Err(BlockError::corrupt(format!(
-                        "Cluster {cluster} has {wanted} references, too many to count"
-                    )));
-                }
-                meta.refcounts.set(&self.file, cluster, wanted).await?;
-            }
-        }
-        // Only when the refcounts are durable is the image clean.
-        self.commit_now().await?;
-        let bits = header.incompatible - Incompatible::DIRTY;
-        self.write_header_bytes(INCOMPATIBLE_OFFSET, bits.bits().to_be_bytes().to_vec())
-            .await?;
-        self.header().incompatible = bits;
         Ok(())
     }
 }

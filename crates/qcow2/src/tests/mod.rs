@@ -12,6 +12,7 @@ mod hostile;
 mod kept;
 mod model;
 mod parked;
+mod repair;
 mod rules;
 mod stress;
 mod torture;
