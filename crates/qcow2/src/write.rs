@@ -30,6 +30,9 @@ use crate::alloc::Run;
 use crate::image::{Image, Intent, cancelled};
 use crate::l2_table::Mapping;
 
+/// So many zeroes around data, in bytes, are asked of the host instead of being written. Fewer never leave a whole block of the host unwritten.
+const HOST_ZEROES_MIN: u64 = 4096;
+
 /// The most clusters that one allocation takes at a time, in bytes.
 const ALLOCATION_BYTES_MAX: u64 = 64 << 20;
 
@@ -310,24 +313,54 @@ impl Image {
             // It is as long as the disk.
             written_end = written_end.min(self.size()).max(end);
         }
-        let head = self.cow_part(written.start..at, run.fresh).await?;
-        let tail = self.cow_part(end..written_end, run.fresh).await?;
+        let host = (run.cluster << self.cluster_bits) + self.in_cluster(written.start);
+        self.check_data_write(host, written.end - written.start)?;
+        let may_skip = run.fresh || self.entries().is_extended;
+        let mut head = self.cow_part(written.start..at, may_skip).await?;
+        let mut tail = self.cow_part(end..written_end, may_skip).await?;
+        if !run.fresh && may_skip {
+            let is_all_zero = head.is_none() && tail.is_none();
+            let around = (at - written.start) + (written.end - end);
+            if !is_all_zero || !self.zero_host(host, written, around).await? {
+                head.get_or_insert_with(|| IoBuf::zeroes((at - written.start) as usize));
+                tail.get_or_insert_with(|| IoBuf::zeroes((written.end - end) as usize));
+            }
+        }
         let from = if head.is_some() { written.start } else { at };
-        let start = (run.cluster << self.cluster_bits) + self.in_cluster(from);
+        let start = host + (from - written.start);
         let mut all = head.unwrap_or_default();
         all.append(buf);
         all.append(tail.unwrap_or_default());
-        self.check_data_write(start, all.len() as u64)?;
         self.file.debug_event(DebugEvent::WriteAio).await;
         self.storage()?
             .pwritev(start, all, WriteFlags::empty())
             .await
     }
 
-    /// What a guest range inside one cluster reads as. `None`: zero, and `fresh` clusters read as zero without being written.
+    /// Has the host make zeroes of all that is going to be written, if there are enough of them `around` the data, and it can.
+    async fn zero_host(&self, host: u64, written: &Range<u64>, around: u64) -> Result<bool> {
+        if around < HOST_ZEROES_MIN {
+            return Ok(false);
+        }
+        let bytes = written.end - written.start;
+        let zeroed = self
+            .file
+            .pwrite_zeroes(host, bytes, WriteFlags::NO_FALLBACK);
+        match zeroed.await {
+            Ok(()) => Ok(true),
+            Err(e) if e.errno() == libc::ENOTSUP => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// What a guest range inside one cluster reads as. `None`: nothing, or zero, if the caller `may_skip` zeroes.
     ///
     /// What lies past the end of the disk is zero, whatever the backing node has there: it must not show when the disk grows.
-    async fn cow_part(self: &Arc<Self>, range: Range<u64>, fresh: bool) -> Result<Option<IoBuf>> {
+    async fn cow_part(
+        self: &Arc<Self>,
+        range: Range<u64>,
+        may_skip: bool,
+    ) -> Result<Option<IoBuf>> {
         if range.is_empty() {
             return Ok(None);
         }
@@ -338,11 +371,11 @@ impl Image {
         while at < visible_end {
             let (mapping, n) = self.run(at, visible_end - at, Intent::Write).await?;
             let old = self.cow_read(mapping, at, n).await?;
-            is_zero &= old.as_ref().is_none_or(|old| fresh && old.is_zero());
+            is_zero &= old.as_ref().is_none_or(|old| may_skip && old.is_zero());
             part.append(old.unwrap_or_else(|| IoBuf::zeroes(n as usize)));
             at += n;
         }
-        if fresh && is_zero {
+        if may_skip && is_zero {
             return Ok(None);
         }
         part.append(IoBuf::zeroes((range.end - at) as usize));

@@ -97,6 +97,9 @@ impl Image {
             _ => return Err(BlockError::from_errno(libc::EIO)),
         }
         let mut meta = self.meta.lock().await;
+        // Before its data, as for any other cluster.
+        let l1_index = self.l1_index(guest_cluster);
+        self.ensure_l2_table(&mut meta, l1_index).await?;
         let host = self.alloc_bytes(&mut meta, data.len() as u64).await?;
         drop(meta);
         if host + data.len() as u64 > CompressedDescriptor::end_max(self.cluster_bits) {
