@@ -124,7 +124,6 @@ fn calls_that_we_lack_are_refused_by_name() {
     let before = bench.read("t.qcow2");
     for (line, words) in [
         ("resize --shrink t.qcow2 512k", ["shrink"]),
-        ("check -r all t.qcow2", ["repair"]),
         ("convert -c -O qcow2 t.qcow2 out.qcow2", ["compress"]),
         ("convert -l snap -O qcow2 t.qcow2 out.qcow2", ["snapshot"]),
         (
