@@ -2,7 +2,8 @@
 //! The qcow2 image format: versions 2 and 3.
 //!
 //! Reading order: `format` (what is on disk), `header`, `open`, `image` (one open image, its locks, lookup), `l2_table`, `l2_entry` and `l2_cache`, `read`, `write`,
-//! `alloc` and `refcount`, `commit` (the order on disk), `epoch`, `remap` (zero writes, discards), `truncate`, `map`, `check`, `create`.
+//! `alloc` and `refcount`, `commit` (the order on disk), `epoch`, `remap` (zero writes, discards), `truncate` and `shrink`, `map`,
+//! `overhaul` (changes of the whole image) with `snapshot_ops` and `amend`, `write_compressed`, `data_file`, `vm_state`, `runtime` (options), `check`, `create`.
 //!
 //! The driver knows its file and its backing node only as [`blockcore::Child`].
 
