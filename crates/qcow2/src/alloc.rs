@@ -164,19 +164,27 @@ impl Image {
             return Err(self.refuse_overlap(host, owner));
         }
         let missing: Vec<u64> = self.missing_blocks(meta, cluster, taken).collect();
-        if !missing.is_empty() {
+        if let Some(&last) = missing.last() {
             self.file.debug_event(DebugEvent::RefblockAlloc).await;
+            meta.refcounts.check_room(last)?;
+        }
+        // What can fail comes first: a new block that is in the table has to be counted (INV QCOW2-ORD-1). Clusters that are counted in vain leak.
+        let mut counted_in_new = Vec::new();
+        for c in cluster..cluster + taken {
+            match meta.refcounts.has_block(c) {
+                true => meta.refcounts.set(&self.file, c, 1).await?,
+                false => counted_in_new.push(c),
+            }
         }
         for (block, place) in missing.into_iter().zip(cluster + want..) {
-            meta.refcounts
-                .add_block(block, place << self.cluster_bits)?;
+            meta.refcounts.add_block(block, place << self.cluster_bits);
             self.own(
                 place << self.cluster_bits,
                 self.cluster_size(),
                 Owner::RefcountBlock,
             );
         }
-        for c in cluster..cluster + taken {
+        for c in counted_in_new {
             meta.refcounts.set(&self.file, c, 1).await?;
         }
         meta.next_free = cluster + taken;

@@ -6,10 +6,10 @@ use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
 use blockcore::{
-    BackingName, BlockDriver, BlockLimits, BlockStatus, CheckFix, CheckResult, Child, DriverInfo,
-    ErrorKind, IoBuf, IoBufMut, Options, PreparedReopen, ReadFlags, ReopenRequest, Result,
-    SnapshotInfo, SnapshotRequest, SnapshotSelector, SpecificInfo, StatusMode, TruncateRequest,
-    WriteFlags,
+    BackingName, BlockDriver, BlockError, BlockLimits, BlockStatus, CheckFix, CheckResult, Child,
+    DriverInfo, ErrorKind, IoBuf, IoBufMut, Options, PreparedReopen, ReadFlags, ReopenRequest,
+    Result, SnapshotInfo, SnapshotRequest, SnapshotSelector, SpecificInfo, StatusMode,
+    TruncateRequest, WriteFlags,
 };
 
 use crate::header::{Header, Incompatible};
@@ -220,6 +220,11 @@ impl BlockDriver for Qcow2 {
         runtime.check_change(&before)?;
         let writable = !request.read_only;
         if writable && !self.image.writable.load(Ordering::Acquire) {
+            if self.image.shows_snapshot.load(Ordering::Acquire) {
+                // Its changes would land in the active layer's tables.
+                let text = "An image that shows a snapshot can't be made writable";
+                return Err(BlockError::unsupported(text));
+            }
             self.image.prepare_writing().await?;
         }
         if !writable && self.image.writable.load(Ordering::Acquire) {

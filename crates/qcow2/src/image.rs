@@ -133,6 +133,8 @@ pub(crate) struct Image {
     pub runtime: RwLock<RuntimeOptions>,
     /// What the header on disk says is not known: see `overhaul`. Nothing is written any more.
     pub uncertain: AtomicBool,
+    /// The tables in memory are those of a snapshot: see `snapshot_load`.
+    pub shows_snapshot: AtomicBool,
     pub diagnostics: Diagnostics,
     pub compression: CompressionType,
     /// See `map`.

@@ -182,6 +182,7 @@ async fn open_with(
         writable: AtomicBool::new(false),
         uncertain: AtomicBool::new(false),
         runtime: RwLock::new(runtime),
+        shows_snapshot: AtomicBool::new(false),
         diagnostics,
         metadata_preallocated: OnceLock::new(),
         zero_from: end << bits,

@@ -134,11 +134,11 @@ impl Refcounts {
         Ok(Some(counts_itself))
     }
 
-    /// Takes a block out of the table.
+    /// Takes a block out of the table, from which it is gone on disk.
     pub fn drop_block(&mut self, number: u64) {
         self.blocks.remove(&number);
         self.table[number as usize] = 0;
-        self.dirty_entries.insert(number as usize);
+        self.dirty_entries.remove(&(number as usize));
     }
 
     /// Gives a block another place, where all of it is still to be written, and returns the old one.
@@ -204,16 +204,21 @@ impl Refcounts {
         Ok(())
     }
 
-    /// Makes the (missing) block `number` one that lies at `host`, with no references yet.
+    /// Whether the table can be made long enough for block `number`.
     ///
     /// # Errors
-    /// `NoSpace` if the table would outgrow the format's limit.
-    pub fn add_block(&mut self, number: u64, host: u64) -> Result<()> {
-        let index = number as usize;
+    /// `NoSpace` if it would outgrow the format's limit.
+    pub fn check_room(&self, number: u64) -> Result<()> {
         if (number + 1) * 8 > MAX_REFCOUNT_TABLE_BYTES {
             let text = "The refcount table of the image can't grow further";
             return Err(BlockError::new(ErrorKind::NoSpace, text).errno_is(libc::EFBIG));
         }
+        Ok(())
+    }
+
+    /// Makes the (missing) block `number`, for which [there is room](Refcounts::check_room), one that lies at `host`, with no references yet.
+    pub fn add_block(&mut self, number: u64, host: u64) {
+        let index = number as usize;
         if index >= self.table.len() {
             // Half as much again, so that growing stays rare.
             let wanted = (index + 1).max(self.table.len() * 3 / 2);
@@ -239,7 +244,6 @@ impl Refcounts {
                 last_use: self.clock,
             },
         );
-        Ok(())
     }
 
     async fn block(&mut self, file: &Child, number: u64) -> Result<&mut Block> {

@@ -199,13 +199,18 @@ impl Image {
         self.check_sound()?;
         let end = offset + bytes;
         self.check_end(end)?;
-        let whole =
-            self.in_cluster(offset) == 0 && (self.in_cluster(end) == 0 || end == self.size());
+        let is_whole = move |image: &Image| {
+            image.in_cluster(offset) == 0 && (image.in_cluster(end) == 0 || end == image.size())
+        };
         // A discard must never bring to light what the backing node has (version 2 has no way to hide it).
-        if !whole || (self.version() < 3 && self.backing.is_some()) {
+        if !is_whole(self) || (self.version() < 3 && self.backing.is_some()) {
             return not_supported();
         }
         self.spawn(offset, end, move |image| async move {
+            // Looked at again: the disk may have grown meanwhile, and what lies behind `end` is somebody's data then.
+            if !is_whole(&image) {
+                return not_supported();
+            }
             let _epoch = image.epochs.enter();
             image
                 .zero_raw_data(offset, bytes, WriteFlags::MAY_UNMAP)

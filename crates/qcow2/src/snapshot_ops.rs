@@ -78,6 +78,7 @@ impl Image {
         let snapshot = find(&table, which)?;
         let l1 = self.snapshot_l1(&table.snapshots[snapshot]).await?;
         let size = self.snapshot_size(&table.snapshots[snapshot])?;
+        self.shows_snapshot.store(true, Ordering::Release);
         self.l1.replace(l1);
         self.l2.clear().await;
         self.size.store(size, Ordering::Release);
