@@ -30,22 +30,21 @@ async fn a_discard_of_the_last_part_of_a_disk_that_grows_takes_no_more() {
     faults.add(Rule::slow(Event::Write, 1000).starting_with(9));
     let spawn = |request: Request| {
         let node = node.clone();
-        let task = tokio::spawn(async move {
+        tokio::spawn(async move {
             match request {
                 Request::Grow => node.truncate(TruncateRequest::to(8 * CLUSTER)).await,
                 Request::Write => write(&node, 3 * CLUSTER, 4096 + 512, 9).await,
                 Request::Discard => node.pdiscard(4 * CLUSTER, 1024).await,
             }
-        });
-        async {
-            tokio::task::yield_now().await;
-            task
-        }
+        })
     };
-    let growing = spawn(Request::Grow).await;
+    let growing = spawn(Request::Grow);
+    tokio::task::yield_now().await;
     // The discard has to wait for the write, and both for the growth.
-    let writing = spawn(Request::Write).await;
-    let discarding = spawn(Request::Discard).await;
+    let writing = spawn(Request::Write);
+    tokio::task::yield_now().await;
+    let discarding = spawn(Request::Discard);
+    tokio::task::yield_now().await;
     growing.await.unwrap().unwrap();
     write(&node, 4 * CLUSTER + 1024, 512, 2).await.unwrap();
     assert!(!writing.is_finished());
@@ -200,9 +199,7 @@ async fn the_place_of_a_dropped_refcount_block_waits_for_the_commit() {
             write(&node, at, 16 * cluster, 0).await.unwrap();
             eprintln!(
                 "{at} {:?} {}",
-                image
-                    .mapping(at as u64 / 512, crate::image::Intent::Read)
-                    .await,
+                image.mapping(at / 512, crate::image::Intent::Read).await,
                 shrinking.is_finished()
             );
         }
