@@ -52,6 +52,7 @@ pub struct OpenOptions {
     probe: bool,
     no_backing: bool,
     no_share: bool,
+    for_check: bool,
     diagnostics: Diagnostics,
 }
 
@@ -141,6 +142,13 @@ impl OpenOptions {
         self
     }
 
+    /// Opens the disk for [`Node::check`] and nothing else, so that images can be checked and repaired that are too damaged for any other use. Its driver
+    /// may refuse to read and write.
+    pub fn for_check(mut self, on: bool) -> Self {
+        self.for_check = on;
+        self
+    }
+
     /// What may be opened that images name.
     pub fn policy(mut self, policy: OpenPolicy) -> Self {
         self.policy = policy;
@@ -200,6 +208,7 @@ impl OpenOptions {
             permissions: permissions(!self.flags.read_only),
             ancestors: Vec::new(),
             by_image: false,
+            for_check: self.for_check,
         };
         let node = open_node(&shared, request)
             .await
@@ -253,6 +262,8 @@ struct NodeRequest {
     ancestors: Vec<String>,
     /// An image named it, so the policy has to allow it.
     by_image: bool,
+    /// It is opened for a check alone.
+    for_check: bool,
 }
 
 /// What a driver's `open` gets to know, and how it opens its children.
@@ -265,6 +276,7 @@ pub struct OpenContext<'a> {
     ancestors: Vec<String>,
     /// An image named the node, or one above it: its options, too, are somebody else's words.
     by_image: bool,
+    for_check: bool,
     /// The child `file`, opened before the driver was chosen.
     file: Mutex<Option<Child>>,
 }
@@ -285,6 +297,11 @@ impl OpenContext<'_> {
         self.probed
     }
 
+    /// Whether nothing but a check follows ([`OpenOptions::for_check`]).
+    pub fn for_check(&self) -> bool {
+        self.for_check
+    }
+
     /// What the parent will do with the node.
     pub fn permissions(&self) -> Permissions {
         self.permissions
@@ -293,6 +310,11 @@ impl OpenContext<'_> {
     /// Where warnings go, also later.
     pub fn diagnostics(&self) -> &Diagnostics {
         &self.shared.diagnostics
+    }
+
+    /// Whether only what the image says of itself is wanted: neither backing files nor external data files are opened.
+    pub fn is_without_data(&self) -> bool {
+        self.shared.no_backing
     }
 
     /// The drivers at hand.
@@ -342,6 +364,7 @@ impl OpenContext<'_> {
             permissions: Permissions::storage(!self.flags.read_only),
             ancestors: self.ancestors.clone(),
             by_image: by_image || self.by_image,
+            for_check: false,
         };
         let node = Box::pin(open_node(self.shared, request)).await?;
         node.driver()
@@ -409,6 +432,7 @@ impl OpenContext<'_> {
             permissions: Permissions::storage(false),
             ancestors,
             by_image: by_image || self.by_image,
+            for_check: false,
         };
         let node = open_in_task(self.shared, request).await.map_err(wrap)?;
         Ok(Some(Child::new("backing", ChildRole::Backing, node)))
@@ -461,6 +485,7 @@ async fn open_node(shared: &Arc<Shared>, mut request: NodeRequest) -> Result<Arc
         permissions: request.permissions,
         ancestors: request.ancestors,
         by_image: request.by_image,
+        for_check: request.for_check,
         file: Mutex::new(None),
     };
     let is_protocol = |d: &Arc<dyn DriverFactory>| d.protocol_name().is_some();
@@ -628,6 +653,7 @@ async fn open_format_file(
         permissions: ctx.permissions,
         ancestors: ctx.ancestors.clone(),
         by_image: ctx.by_image,
+        for_check: false,
     };
     let node = Box::pin(open_node(shared, request)).await?;
     Ok(Some(Child::new("file", ChildRole::File, node)))
@@ -734,6 +760,7 @@ impl CreateContext<'_> {
             permissions: Permissions::storage(true),
             ancestors: Vec::new(),
             by_image: false,
+            for_check: false,
         };
         let node = open_node(&shared, request).await?;
         node.driver()

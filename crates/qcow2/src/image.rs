@@ -11,8 +11,8 @@
 //!
 //! Whoever looks up a host offset and uses it is inside an epoch (`epoch`) until it is done with it.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard};
 
 use blockcore::orphan::Orphans;
 use blockcore::tracked::TrackedRequests;
@@ -23,6 +23,7 @@ use blockcore::{
 
 use crate::alloc::Meta;
 use crate::commit::CommitState;
+use crate::data_file::DataFile;
 use crate::epoch::Epochs;
 use crate::format::{L1E_OFFSET_MASK, L2E_OFFSET_MASK, OFLAG_ZERO};
 use crate::header::{CompressionType, Header, Incompatible};
@@ -30,6 +31,7 @@ use crate::inflated::Inflated;
 use crate::l2_cache::{L2Cache, NumberMap, PinnedSlice};
 use crate::l2_entry::{EntryFormat, L2Entry};
 use crate::l2_table::{BadEntry, L1Table, Mapping};
+use crate::runtime::RuntimeOptions;
 
 /// Byte offset of the incompatible feature bits in the header.
 pub(crate) const INCOMPATIBLE_OFFSET: u64 = 72;
@@ -75,6 +77,7 @@ pub(crate) enum Owner {
     RefcountBlock,
     SnapshotTable,
     InactiveL1,
+    InactiveL2,
     /// Two structures claim it: nothing may be written there.
     Disputed,
 }
@@ -89,6 +92,7 @@ impl Owner {
             Owner::RefcountBlock => "refcount block",
             Owner::SnapshotTable => "snapshot table",
             Owner::InactiveL1 => "inactive L1 table",
+            Owner::InactiveL2 => "inactive L2 table",
             Owner::Disputed => "disputed metadata",
         }
     }
@@ -98,10 +102,13 @@ impl Owner {
 pub(crate) struct Image {
     pub file: Child,
     pub backing: Option<Child>,
+    pub data: DataFile,
     pub header: Mutex<Header>,
-    pub version: u32,
+    /// 2 or 3; `amend` changes it.
+    pub format_version: AtomicU32,
     pub cluster_bits: u32,
-    pub entries: EntryFormat,
+    /// What L2 entries look like, but for the version: see [`Image::entries`].
+    pub entry_format: EntryFormat,
     /// The length of the disk in bytes.
     pub size: AtomicU64,
     pub l1: L1Table,
@@ -122,8 +129,12 @@ pub(crate) struct Image {
     /// Corruption was found since the image was opened, and somebody was told.
     pub corruption_said: AtomicBool,
     pub writable: AtomicBool,
+    /// How this writer works.
+    pub runtime: RwLock<RuntimeOptions>,
     /// What the header on disk says is not known: see `overhaul`. Nothing is written any more.
     pub uncertain: AtomicBool,
+    /// The tables in memory are those of a snapshot: see `snapshot_load`.
+    pub shows_snapshot: AtomicBool,
     pub diagnostics: Diagnostics,
     pub compression: CompressionType,
     /// See `map`.
@@ -137,9 +148,22 @@ impl Image {
         1 << self.cluster_bits
     }
 
+    /// The version of the format: 2 or 3.
+    pub fn version(&self) -> u32 {
+        self.format_version.load(Ordering::Acquire)
+    }
+
+    /// What L2 entries look like.
+    pub fn entries(&self) -> EntryFormat {
+        EntryFormat {
+            version: self.version(),
+            ..self.entry_format
+        }
+    }
+
     /// Bytes in the smallest part of a cluster that has a state of its own: a subcluster, or without extended L2 entries a cluster.
     pub fn subcluster_size(&self) -> u64 {
-        1 << self.entries.subcluster_bits()
+        1 << self.entries().subcluster_bits()
     }
 
     pub fn size(&self) -> u64 {
@@ -155,7 +179,7 @@ impl Image {
 
     /// Entries in an L2 table, as a power of two.
     pub fn l2_bits(&self) -> u32 {
-        self.cluster_bits - 3 - u32::from(self.entries.is_extended)
+        self.cluster_bits - 3 - u32::from(self.entries().is_extended)
     }
 
     /// The L1 index of a guest cluster.
@@ -247,7 +271,7 @@ impl Image {
     fn span_now(&self, offset: u64) -> Option<Result<(Mapping, u64), BadEntry>> {
         let (cluster, within) = (offset >> self.cluster_bits, self.in_cluster(offset));
         match self.l2.entry_now(cluster) {
-            Some(entry) => Some(self.entries.span(entry, within)),
+            Some(entry) => Some(self.entries().span(entry, within)),
             None if self.l1.get(self.l1_index(cluster)) & L1E_OFFSET_MASK == 0 => {
                 Some(Ok((Mapping::Unallocated, self.cluster_size() - within)))
             }
@@ -261,7 +285,7 @@ impl Image {
         }
         let cluster = offset >> self.cluster_bits;
         let entry = self.entry(cluster).await?;
-        let span = self.entries.span(entry, self.in_cluster(offset));
+        let span = self.entries().span(entry, self.in_cluster(offset));
         span.map_err(|bad| self.bad_entry(bad, cluster, entry, intent))
     }
 
@@ -289,7 +313,7 @@ impl Image {
 
     /// Reads an L2 entry as a whole, and marks the image corrupt where it makes no sense.
     pub fn decode(&self, guest_cluster: u64, entry: L2Entry, intent: Intent) -> Result<Mapping> {
-        let whole = self.entries.whole(entry);
+        let whole = self.entries().whole(entry);
         whole.map_err(|bad| self.bad_entry(bad, guest_cluster, entry, intent))
     }
 
@@ -420,11 +444,23 @@ impl Image {
             .find_map(|c| owned.get(&c).copied())
     }
 
+    /// How this writer works. Not to be held over an await.
+    pub fn runtime(&self) -> RwLockReadGuard<'_, RuntimeOptions> {
+        self.runtime
+            .read()
+            .expect("no code panics while it holds this lock")
+    }
+
     /// INV QCOW2-META-1: refuses a write of guest data over metadata, and marks the image corrupt.
     pub fn check_data_write(&self, host: u64, bytes: u64) -> Result<()> {
+        if self.has_data_file() {
+            return Ok(());
+        }
         match self.owner_in(host, bytes) {
-            None => Ok(()),
-            Some(owner) => Err(self.refuse_overlap(host, owner)),
+            Some(owner) if self.runtime().overlap_checks.includes(owner) => {
+                Err(self.refuse_overlap(host, owner))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -496,7 +532,7 @@ impl Image {
     pub async fn mark_corrupt_on_disk(&self) -> Result<()> {
         let known = self.corrupt.load(Ordering::Acquire) && self.writable.load(Ordering::Acquire);
         let bits = self.header().incompatible;
-        if !known || self.version < 3 || bits.contains(Incompatible::CORRUPT) {
+        if !known || self.version() < 3 || bits.contains(Incompatible::CORRUPT) {
             return Ok(());
         }
         let bits = bits | Incompatible::CORRUPT;

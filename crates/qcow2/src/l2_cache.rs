@@ -13,7 +13,7 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use blockcore::Result;
@@ -177,7 +177,7 @@ impl Shard {
 pub(crate) struct L2Cache {
     shards: [Shard; SHARDS],
     /// The most slices that a shard keeps, pinned ones aside.
-    shard_capacity: usize,
+    shard_capacity: AtomicUsize,
     slice_bits: u32,
     entry_words: usize,
 }
@@ -188,10 +188,17 @@ impl L2Cache {
         let slices = (bytes / entry_words) >> (slice_bits + 3);
         L2Cache {
             shards: Default::default(),
-            shard_capacity: (slices / SHARDS).max(2),
+            shard_capacity: AtomicUsize::new((slices / SHARDS).max(2)),
             slice_bits,
             entry_words,
         }
+    }
+
+    /// Holds at most `bytes` bytes from now on. What is too much goes when something comes.
+    pub fn set_size(&self, bytes: usize) {
+        let slices = bytes >> (self.slice_bits + 3);
+        let capacity = (slices / SHARDS).max(2);
+        self.shard_capacity.store(capacity, Ordering::Relaxed);
     }
 
     /// The slice of a guest cluster, and the place of its entry there.
@@ -275,8 +282,9 @@ impl L2Cache {
         let shard = self.shard(number);
         let slice = Arc::new(L2Slice::new(words, self.entry_words));
         let mut slices = shard.write();
-        if slices.len() >= self.shard_capacity {
-            Self::evict(&mut slices, self.shard_capacity);
+        let capacity = self.shard_capacity.load(Ordering::Relaxed);
+        if slices.len() >= capacity {
+            Self::evict(&mut slices, capacity);
         }
         slices.insert(number, slice.clone());
         PinnedSlice::new(&slice)

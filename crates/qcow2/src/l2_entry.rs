@@ -69,6 +69,8 @@ pub(crate) struct EntryFormat {
     pub cluster_bits: u32,
     /// Entries have a second word.
     pub is_extended: bool,
+    /// Clusters lie in another file: there the place 0 is a place.
+    pub has_data_file: bool,
 }
 
 impl EntryFormat {
@@ -89,13 +91,21 @@ impl EntryFormat {
         1 << self.cluster_bits
     }
 
+    fn decode(self, word: u64) -> Result<Mapping, BadEntry> {
+        if self.has_data_file && word == OFLAG_COPIED {
+            let (host, copied) = (0, true);
+            return Ok(Mapping::Data { host, copied });
+        }
+        Mapping::decode(word, self.version, self.cluster_bits)
+    }
+
     /// What a cluster holds from its byte `from` on, and for how many bytes that goes on, to the end of the cluster at most.
     pub fn span(self, entry: L2Entry, from: u64) -> Result<(Mapping, u64), BadEntry> {
         let rest = self.cluster_size() - from;
         if self.is_extended && !entry.is_compressed() {
             return self.subcluster_span(entry, from);
         }
-        let mapping = Mapping::decode(entry.word, self.version, self.cluster_bits)?;
+        let mapping = self.decode(entry.word)?;
         Ok((mapping, rest))
     }
 
@@ -138,7 +148,7 @@ impl EntryFormat {
     /// for anything else, `Unallocated` where there is none.
     pub fn whole(self, entry: L2Entry) -> Result<Mapping, BadEntry> {
         if !self.is_extended || entry.is_compressed() {
-            return Mapping::decode(entry.word, self.version, self.cluster_bits);
+            return self.decode(entry.word);
         }
         self.check_subclusters(entry)?;
         let host = entry.word & L2E_OFFSET_MASK;
@@ -222,6 +232,7 @@ mod tests {
         version: 3,
         cluster_bits: 14,
         is_extended: true,
+        has_data_file: false,
     };
     const HOST: u64 = 0x50000;
 

@@ -23,7 +23,10 @@ impl Image {
     ) -> Result<BlockStatus> {
         let _epoch = self.epochs.enter();
         let (mapping, covered) = self.run(offset, bytes, Intent::Read).await?;
-        let file = || self.file.node().clone();
+        let file = || match self.data.child() {
+            Some(data) => data.node().clone(),
+            None => self.file.node().clone(),
+        };
         let within = self.in_cluster(offset);
         Ok(match mapping {
             Mapping::Unallocated => BlockStatus::new(StatusFlags::empty(), covered),
@@ -53,6 +56,9 @@ impl Image {
     async fn is_metadata_preallocated(&self) -> Result<bool> {
         if let Some(&known) = self.metadata_preallocated.get() {
             return Ok(known);
+        }
+        if self.has_data_file() {
+            return Ok(false);
         }
         let found = match self.file.driver().allocated_size().await? {
             None => false,

@@ -30,9 +30,9 @@ impl Image {
             };
             let (part, rest) = left.split_at_mut(bytes as usize);
             let served = match mapping {
-                Mapping::Data { host, .. } => {
-                    self.file.read_nowait(host + self.in_cluster(at), part)
-                }
+                Mapping::Data { host, .. } => self
+                    .storage()
+                    .is_ok_and(|s| s.read_nowait(host + self.in_cluster(at), part)),
                 Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => {
                     part.fill(0);
                     true
@@ -133,7 +133,7 @@ impl Image {
         match mapping {
             Mapping::Data { host, .. } => {
                 self.file.debug_event(DebugEvent::ReadAio).await;
-                self.file
+                self.storage()?
                     .preadv(host + self.in_cluster(offset), buf, ReadFlags::empty())
                     .await
             }

@@ -30,6 +30,25 @@ pub(crate) enum Remap {
     Replace(L2Entry),
 }
 
+/// Host clusters that keep their place (`discard-no-unref`).
+#[derive(Debug, Default)]
+struct Kept(std::sync::Mutex<Vec<u64>>);
+
+impl Kept {
+    fn note(&self, host: u64) {
+        let mut clusters = self
+            .0
+            .lock()
+            .expect("no code panics while it holds this lock");
+        clusters.push(host);
+    }
+
+    fn into_clusters(self) -> Vec<u64> {
+        let clusters = self.0.into_inner();
+        clusters.expect("no code panics while it holds this lock")
+    }
+}
+
 fn not_supported<T>() -> Result<T> {
     Err(BlockError::from_errno(libc::EOPNOTSUPP))
 }
@@ -48,7 +67,7 @@ impl Image {
     ) -> Result<()> {
         self.check_sound()?;
         self.check_end(offset + bytes)?;
-        if self.version < 3 && self.backing.is_some() {
+        if self.version() < 3 && self.backing.is_some() {
             // Version 2 has no zero clusters, and an unallocated one would show the backing node.
             return not_supported();
         }
@@ -74,9 +93,12 @@ impl Image {
         if (range.start != whole.start || has_tail) && !self.may_widen(&range, &whole).await? {
             return not_supported();
         }
+        self.zero_raw_data(offset, bytes, flags).await?;
         let unmap = flags.contains(WriteFlags::MAY_UNMAP);
         let clusters = self.zero_edges(whole).await?;
-        let (version, entries) = (self.version, self.entries);
+        let (version, entries) = (self.version(), self.entries());
+        let keeps = self.runtime().discard_no_unref && version >= 3;
+        let kept = Kept::default();
         self.remap(
             clusters.start,
             clusters.end,
@@ -88,6 +110,13 @@ impl Image {
                 },
                 Mapping::ZeroPlain => Remap::Keep,
                 Mapping::Compressed(_) => Remap::Replace(entries.zero()),
+                Mapping::ZeroAllocated { host, copied: true }
+                | Mapping::Data { host, copied: true }
+                    if unmap && keeps =>
+                {
+                    kept.note(host);
+                    Remap::Set(entries.zeroed(entry))
+                }
                 Mapping::ZeroAllocated { .. } | Mapping::Data { .. } if unmap => {
                     Remap::Replace(entries.zero())
                 }
@@ -95,7 +124,12 @@ impl Image {
                 _ => Remap::Set(entries.zeroed(entry)),
             },
         )
-        .await
+        .await?;
+        self.punch_kept(kept).await;
+        if unmap && self.in_cluster(offset) == 0 {
+            self.discard_data(offset, bytes).await;
+        }
+        Ok(())
     }
 
     /// Makes the parts of clusters at both ends of a range of whole subclusters zero, and returns the clusters between. The caller holds `changing`.
@@ -127,7 +161,7 @@ impl Image {
             return not_supported();
         }
         let part = from..from + (range.end - range.start);
-        let new = self.entries.zeroed_part(old, part);
+        let new = self.entries().zeroed_part(old, part);
         if new != old {
             self.ensure_l2_table(&mut meta, self.l1_index(cluster))
                 .await?;
@@ -165,28 +199,64 @@ impl Image {
         self.check_sound()?;
         let end = offset + bytes;
         self.check_end(end)?;
-        let whole =
-            self.in_cluster(offset) == 0 && (self.in_cluster(end) == 0 || end == self.size());
+        let is_whole = move |image: &Image| {
+            image.in_cluster(offset) == 0 && (image.in_cluster(end) == 0 || end == image.size())
+        };
         // A discard must never bring to light what the backing node has (version 2 has no way to hide it).
-        if !whole || (self.version < 3 && self.backing.is_some()) {
+        if !is_whole(self) || (self.version() < 3 && self.backing.is_some()) {
             return not_supported();
         }
         self.spawn(offset, end, move |image| async move {
+            // Looked at again: the disk may have grown meanwhile, and what lies behind `end` is somebody's data then.
+            if !is_whole(&image) {
+                return not_supported();
+            }
             let _epoch = image.epochs.enter();
+            image
+                .zero_raw_data(offset, bytes, WriteFlags::MAY_UNMAP)
+                .await?;
             let first = offset >> image.cluster_bits;
             let last = (end - 1) >> image.cluster_bits;
             let zero = image.entry_for_nothing();
+            let entries = image.entries();
             let has_backing = image.backing.is_some();
+            let keeps = image.runtime().discard_no_unref && image.version() >= 3;
+            let kept = Kept::default();
             image
-                .remap(first, last + 1, true, |mapping, _| match mapping {
+                .remap(first, last + 1, true, |mapping, entry| match mapping {
+                    Mapping::ZeroAllocated { host, copied: true }
+                    | Mapping::Data { host, copied: true }
+                        if keeps =>
+                    {
+                        kept.note(host);
+                        Remap::Set(entries.zeroed(entry))
+                    }
                     Mapping::ZeroPlain => Remap::Keep,
                     Mapping::Unallocated if has_backing => Remap::Set(zero),
                     Mapping::Unallocated => Remap::Keep,
                     _ => Remap::Replace(zero),
                 })
-                .await
+                .await?;
+            image.punch_kept(kept).await;
+            image.discard_data(offset, bytes).await;
+            Ok(())
         })
         .await
+    }
+
+    /// Punches holes where clusters keep their place though they read as zero. The caller holds `changing`, so nobody is given them for new data meanwhile.
+    /// That the entries may be durable only later is no harm: the guest said that it needs nothing of this.
+    async fn punch_kept(&self, kept: Kept) {
+        if self.has_data_file() || !self.runtime().pass_discard_request {
+            return;
+        }
+        for host in kept.into_clusters() {
+            if self.owner_in(host, self.cluster_size()).is_none()
+                && let Err(e) = self.file.pdiscard(host, self.cluster_size()).await
+            {
+                tracing::debug!("no hole at {host:#x}: {e}");
+            }
+        }
     }
 
     /// Commits if much has piled up. The caller holds no lock.
@@ -202,9 +272,9 @@ impl Image {
 
     /// The entry of a cluster that holds nothing and hides what lies below, if the version has such a thing.
     pub(crate) fn entry_for_nothing(&self) -> L2Entry {
-        match self.version {
+        match self.version() {
             2 => L2Entry::default(),
-            _ => self.entries.zero(),
+            _ => self.entries().zero(),
         }
     }
 

@@ -9,12 +9,12 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use blockcore::{BlockError, DebugEvent, Result, TruncateRequest};
+use blockcore::{BlockError, DebugEvent, Preallocation, Result, TruncateRequest};
 
 use crate::alloc::Meta;
 use crate::commit::Growth;
 use crate::format::L1E_OFFSET_MASK;
-use crate::image::{Hex, Image, Intent};
+use crate::image::{Hex, Image, Intent, Owner};
 use crate::l2_entry::L2Entry;
 use crate::remap::Remap;
 
@@ -45,6 +45,7 @@ impl Image {
         self.drop_empty_blocks().await?;
         // For what that has freed.
         self.commit().await?;
+        self.resize_data(old, new, Preallocation::Off).await?;
         self.cut_file().await
     }
 
@@ -103,18 +104,34 @@ impl Image {
     }
 
     /// Takes refcount blocks out of the table that count nothing, or nothing but themselves.
+    ///
+    /// INV QCOW2-ORD-4: a block that counts itself is free once it is out of the table in memory, so it is out of the one on disk before.
     async fn drop_empty_blocks(&self) -> Result<()> {
         let _no_commits = self.commits.none().await;
         let mut meta = self.meta.lock().await;
         let meta = &mut *meta;
+        if meta.moving_table.is_some() {
+            return Ok(());
+        }
+        let mut empty = Vec::new();
         for number in meta.refcounts.existing_blocks() {
-            let host = meta.refcounts.table()[number as usize];
-            let own = host >> self.cluster_bits;
-            let Some(counts_itself) = meta.refcounts.is_empty_but(&self.file, number, own).await?
-            else {
-                continue;
-            };
-            // One more time a block would only be made again.
+            let own = meta.refcounts.table()[number as usize] >> self.cluster_bits;
+            let counts_itself = meta.refcounts.is_empty_but(&self.file, number, own).await?;
+            empty.extend(counts_itself.map(|itself| (number, own, itself)));
+        }
+        if empty.is_empty() {
+            return Ok(());
+        }
+        // If this fails half way, the next commit writes the entries as they were.
+        let numbers = empty.iter().map(|&(number, ..)| number as usize);
+        meta.refcounts.dirty_entries.extend(numbers);
+        for &(number, ..) in &empty {
+            let at = meta.refcounts.table_offset + number * 8;
+            self.write_metadata(Owner::RefcountTable, at, vec![0; 8])
+                .await?;
+        }
+        self.file.flush().await?;
+        for (number, own, counts_itself) in empty {
             meta.refcounts.drop_block(number);
             self.disown(own);
             if !counts_itself {

@@ -37,7 +37,7 @@ impl Image {
         }
         let old = self.size();
         let snapshots = self.header().nb_snapshots;
-        if self.version < 3 && snapshots > 0 {
+        if self.version() < 3 && snapshots > 0 {
             return Err(BlockError::unsupported(
                 "Can't resize a v2 image which has snapshots",
             ));
@@ -55,7 +55,7 @@ impl Image {
         }
         let whole_clusters = old.next_multiple_of(self.cluster_size()) < request.bytes;
         let shows_backing = self.backing.as_ref().is_some_and(|b| b.length() > old);
-        if self.version < 3 && whole_clusters && shows_backing {
+        if self.version() < 3 && whole_clusters && shows_backing {
             // What appears would show the backing node, and version 2 has no zero clusters to hide it.
             let text = "Failed to zero out new clusters: Operation not supported";
             return Err(BlockError::unsupported(text));
@@ -77,8 +77,12 @@ impl Image {
         }
     }
 
-    async fn grow(self: &Arc<Self>, request: TruncateRequest) -> Result<()> {
+    async fn grow(self: &Arc<Self>, mut request: TruncateRequest) -> Result<()> {
         let (old, new) = (self.size(), request.bytes);
+        if self.header().is_data_file_raw() && request.preallocation == Preallocation::Off {
+            // What reads as the disk does is the disk: every cluster of it is in use.
+            request.preallocation = Preallocation::Metadata;
+        }
         let table_bytes = 1u64 << (self.l2_bits() + self.cluster_bits);
         let l1_entries = new.div_ceil(table_bytes);
         if l1_entries * 8 > MAX_L1_BYTES {
@@ -88,6 +92,7 @@ impl Image {
         {
             let _epoch = self.epochs.enter();
             self.grow_l1(l1_entries as usize).await?;
+            self.resize_data(old, new, request.preallocation).await?;
             self.zero_new_area(old, new).await?;
             if request.preallocation != Preallocation::Off {
                 self.preallocate(old, new, request.preallocation).await?;
@@ -111,7 +116,7 @@ impl Image {
     }
 
     /// Makes room for L1 entries, at a new place if need be, and notes the new length for the commit.
-    async fn grow_l1(&self, entries: usize) -> Result<()> {
+    pub(crate) async fn grow_l1(&self, entries: usize) -> Result<()> {
         let mut meta = self.meta.lock().await;
         let meta = &mut *meta;
         let have = self.l1.len();
@@ -164,8 +169,8 @@ impl Image {
         );
         self.remap(first, hidden, false, |mapping, _| match mapping {
             Mapping::ZeroPlain => Remap::Keep,
-            Mapping::Unallocated => Remap::Set(self.entries.zero()),
-            _ => Remap::Replace(self.entries.zero()),
+            Mapping::Unallocated => Remap::Set(self.entries().zero()),
+            _ => Remap::Replace(self.entries().zero()),
         })
         .await?;
         self.remap(hidden, end, false, |mapping, _| match mapping {
@@ -204,7 +209,7 @@ impl Image {
     async fn preallocate(self: &Arc<Self>, old: u64, new: u64, mode: Preallocation) -> Result<()> {
         let mut at = old.div_ceil(self.cluster_size());
         let end = new.div_ceil(self.cluster_size());
-        if self.entries.is_extended && self.in_cluster(old) != 0 {
+        if self.entries().is_extended && self.in_cluster(old) != 0 {
             // The cluster that the disk ended in gets its place, too: what it holds doesn't change.
             let mapping = self.mapping(at - 1, Intent::Write).await?;
             at -= u64::from(mapping.referenced(self.cluster_size()).is_none());
@@ -217,11 +222,11 @@ impl Image {
             let run = {
                 let mut meta = self.meta.lock().await;
                 self.ensure_l2_table(&mut meta, self.l1_index(at)).await?;
-                self.alloc_run(&mut meta, count).await?
+                self.alloc_data(&mut meta, at, count).await?
             };
             if let Err(e) = self.fill_with_zeroes(run, mode).await {
                 let mut meta = self.meta.lock().await;
-                self.unalloc_run(&mut meta, run).await?;
+                self.unalloc_data(&mut meta, run).await?;
                 return Err(e);
             }
             let mut meta = self.meta.lock().await;
@@ -229,12 +234,15 @@ impl Image {
             at += count;
             last = Some(run);
         }
+        if self.has_data_file() {
+            return Ok(());
+        }
         let (Some(run), Preallocation::Metadata) = (last, mode) else {
             return Ok(());
         };
         let unused = (end << self.cluster_bits) - new;
         let host_end = ((run.cluster + run.count) << self.cluster_bits) - unused;
-        if self.entries.is_extended {
+        if self.entries().is_extended {
             let mut meta = self.meta.lock().await;
             let used_end = host_end.next_multiple_of(self.subcluster_size());
             meta.needed_length = meta.needed_length.max(used_end);
@@ -252,13 +260,17 @@ impl Image {
     }
 
     async fn fill_with_zeroes(&self, run: Run, mode: Preallocation) -> Result<()> {
+        if self.has_data_file() {
+            // It has been made longer as was asked for.
+            return Ok(());
+        }
         let (host, bytes) = (
             run.cluster << self.cluster_bits,
             run.count << self.cluster_bits,
         );
         match mode {
             Preallocation::Off | Preallocation::Metadata
-                if run.fresh || self.entries.is_extended =>
+                if run.fresh || self.entries().is_extended =>
             {
                 Ok(())
             }
@@ -287,14 +299,14 @@ impl Image {
         first: u64,
         run: Run,
     ) -> Result<()> {
-        if !self.entries.is_extended {
+        if !self.has_data_file() && !self.entries().is_extended {
             meta.needs_file_to(run, self.cluster_bits);
         }
         for i in 0..run.count {
             let host = (run.cluster + i) << self.cluster_bits;
             let old = self.entry(first + i).await?;
             // Subclusters stay what they are: only their place is kept.
-            let new = self.entries.written(old, host, 0..0);
+            let new = self.entries().written(old, host, 0..0);
             let old = self.set_entry(meta, first + i, new).await?;
             self.free_mapping(meta, &old, false)?;
         }

@@ -145,7 +145,11 @@ impl Image {
             };
             let host = host + self.in_cluster(at);
             // INV REQ-PARK-1: a write that makes the file longer is not for the caller's own future, since a commit may have to wait for it.
-            if (host + n).next_multiple_of(self.subcluster_size()) > self.file.length() {
+            let needed = match self.has_data_file() {
+                true => host + n,
+                false => (host + n).next_multiple_of(self.subcluster_size()),
+            };
+            if needed > self.storage()?.length() {
                 return Ok(None);
             }
             runs.push((host, n));
@@ -158,7 +162,10 @@ impl Image {
         if let [(host, bytes)] = *runs {
             self.check_data_write(host, bytes)?;
             self.file.debug_event(DebugEvent::WriteAio).await;
-            return self.file.pwritev(host, buf, WriteFlags::empty()).await;
+            return self
+                .storage()?
+                .pwritev(host, buf, WriteFlags::empty())
+                .await;
         }
         let mut writes = FuturesUnordered::new();
         let mut done = 0;
@@ -167,7 +174,7 @@ impl Image {
             let part = buf.slice(done..done + bytes as usize);
             done += bytes as usize;
             self.file.debug_event(DebugEvent::WriteAio).await;
-            writes.push(self.file.pwritev(host, part, WriteFlags::empty()));
+            writes.push(self.storage()?.pwritev(host, part, WriteFlags::empty()));
         }
         let mut result = Ok(());
         while let Some(one) = writes.next().await {
@@ -177,7 +184,7 @@ impl Image {
     }
 
     /// As [`write`](Image::write), whatever the clusters are. The caller holds `changing`.
-    async fn write_allocating(self: Arc<Self>, offset: u64, buf: IoBuf) -> Result<()> {
+    pub(crate) async fn write_allocating(self: Arc<Self>, offset: u64, buf: IoBuf) -> Result<()> {
         let _epoch = self.epochs.enter();
         let end = offset + buf.len() as u64;
         let mut at = offset;
@@ -253,7 +260,7 @@ impl Image {
         let mut range = self.whole_subclusters(start, end);
         for cluster in [start >> self.cluster_bits, (end - 1) >> self.cluster_bits] {
             let guest = cluster << self.cluster_bits;
-            if let Some(data) = self.entries.data_range(self.entry(cluster).await?) {
+            if let Some(data) = self.entries().data_range(self.entry(cluster).await?) {
                 range.start = range.start.min(guest + data.start);
                 range.end = range.end.max(guest + data.end);
             }
@@ -270,10 +277,10 @@ impl Image {
             let mut meta = self.meta.lock().await;
             self.ensure_l2_table(&mut meta, self.l1_index(first))
                 .await?;
-            self.alloc_run(&mut meta, count).await?
+            self.alloc_data(&mut meta, first, count).await?
         };
         // Subclusters are small enough to be written whole, and the file has to reach no further.
-        run.fresh &= !self.entries.is_extended;
+        run.fresh &= !self.entries().is_extended;
         let sparse = run.fresh && (self.in_cluster(at) | bytes) & (self.cluster_size() - 1) != 0;
         let filled = async {
             self.fill_run(at, buf, run, &written).await?;
@@ -286,7 +293,7 @@ impl Image {
         };
         if let Err(e) = filled.await {
             let mut meta = self.meta.lock().await;
-            self.unalloc_run(&mut meta, run).await?;
+            self.unalloc_data(&mut meta, run).await?;
             return Err(e);
         }
         self.link_run(written, run, sparse).await
@@ -301,11 +308,16 @@ impl Image {
         written: &Range<u64>,
     ) -> Result<()> {
         let end = at + buf.len() as u64;
+        let mut written_end = written.end;
+        if self.has_data_file() {
+            // It is as long as the disk.
+            written_end = written_end.min(self.size()).max(end);
+        }
         let host = (run.cluster << self.cluster_bits) + self.in_cluster(written.start);
         self.check_data_write(host, written.end - written.start)?;
-        let may_skip = run.fresh || self.entries.is_extended;
+        let may_skip = run.fresh || self.entries().is_extended;
         let mut head = self.cow_part(written.start..at, may_skip).await?;
-        let mut tail = self.cow_part(end..written.end, may_skip).await?;
+        let mut tail = self.cow_part(end..written_end, may_skip).await?;
         if !run.fresh && may_skip {
             let is_all_zero = head.is_none() && tail.is_none();
             let around = (at - written.start) + (written.end - end);
@@ -320,7 +332,9 @@ impl Image {
         all.append(buf);
         all.append(tail.unwrap_or_default());
         self.file.debug_event(DebugEvent::WriteAio).await;
-        self.file.pwritev(start, all, WriteFlags::empty()).await
+        self.storage()?
+            .pwritev(start, all, WriteFlags::empty())
+            .await
     }
 
     /// Has the host make zeroes of all that is going to be written, if there are enough of them `around` the data, and it can.
@@ -392,7 +406,7 @@ impl Image {
         let mut meta = self.meta.lock().await;
         self.ensure_l2_table(&mut meta, self.l1_index(first))
             .await?;
-        if !self.entries.is_extended {
+        if !self.has_data_file() && !self.entries().is_extended {
             meta.needs_file_to(run, self.cluster_bits);
         }
         if sparse {
@@ -404,7 +418,7 @@ impl Image {
             let end = written.end.min(guest + self.cluster_size());
             let part = written.start.max(guest) - guest..end - guest;
             let old = self.entry(first + i).await?;
-            let new = self.entries.written(old, host, part);
+            let new = self.entries().written(old, host, part);
             let old = self.set_entry(&mut meta, first + i, new).await?;
             match old.referenced(self.cluster_size()) {
                 // The cluster was kept for this.

@@ -38,6 +38,7 @@ impl Image {
     /// `InvalidArgument` for parts of clusters; `Io` where a cluster is allocated already, as QEMU has it; otherwise as [`write`](Image::write).
     pub async fn write_compressed(self: &Arc<Self>, offset: u64, buf: IoBuf) -> Result<()> {
         self.check_sound()?;
+        self.check_no_data_file()?;
         let end = offset + buf.len() as u64;
         self.check_end(end)?;
         let is_whole =

@@ -27,6 +27,8 @@ pub(crate) struct Image {
     pub no_backing: bool,
     /// Nobody else may write to it meanwhile.
     pub no_share: bool,
+    /// It is opened for a check and nothing else.
+    pub for_check: bool,
     /// Options beside those of the name.
     pub options: Options,
 }
@@ -43,6 +45,7 @@ impl Image {
             force_share: false,
             no_backing: false,
             no_share: false,
+            for_check: false,
             options: Options::new(),
         }
     }
@@ -84,6 +87,7 @@ impl Tool {
             .policy(OpenPolicy::Everything)
             .no_backing(image.no_backing)
             .no_share(image.no_share)
+            .for_check(image.for_check)
             .diagnostics(self.console.diagnostics());
         if let Some(format) = image.format {
             open = open.format(format);

@@ -140,6 +140,9 @@ async fn some_plan(rng: &mut Rng) -> Plan {
                             Op::Snapshot(snapshots)
                         }
                     },
+                    17 if task == 0 && shape.version > 2 && rng.chance(25) => {
+                        Op::Width([16, 32, 64][rng.below(3) as usize])
+                    }
                     16 if task == 0 && shape.version > 2 => {
                         match rng.below(3) {
                             0 => grown = 1 + rng.below(grown as u64) as usize,

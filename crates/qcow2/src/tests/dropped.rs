@@ -103,6 +103,7 @@ fn kinds() -> Vec<Kind> {
             Op::Resize(9),
         ),
         ("block status", vec![], Op::Status(0..800)),
+        ("other refcounts", vec![write(20, 8, 1)], Op::Width(64)),
         ("taking a snapshot", vec![write(20, 8, 1)], Op::Snapshot(1)),
         (
             "going back to a snapshot",

@@ -140,6 +140,7 @@ fn parts() -> Plan {
         Op::Discard(40..44),
         Op::Flush,
         Op::Flush,
+        Op::Width(16),
         Op::Snapshot(1),
         write(42, 1, 21),
         Op::Delete(1),

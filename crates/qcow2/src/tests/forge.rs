@@ -84,7 +84,7 @@ pub(crate) async fn snapshot(bytes: Vec<u8>) -> Vec<u8> {
         put(&mut out, l1_offset + i * 8, &entry.to_be_bytes());
         put(&mut out, l1_at + i * 8, &entry.to_be_bytes());
         let table = entry & L1E_OFFSET_MASK;
-        let entry_bytes = image.entries.words() * 8;
+        let entry_bytes = image.entries().words() * 8;
         for at in (table..table + cluster)
             .step_by(entry_bytes)
             .filter(|_| table != 0)

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Tests of the format over test disks: a model, power cuts, and the rules of docs/INVARIANTS.md one by one.
 
+mod corners;
 mod crash;
 mod dropped;
 mod failing;
@@ -12,6 +13,7 @@ mod hostile;
 mod kept;
 mod model;
 mod parked;
+mod repair;
 mod rules;
 mod stress;
 mod subclusters;
