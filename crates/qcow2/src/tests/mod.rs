@@ -14,6 +14,7 @@ mod kept;
 mod model;
 mod parked;
 mod repair;
+mod repair_live;
 mod rules;
 mod stress;
 mod subclusters;
