@@ -51,6 +51,7 @@ pub struct OpenOptions {
     policy: OpenPolicy,
     probe: bool,
     no_backing: bool,
+    no_io: bool,
     no_share: bool,
     diagnostics: Diagnostics,
 }
@@ -141,6 +142,12 @@ impl OpenOptions {
         self
     }
 
+    /// Opens an image to look at it, and never at what it holds: encrypted ones are opened without their keys, and guest data can't be read. Read-only images only.
+    pub fn no_io(mut self, on: bool) -> Self {
+        self.no_io = on;
+        self
+    }
+
     /// What may be opened that images name.
     pub fn policy(mut self, policy: OpenPolicy) -> Self {
         self.policy = policy;
@@ -175,6 +182,10 @@ impl OpenOptions {
                 "Without its backing files an image can only be opened read-only",
             ));
         }
+        if self.no_io && !self.flags.read_only {
+            let text = "Without guest data an image can only be opened read-only";
+            return Err(BlockError::invalid(text));
+        }
         if let Some(format) = self.format {
             self.options.set("driver", format);
         }
@@ -182,6 +193,7 @@ impl OpenOptions {
             registry: registry.clone(),
             probe: self.probe,
             no_backing: self.no_backing,
+            no_io: self.no_io,
             policy: self.policy,
             diagnostics: self.diagnostics,
         });
@@ -231,6 +243,7 @@ struct Shared {
     registry: Registry,
     probe: bool,
     no_backing: bool,
+    no_io: bool,
     policy: OpenPolicy,
     diagnostics: Diagnostics,
 }
@@ -283,6 +296,11 @@ impl OpenContext<'_> {
     /// Whether the format was guessed.
     pub fn probed(&self) -> bool {
         self.probed
+    }
+
+    /// Whether the image is only looked at, so that no key is wanted: see [`OpenOptions::no_io`].
+    pub fn no_io(&self) -> bool {
+        self.shared.no_io
     }
 
     /// What the parent will do with the node.
@@ -719,6 +737,7 @@ impl CreateContext<'_> {
             registry: self.registry.clone(),
             probe: false,
             no_backing: false,
+            no_io: false,
             policy: OpenPolicy::Deny,
             diagnostics: self.diagnostics.clone(),
         });

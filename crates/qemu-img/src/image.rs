@@ -25,6 +25,8 @@ pub(crate) struct Image {
     pub cache: CacheMode,
     pub force_share: bool,
     pub no_backing: bool,
+    /// It is only looked at, so that no key is wanted.
+    pub no_io: bool,
     /// Nobody else may write to it meanwhile.
     pub no_share: bool,
     /// Options beside those of the name.
@@ -42,6 +44,7 @@ impl Image {
             cache: WRITEBACK,
             force_share: false,
             no_backing: false,
+            no_io: false,
             no_share: false,
             options: Options::new(),
         }
@@ -83,6 +86,7 @@ impl Tool {
             .probe(true)
             .policy(OpenPolicy::Everything)
             .no_backing(image.no_backing)
+            .no_io(image.no_io)
             .no_share(image.no_share)
             .diagnostics(self.console.diagnostics());
         if let Some(format) = image.format {
