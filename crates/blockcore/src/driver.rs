@@ -409,6 +409,20 @@ pub trait BlockDriver: Send + Sync + 'static {
         Ok(Vec::new())
     }
 
+    /// Changes what the image was created with, and makes that durable. `QEMU: bdrv_amend_options`.
+    ///
+    /// *The caller guarantees* that no change of the node is in flight, and none begins meanwhile, and that the options are among the factory's
+    /// [`amend_options`](DriverFactory::amend_options). *Errors*: `InvalidArgument` where they make no sense: then nothing has changed. *If omitted*:
+    /// unsupported. *If the future is dropped*: it isn't; the caller has a task for it.
+    async fn amend(&self, options: Options) -> Result<()> {
+        let _nothing = options;
+        let text = format!(
+            "Format driver '{}' does not support option amendment",
+            self.format_name()
+        );
+        Err(BlockError::from_errno(libc::ENOTSUP).message(text))
+    }
+
     /// Takes an internal snapshot, and makes it durable. `QEMU: bdrv_snapshot_create`.
     ///
     /// *The caller guarantees* that no change of the node is in flight, and none begins meanwhile. *Errors*: nothing has changed. *If omitted*:
@@ -459,7 +473,11 @@ pub trait BlockDriver: Send + Sync + 'static {
         None
     }
 
-    /// Checks the metadata. *If omitted*: unsupported.
+    /// Checks the metadata, and repairs what `fix` allows.
+    ///
+    /// *The caller guarantees* that no change of the node is in flight, and none begins meanwhile; and for repairs that it is writable. *Errors*: the host's,
+    /// with what was found till then ([`CheckAborted`](crate::CheckAborted)). *If the future is dropped*: it isn't; the caller has a task for it.
+    /// *If omitted*: unsupported.
     async fn check(&self, fix: CheckFix) -> Result<CheckResult> {
         let _nothing = fix;
         Err(BlockError::from_errno(libc::ENOTSUP)
@@ -608,6 +626,11 @@ pub trait DriverFactory: Send + Sync + 'static {
         ctx: &OpenContext<'_>,
         options: &mut Options,
     ) -> Result<Box<dyn BlockDriver>>;
+
+    /// What [`BlockDriver::amend`] takes, in the order in which tools show it. *If omitted*: nothing.
+    fn amend_options(&self) -> &'static [CreateOption] {
+        &[]
+    }
 
     /// Whether images of this format can hold compressed data: [`WriteFlags::COMPRESSED`]. *If omitted*: no.
     fn supports_compressed_writes(&self) -> bool {

@@ -59,6 +59,7 @@ pub enum Op {
     Reopen,
     CopyRange,
     Snapshot,
+    Amend,
 }
 
 impl fmt::Display for Op {
@@ -74,6 +75,7 @@ impl fmt::Display for Op {
             Op::Flush => "flush",
             Op::Truncate => "truncate",
             Op::Snapshot => "snapshot",
+            Op::Amend => "amend",
             Op::Length => "length",
             Op::Lock => "lock",
             Op::Create => "create",
@@ -196,6 +198,12 @@ impl BlockError {
     /// Replaces the errno, keeping the kind.
     pub fn errno_is(mut self, errno: i32) -> BlockError {
         self.0.errno = errno;
+        self
+    }
+
+    /// Says what caused it, or what else there is to know of it.
+    pub fn caused_by(mut self, source: impl StdError + Send + Sync + 'static) -> BlockError {
+        self.0.source = Some(Box::new(source));
         self
     }
 

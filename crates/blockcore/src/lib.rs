@@ -23,6 +23,7 @@
 
 pub mod backend;
 pub mod buffer;
+mod check;
 pub mod child;
 pub mod debug;
 pub mod driver;
@@ -49,6 +50,7 @@ mod zeroes;
 
 pub use backend::{Backend, InFlight, InFlightGuard, OwnedInFlightGuard};
 pub use buffer::{IoBuf, IoBufMut};
+pub use check::CheckAborted;
 pub use child::{Child, ChildRole};
 pub use debug::DebugEvent;
 pub use driver::{

@@ -333,8 +333,10 @@ impl Node {
     ) -> Result<()> {
         let node = self.clone();
         let in_flight = self.tasks.enter_owned();
+        let (done, _unless_dropped) = self.orphans.watch();
         let task = tokio::spawn(async move {
             let _in_flight = in_flight;
+            let _done = done;
             tracked.turn().await;
             let Some(request) = request(node.length()) else {
                 return Ok(());

@@ -21,6 +21,10 @@ use crate::perm::Permissions;
 use crate::policy::OpenPolicy;
 use crate::registry::{Diagnostics, Registry};
 
+mod create;
+
+pub use create::CreateContext;
+
 /// How many bytes of an image the drivers see to recognise it: the first sector. `raw` refuses writes there that would make a guessed image look like
 /// another format's, and what it can't see must not count.
 pub const PROBE_BYTES: usize = SECTOR_BYTES as usize;
@@ -53,6 +57,7 @@ pub struct OpenOptions {
     no_backing: bool,
     no_io: bool,
     no_share: bool,
+    for_check: bool,
     diagnostics: Diagnostics,
 }
 
@@ -148,6 +153,13 @@ impl OpenOptions {
         self
     }
 
+    /// Opens the disk for [`Node::check`] and nothing else, so that images can be checked and repaired that are too damaged for any other use. Its driver
+    /// may refuse to read and write.
+    pub fn for_check(mut self, on: bool) -> Self {
+        self.for_check = on;
+        self
+    }
+
     /// What may be opened that images name.
     pub fn policy(mut self, policy: OpenPolicy) -> Self {
         self.policy = policy;
@@ -212,6 +224,7 @@ impl OpenOptions {
             permissions: permissions(!self.flags.read_only),
             ancestors: Vec::new(),
             by_image: false,
+            for_check: self.for_check,
         };
         let node = open_node(&shared, request)
             .await
@@ -266,6 +279,8 @@ struct NodeRequest {
     ancestors: Vec<String>,
     /// An image named it, so the policy has to allow it.
     by_image: bool,
+    /// It is opened for a check alone.
+    for_check: bool,
 }
 
 /// What a driver's `open` gets to know, and how it opens its children.
@@ -278,6 +293,7 @@ pub struct OpenContext<'a> {
     ancestors: Vec<String>,
     /// An image named the node, or one above it: its options, too, are somebody else's words.
     by_image: bool,
+    for_check: bool,
     /// The child `file`, opened before the driver was chosen.
     file: Mutex<Option<Child>>,
 }
@@ -303,6 +319,11 @@ impl OpenContext<'_> {
         self.shared.no_io
     }
 
+    /// Whether nothing but a check follows ([`OpenOptions::for_check`]).
+    pub fn for_check(&self) -> bool {
+        self.for_check
+    }
+
     /// What the parent will do with the node.
     pub fn permissions(&self) -> Permissions {
         self.permissions
@@ -311,6 +332,11 @@ impl OpenContext<'_> {
     /// Where warnings go, also later.
     pub fn diagnostics(&self) -> &Diagnostics {
         &self.shared.diagnostics
+    }
+
+    /// Whether only what the image says of itself is wanted: neither backing files nor external data files are opened.
+    pub fn is_without_data(&self) -> bool {
+        self.shared.no_backing
     }
 
     /// The drivers at hand.
@@ -360,6 +386,7 @@ impl OpenContext<'_> {
             permissions: Permissions::storage(!self.flags.read_only),
             ancestors: self.ancestors.clone(),
             by_image: by_image || self.by_image,
+            for_check: false,
         };
         let node = Box::pin(open_node(self.shared, request)).await?;
         node.driver()
@@ -427,6 +454,7 @@ impl OpenContext<'_> {
             permissions: Permissions::storage(false),
             ancestors,
             by_image: by_image || self.by_image,
+            for_check: false,
         };
         let node = open_in_task(self.shared, request).await.map_err(wrap)?;
         Ok(Some(Child::new("backing", ChildRole::Backing, node)))
@@ -479,6 +507,7 @@ async fn open_node(shared: &Arc<Shared>, mut request: NodeRequest) -> Result<Arc
         permissions: request.permissions,
         ancestors: request.ancestors,
         by_image: request.by_image,
+        for_check: request.for_check,
         file: Mutex::new(None),
     };
     let is_protocol = |d: &Arc<dyn DriverFactory>| d.protocol_name().is_some();
@@ -646,6 +675,7 @@ async fn open_format_file(
         permissions: ctx.permissions,
         ancestors: ctx.ancestors.clone(),
         by_image: ctx.by_image,
+        for_check: false,
     };
     let node = Box::pin(open_node(shared, request)).await?;
     Ok(Some(Child::new("file", ChildRole::File, node)))
@@ -708,78 +738,4 @@ fn take_node_flags(options: &mut Options, mut flags: NodeFlags) -> Result<NodeFl
         ));
     }
     Ok(flags)
-}
-
-/// What a driver's `create` gets to know, and how it makes and opens the file it writes to.
-pub struct CreateContext<'a> {
-    registry: &'a Registry,
-    diagnostics: Diagnostics,
-}
-
-impl<'a> CreateContext<'a> {
-    pub(crate) fn new(registry: &'a Registry, diagnostics: Diagnostics) -> CreateContext<'a> {
-        CreateContext {
-            registry,
-            diagnostics,
-        }
-    }
-}
-
-impl CreateContext<'_> {
-    /// Makes the protocol-level file, `bytes` long, and opens it for writing.
-    ///
-    /// # Errors
-    /// The protocol driver's.
-    pub async fn create_file(&self, filename: &str, options: Options) -> Result<Backend> {
-        let protocol = self.registry.find_protocol(filename).await?;
-        protocol.create(self, filename, options).await?;
-        let shared = Arc::new(Shared {
-            registry: self.registry.clone(),
-            probe: false,
-            no_backing: false,
-            no_io: false,
-            policy: OpenPolicy::Deny,
-            diagnostics: self.diagnostics.clone(),
-        });
-        let request = NodeRequest {
-            filename: Some(filename.to_owned()),
-            options: Options::new(),
-            // A half-made image is of no use after a crash: nothing of it needs to be durable before it is whole.
-            flags: NodeFlags {
-                no_flush: true,
-                ..NodeFlags::default()
-            },
-            kind: NodeKind::Protocol,
-            permissions: Permissions::storage(true),
-            ancestors: Vec::new(),
-            by_image: false,
-        };
-        let node = open_node(&shared, request).await?;
-        node.driver()
-            .set_permissions(Permissions::storage(true))
-            .await?;
-        Ok(Backend::new(node, false))
-    }
-
-    /// Takes away a file that [`create_file`](CreateContext::create_file) has made and that is closed again, since no image has come of it. A driver
-    /// that can't leaves it.
-    pub async fn delete_file(&self, filename: &str) {
-        let deleted = match self.registry.find_protocol(filename).await {
-            Ok(protocol) => protocol.delete(filename).await,
-            Err(e) => Err(e),
-        };
-        if let Err(e) = deleted {
-            tracing::debug!("the half-made image {filename} stays: {e}");
-        }
-    }
-
-    /// The drivers at hand.
-    pub fn registry(&self) -> &Registry {
-        self.registry
-    }
-
-    /// Where warnings go.
-    pub fn diagnostics(&self) -> &Diagnostics {
-        &self.diagnostics
-    }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Internal snapshots: what a program asks of a node, and the way there. `QEMU: bdrv_snapshot_create` and its siblings.
+//! Changes of a whole node: internal snapshots, and amending. `QEMU: bdrv_snapshot_create` and its siblings, `bdrv_amend_options`.
 //!
-//! Taking, applying and deleting a snapshot concern every byte of a node, so each enters itself as one serialising change of all of it: it waits for the
+//! Taking, applying and deleting a snapshot, and amending, concern every byte of a node, so each enters itself as one serialising change of all of it: it waits for the
 //! changes that are in flight, and those that come later wait for it. Each runs to its end even if its future is dropped.
 
 use std::sync::Arc;
@@ -9,6 +9,7 @@ use std::sync::Arc;
 use crate::driver::SnapshotInfo;
 use crate::error::{BlockError, Op, Result};
 use crate::node::Node;
+use crate::options::Options;
 
 /// A snapshot that is to be taken.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -83,11 +84,12 @@ impl SnapshotSelector {
     }
 }
 
-/// A change of snapshots.
+/// A change of the whole node.
 enum Change {
     Create(SnapshotRequest),
     Goto(SnapshotSelector),
     Delete(SnapshotSelector),
+    Amend(Options),
 }
 
 impl Node {
@@ -104,7 +106,7 @@ impl Node {
     /// # Errors
     /// `Unsupported` for drivers without snapshots; `ReadOnly`; those of the driver. Nothing has changed then.
     pub async fn snapshot_create(self: &Arc<Self>, request: SnapshotRequest) -> Result<()> {
-        self.change_snapshots(Change::Create(request)).await
+        self.change_all(Change::Create(request)).await
     }
 
     /// Makes the node what it was when the snapshot was taken, its length included. What was written since is gone. Durable when it returns.
@@ -112,7 +114,7 @@ impl Node {
     /// # Errors
     /// `NotFound` where there is no such snapshot; as [`snapshot_create`](Node::snapshot_create).
     pub async fn snapshot_goto(self: &Arc<Self>, which: SnapshotSelector) -> Result<()> {
-        self.change_snapshots(Change::Goto(which)).await
+        self.change_all(Change::Goto(which)).await
     }
 
     /// Deletes an internal snapshot. Durable when it returns.
@@ -120,7 +122,15 @@ impl Node {
     /// # Errors
     /// As [`snapshot_goto`](Node::snapshot_goto).
     pub async fn snapshot_delete(self: &Arc<Self>, which: SnapshotSelector) -> Result<()> {
-        self.change_snapshots(Change::Delete(which)).await
+        self.change_all(Change::Delete(which)).await
+    }
+
+    /// Changes what the image was created with: version, refcount width and so on. Durable when it returns.
+    ///
+    /// # Errors
+    /// `Unsupported` for drivers whose images can't be changed so; `InvalidArgument`; `ReadOnly`; those of the driver.
+    pub async fn amend(self: &Arc<Self>, options: Options) -> Result<()> {
+        self.change_all(Change::Amend(options)).await
     }
 
     /// Shows what the node was when the snapshot was taken, its length included, instead of what it is. The node is read-only, and stays so.
@@ -136,8 +146,12 @@ impl Node {
         Ok(())
     }
 
-    async fn change_snapshots(self: &Arc<Self>, change: Change) -> Result<()> {
-        self.check_writable(Op::Snapshot)?;
+    async fn change_all(self: &Arc<Self>, change: Change) -> Result<()> {
+        let op = match change {
+            Change::Amend(_) => Op::Amend,
+            _ => Op::Snapshot,
+        };
+        self.check_writable(op)?;
         let tracked = self.tracked.enter(0, u64::MAX, true);
         let (done, _unless_dropped) = self.orphans.watch();
         let in_flight = self.tasks.enter_owned();
@@ -151,15 +165,16 @@ impl Node {
                 Change::Create(request) => driver.snapshot_create(request).await,
                 Change::Goto(which) => driver.snapshot_goto(&which).await,
                 Change::Delete(which) => driver.snapshot_delete(&which).await,
+                Change::Amend(options) => driver.amend(options).await,
             };
             node.mark_written();
             let refreshed = node.refresh_length().await;
             drop(tracked);
             result
-                .map_err(|e| e.during(Op::Snapshot).on_node(node.name()))
+                .map_err(|e| e.during(op).on_node(node.name()))
                 .and(refreshed.map(|_| ()))
         });
-        let cancelled = |_| Err(BlockError::from_errno(libc::ECANCELED).during(Op::Snapshot));
+        let cancelled = |_| Err(BlockError::from_errno(libc::ECANCELED).during(op));
         task.await.unwrap_or_else(cancelled)
     }
 }

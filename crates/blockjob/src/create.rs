@@ -182,8 +182,11 @@ impl CreatePlan {
     }
 }
 
-/// Refuses what the format doesn't know, and writes sizes as plain numbers.
-fn check_options(known: &[CreateOption], given: Options) -> Result<Options> {
+/// Refuses what is not among the known options, and writes sizes as plain numbers.
+///
+/// # Errors
+/// `InvalidArgument` with QEMU's text.
+pub fn check_options(known: &[CreateOption], given: Options) -> Result<Options> {
     let mut out = Options::new();
     for (key, value) in given.iter() {
         let Some(option) = known.iter().find(|k| k.name == key) else {

@@ -165,34 +165,45 @@ async fn a_backing_name_reaches_nothing_that_the_policy_does_not_allow() {
 }
 
 #[tokio::test]
-async fn a_data_file_name_is_never_followed() {
+async fn a_data_file_name_is_a_plain_file_and_followed_only_as_the_policy_allows() {
     let dir = tempfile::tempdir().unwrap();
+    let own = dir.path().join("own");
+    std::fs::create_dir(&own).unwrap();
     let secret = write_image(dir.path(), "secret", &[7; 65536]);
     let fresh = fresh(dir.path(), "64k").await;
     let json = format!(r#"json:{{"driver":"file","filename":"{secret}"}}"#);
-    for name in [
-        "spy:anything",
-        r#"json:{"driver":"spy"}"#,
-        "secret",
-        &secret,
-        &json,
+    let drivers =
+        |names: &[&str]| OpenPolicy::Drivers(names.iter().map(|n| n.to_string()).collect());
+    for (name, is_path) in [
+        ("spy:anything", false),
+        (r#"json:{"driver":"spy"}"#, false),
+        (&json, false),
+        ("../secret", true),
+        (&secret, true),
     ] {
         for has_bit in [true, false] {
             let mut image = fresh.clone();
             put_extension(&mut image, DATA_FILE, name);
             image[79] |= u8::from(has_bit) << 2;
-            let top = write_image(dir.path(), "top.qcow2", &image);
-            let (registry, spy) = spied();
-            let open = qcow2().policy(OpenPolicy::Everything);
-            match open.open(&registry, &top).await {
-                Ok(disk) => {
-                    assert!(!has_bit, "{name}");
-                    assert!(disk.read(0, 65536).await.unwrap().is_zero(), "{name}");
-                    disk.close().await.unwrap();
+            let top = write_image(&own, "top.qcow2", &image);
+            for policy in [
+                OpenPolicy::Deny,
+                OpenPolicy::Beneath(own.clone()),
+                drivers(&["qcow2", "raw"]),
+                OpenPolicy::Everything,
+            ] {
+                let (registry, spy) = spied();
+                let everything = matches!(policy, OpenPolicy::Everything);
+                match qcow2().policy(policy).open(&registry, &top).await {
+                    Ok(disk) => {
+                        assert!(!has_bit || (is_path && everything), "{name}");
+                        assert!(disk.read(0, 65536).await.unwrap().is_zero(), "{name}");
+                        disk.close().await.unwrap();
+                    }
+                    Err(e) => assert!(has_bit && !(is_path && everything), "{name}: {e}"),
                 }
-                Err(e) => assert!(has_bit && e.text().contains("external data file"), "{e}"),
+                assert_eq!(spy.0.load(Ordering::Relaxed), 0, "{name}");
             }
-            assert_eq!(spy.0.load(Ordering::Relaxed), 0, "{name}");
         }
     }
 }

@@ -19,6 +19,7 @@ use crate::commit::{Growth, MovedTable};
 use crate::format::{L1E_OFFSET_MASK, L2E_OFFSET_MASK, OFLAG_COPIED};
 use crate::image::{Hex, Image, Intent, Owner};
 use crate::l2_cache::PinnedSlice;
+use crate::l2_entry::L2Entry;
 use crate::l2_table::Mapping;
 use crate::refcount::Refcounts;
 
@@ -163,19 +164,27 @@ impl Image {
             return Err(self.refuse_overlap(host, owner));
         }
         let missing: Vec<u64> = self.missing_blocks(meta, cluster, taken).collect();
-        if !missing.is_empty() {
+        if let Some(&last) = missing.last() {
             self.file.debug_event(DebugEvent::RefblockAlloc).await;
+            meta.refcounts.check_room(last)?;
+        }
+        // What can fail comes first: a new block that is in the table has to be counted (INV QCOW2-ORD-1). Clusters that are counted in vain leak.
+        let mut counted_in_new = Vec::new();
+        for c in cluster..cluster + taken {
+            match meta.refcounts.has_block(c) {
+                true => meta.refcounts.set(&self.file, c, 1).await?,
+                false => counted_in_new.push(c),
+            }
         }
         for (block, place) in missing.into_iter().zip(cluster + want..) {
-            meta.refcounts
-                .add_block(block, place << self.cluster_bits)?;
+            meta.refcounts.add_block(block, place << self.cluster_bits);
             self.own(
                 place << self.cluster_bits,
                 self.cluster_size(),
                 Owner::RefcountBlock,
             );
         }
-        for c in cluster..cluster + taken {
+        for c in counted_in_new {
             meta.refcounts.set(&self.file, c, 1).await?;
         }
         meta.next_free = cluster + taken;
@@ -241,6 +250,32 @@ impl Image {
         let entries = meta.refcounts.block_entries();
         let blocks = cluster / entries..=(cluster + count - 1) / entries;
         blocks.filter(move |b| !meta.refcounts.has_block(b * entries))
+    }
+
+    /// Takes places for the data of guest clusters. In an external data file each has its own.
+    ///
+    /// # Errors
+    /// As [`alloc_run`](Image::alloc_run).
+    pub async fn alloc_data(&self, meta: &mut Meta, guest_cluster: u64, count: u64) -> Result<Run> {
+        if !self.has_data_file() {
+            return self.alloc_run(meta, count).await;
+        }
+        Ok(Run {
+            cluster: guest_cluster,
+            count,
+            fresh: false,
+        })
+    }
+
+    /// Gives back what [`alloc_data`](Image::alloc_data) took.
+    ///
+    /// # Errors
+    /// As [`unalloc_run`](Image::unalloc_run).
+    pub async fn unalloc_data(&self, meta: &mut Meta, run: Run) -> Result<()> {
+        match self.has_data_file() {
+            true => Ok(()),
+            false => self.unalloc_run(meta, run).await,
+        }
     }
 
     /// Gives back clusters that nothing ever pointed at. They can be handed out again at once.
@@ -354,7 +389,7 @@ impl Image {
         self: &Arc<Self>,
         meta: &mut Meta,
         guest_cluster: u64,
-        entry: u64,
+        entry: L2Entry,
     ) -> Result<Mapping> {
         let (number, index) = self.l2.locate(guest_cluster);
         let Some(slice) = self.slice(number).await? else {
@@ -366,11 +401,15 @@ impl Image {
         Ok(old)
     }
 
-    /// Notes that the host clusters of a mapping lost the reference of an L2 entry.
+    /// Notes that the host clusters of a mapping lost the reference of an L2 entry; with `punch`, since the guest doesn't need them.
     ///
     /// # Errors
     /// `Corrupt` where they hold metadata.
     pub fn free_mapping(&self, meta: &mut Meta, old: &Mapping, punch: bool) -> Result<()> {
+        if self.has_data_file() {
+            // Nothing is counted there.
+            return Ok(());
+        }
         if let Some((host, bytes)) = old.referenced(self.cluster_size()) {
             // INV QCOW2-META-1: an entry that points at metadata must not make that metadata free, or a hole.
             if let Some(owner) = self.owner_in(host, bytes) {
@@ -378,7 +417,12 @@ impl Image {
             }
             let first = host >> self.cluster_bits;
             let end = (host + bytes).div_ceil(self.cluster_size());
-            meta.free_later(first, end - first, punch);
+            let runtime = self.runtime();
+            let passes = match punch {
+                true => runtime.pass_discard_request,
+                false => runtime.pass_discard_other,
+            };
+            meta.free_later(first, end - first, passes);
         }
         Ok(())
     }

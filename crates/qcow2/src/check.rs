@@ -1,159 +1,169 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! `check`: counts who refers to each host cluster, and compares that with the refcounts.
+//! `check`: counts who refers to each host cluster, compares that with the refcounts, and repairs what can be repaired.
 //!
-//! Works on the file alone; the driver writes back what it has in memory first. Memory is one counter per cluster of the file that is in use, and some
-//! around it. The messages are those of QEMU's check, line by line, since people and scripts read them.
+//! Works on the file alone, whatever an open image has in memory: `live` sees to it that the two agree, `only` is the driver of an image that is open for a
+//! check and nothing else. Memory is a few bytes per cluster of the file that is in use, and some around it. The messages are those of QEMU's check, line by
+//! line, since people and scripts read them.
+//!
+//! # The order of a repair
+//!
+//! Whatever happens in the middle, an error or a power cut, the image is at least as readable as it was, and another repair goes on from there.
+//!
+//! | step | what | where |
+//! |---|---|---|
+//! | 1 | the snapshot table is read, as far as it makes sense | `snapshots` |
+//! | 2 | references are counted; entries of zero clusters that name an impossible place lose it, *fdatasync* | `count`, `mend` |
+//! | 3 | counted references and refcounts are compared | `compare` |
+//! | 4 | refcounts are raised, *fdatasync*; or all of them are written anew elsewhere, *fdatasync*, and the header names them, *fdatasync* | `refcounts`, `rebuild` |
+//! | 5 | the snapshot table, if it was not whole, is written anew elsewhere, as in step 4 | `snapshots` |
+//! | 6 | refcounts are lowered, *fdatasync* | `refcounts` |
+//! | 7 | `COPIED` flags are set right, *fdatasync* | `copied` |
+//! | 8 | the header says that the image is sound, *fdatasync*; what has become free gets holes | `finish` |
+//!
+//! INV QCOW2-REPAIR-1 is this order. Three rules keep a repair from doing harm where damage can't be understood:
+//!
+//! * What is written anew goes where nothing lies that anybody refers to (INV QCOW2-REPAIR-2).
+//! * A table is changed in place only if its cluster is nothing else as well (INV QCOW2-REPAIR-3): an L1 entry that was hit by a bit flip may name guest data.
+//! * While there are entries that name impossible places, what they once meant is among what nobody seems to refer to. So then nothing is freed, and nothing
+//!   is written over (INV QCOW2-REPAIR-4).
+
+mod cluster_map;
+mod compare;
+mod copied;
+mod count;
+mod extensions;
+mod finish;
+mod live;
+mod mend;
+mod only;
+mod rebuild;
+mod refcounts;
+mod snapshots;
+
+use std::collections::{HashMap, HashSet};
+use std::ops::{AddAssign, Range};
 
 use blockcore::{
-    BlockError, CheckFix, CheckResult, Child, IoBufMut, ReadFlags, Result, SECTOR_BYTES,
+    BlockError, CheckAborted, CheckFix, CheckResult, Child, IoBuf, IoBufMut, ReadFlags, Result,
+    SECTOR_BYTES, WriteFlags,
 };
 
-use crate::format::{
-    CompressedDescriptor, L1E_OFFSET_MASK, L2E_OFFSET_MASK, OFLAG_COMPRESSED, OFLAG_COPIED,
-    OFLAG_ZERO, REFT_OFFSET_MASK,
-};
-use crate::header::Header;
-use crate::image::Hex;
-use crate::refcount::get_refcount;
-use crate::snapshot::{self, SnapshotTable};
+use crate::header::{Header, Incompatible};
+use crate::image::be_words;
+use cluster_map::ClusterMap;
+use count::Use;
+use snapshots::Snapshots;
 
-/// Bits of an L1 entry that have no meaning.
-const L1E_RESERVED: u64 = 0x7f00_0000_0000_01ff;
-/// Bits of an uncompressed L2 entry that have no meaning.
-const L2E_RESERVED: u64 = 0x3f00_0000_0000_01fe;
-/// Bits of a refcount table entry that have no meaning.
-const REFT_RESERVED: u64 = 0x1ff;
+pub(crate) use only::open;
+
 /// The most clusters that a check counts: a gigabyte of counters, if all of them are in use.
 const CLUSTERS_MAX: u64 = 1 << 28;
+/// How many clusters behind the end of the file are looked after (see `Checker::beyond`), and so how many a repair can make the file longer by.
+const BEYOND_CLUSTERS_MAX: u64 = 1 << 20;
 /// The most lines that a check says: a damaged image must not fill the memory with them.
 const MESSAGES_MAX: usize = 100_000;
 
-/// What is said below a reference that does not fit into the refcount.
-const OVERFLOW_HINT: &str = "Use qemu-img amend to increase the refcount entry width or qemu-img convert to create a clean copy if the image \
-    cannot be opened for writing";
-
-/// How many counters are made at a time. Few, so that forged entries which point far apart don't make many.
-const PAGE_COUNTERS: u64 = 128;
-
-/// How often each host cluster is referred to, up to the end of the file. Holes, which a file of a few bytes may have any number of, take up next to
-/// nothing.
-#[derive(Debug)]
-pub struct RefcountMap {
-    pages: Vec<Option<Box<[u32]>>>,
-    len: u64,
-}
-
-impl RefcountMap {
-    fn new(len: u64) -> RefcountMap {
-        let mut map = RefcountMap {
-            pages: Vec::new(),
-            len: 0,
-        };
-        map.grow(len);
-        map
-    }
-
-    /// The number of clusters of the file.
-    #[allow(clippy::len_without_is_empty)]
-    pub fn len(&self) -> u64 {
-        self.len
-    }
-
-    fn grow(&mut self, len: u64) {
-        self.len = self.len.max(len);
-        let pages = self.len.div_ceil(PAGE_COUNTERS) as usize;
-        self.pages.resize_with(pages, || None);
-    }
-
-    fn page(&self, cluster: u64) -> Option<&[u32]> {
-        self.pages
-            .get((cluster / PAGE_COUNTERS) as usize)?
-            .as_deref()
-    }
-
-    /// The references of a cluster; 0 past the end of the file.
-    pub fn get(&self, cluster: u64) -> u64 {
-        self.page(cluster)
-            .map_or(0, |page| page[(cluster % PAGE_COUNTERS) as usize])
-            .into()
-    }
-
-    /// The counter of a cluster; `None` past the end of the file.
-    fn counter(&mut self, cluster: u64) -> Option<&mut u32> {
-        if cluster >= self.len {
-            return None;
-        }
-        let page = self.pages[(cluster / PAGE_COUNTERS) as usize]
-            .get_or_insert_with(|| vec![0; PAGE_COUNTERS as usize].into());
-        Some(&mut page[(cluster % PAGE_COUNTERS) as usize])
-    }
-}
-
-/// Checks an image.
+/// Checks an image, and repairs what `fix` allows. What the header says may be different afterwards.
 ///
 /// # Errors
-/// `Unsupported` for repairs; those of the file where the check can't go on at all. What is wrong with the image is in the result.
+/// Those of the file where the check can't go on at all, and of repairs that can't be made, with what was found till then
+/// ([`CheckAborted`]). What is wrong with the image is in the result.
 pub async fn check(header: &Header, file: &Child, fix: CheckFix) -> Result<CheckResult> {
-    if fix != CheckFix::None {
-        return Err(BlockError::unsupported(
-            "Repairing qcow2 images is not supported yet",
-        ));
-    }
-    let mut checker = Checker::new(header, file)?;
-    checker.count_references().await?;
-    checker.compare().await?;
-    checker.check_copied(Counted::OnDisk).await?;
-    Ok(checker.result)
+    check_beside(header, file, fix, &[]).await
 }
 
-/// Counts all references of an image, as `check` does; for repairs. An entry that says `COPIED` of a cluster with several references is a corruption of
-/// the result, whatever the refcounts on disk say.
+/// As [`check`], while `held` clusters are somebody's although no table says so.
 ///
 /// # Errors
 /// As [`check`].
-pub async fn compute_refcounts(
+pub(crate) async fn check_beside(
     header: &Header,
     file: &Child,
-) -> Result<(RefcountMap, CheckResult)> {
-    let mut checker = Checker::new(header, file)?;
-    checker.count_references().await?;
-    checker.check_copied(Counted::ByThis).await?;
-    Ok((checker.map, checker.result))
+    fix: CheckFix,
+    held: &[Range<u64>],
+) -> Result<CheckResult> {
+    let mut checker = Checker::new(header, file, fix, held)?;
+    match checker.run().await {
+        Ok(()) => Ok(checker.result),
+        Err(e) => Err(e.caused_by(CheckAborted(checker.result))),
+    }
 }
 
-/// Whose count `COPIED` is compared with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Counted {
-    /// The refcounts on disk.
-    OnDisk,
-    /// What this check has counted. Then a missing flag is no fault: it costs a copy, and no data.
-    ByThis,
+/// What one step found, and mended.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tally {
+    corruptions: u64,
+    leaks: u64,
+    errors: u64,
+    corruptions_fixed: u64,
+    leaks_fixed: u64,
 }
 
-/// The largest refcount of a width that a counter here can reach.
-fn max_refcount(order: u32) -> u64 {
-    match order {
-        0..=4 => (1 << (1 << order)) - 1,
-        _ => u32::MAX.into(),
+impl AddAssign for Tally {
+    fn add_assign(&mut self, other: Tally) {
+        self.corruptions += other.corruptions;
+        self.leaks += other.leaks;
+        self.errors += other.errors;
+        self.corruptions_fixed += other.corruptions_fixed;
+        self.leaks_fixed += other.leaks_fixed;
+    }
+}
+
+impl Tally {
+    fn is_clean(&self) -> bool {
+        self.corruptions == 0 && self.errors == 0
     }
 }
 
 struct Checker<'a> {
-    header: &'a Header,
+    /// As it is on disk.
+    header: Header,
     file: &'a Child,
+    fix: CheckFix,
+    /// Clusters that are somebody's although no table says so.
+    held: &'a [Range<u64>],
+    /// Bytes in a cluster.
     cluster: u64,
-    map: RefcountMap,
+    references: ClusterMap<u32>,
+    /// What each cluster is used as. Empty if nothing is to be repaired.
+    uses: ClusterMap<Use>,
+    /// The refcount table.
     table: Vec<u64>,
+    /// The active L1 table.
     l1: Vec<u64>,
+    snapshots: Snapshots,
     /// The refcount block that was read last.
     block: Option<(u64, Vec<u8>)>,
     /// A refcount block at an impossible place was met, and said.
     block_said: bool,
+    /// Entries that name impossible places, and so what they once referred to is not known.
+    lost: u64,
+    /// Clusters not far behind the end of the file that entries name. They read as zero, and have to go on doing so.
+    beyond: HashSet<u64>,
+    /// The refcounts can't be set right where they are.
+    needs_rebuild: bool,
+    /// Refcounts are lower than they should be.
+    undercounted: bool,
+    /// Places of L2 entries that can do without the impossible place that they name.
+    mendable: Vec<u64>,
+    /// The entries that were mended, and the impossible host offsets that they named.
+    mended: HashMap<u64, u64>,
+    /// Clusters of refcount structures that are no longer in use.
+    retired: HashSet<u64>,
+    /// Host clusters that have become free: start and end.
+    freed: Vec<Range<u64>>,
+    /// What the step that is being done has found.
+    tally: Tally,
     result: CheckResult,
 }
 
 impl<'a> Checker<'a> {
-    fn new(header: &'a Header, file: &'a Child) -> Result<Checker<'a>> {
+    fn new(
+        header: &Header,
+        file: &'a Child,
+        fix: CheckFix,
+        held: &'a [Range<u64>],
+    ) -> Result<Checker<'a>> {
         let cluster = 1u64 << header.cluster_bits;
         let clusters = file.length().div_ceil(cluster);
         if clusters > CLUSTERS_MAX {
@@ -162,19 +172,92 @@ impl<'a> Checker<'a> {
             )));
         }
         Ok(Checker {
-            header,
+            header: header.clone(),
             file,
+            fix,
+            held,
             cluster,
-            map: RefcountMap::new(clusters),
+            references: ClusterMap::new(0),
+            uses: ClusterMap::new(0),
             table: Vec::new(),
             l1: Vec::new(),
+            snapshots: Snapshots::default(),
             block: None,
             block_said: false,
+            lost: 0,
+            beyond: HashSet::new(),
+            needs_rebuild: false,
+            undercounted: false,
+            mendable: Vec::new(),
+            mended: HashMap::new(),
+            retired: HashSet::new(),
+            freed: Vec::new(),
+            tally: Tally::default(),
             result: CheckResult {
                 total_clusters: (header.size / SECTOR_BYTES * SECTOR_BYTES).div_ceil(cluster),
                 ..CheckResult::default()
             },
         })
+    }
+
+    /// The whole check, step by step.
+    async fn run(&mut self) -> Result<()> {
+        if self.fix != CheckFix::None {
+            self.clear_unknown_features().await?;
+        }
+        let mut found = self.read_snapshots().await?;
+        let mut said = self.result.messages.len();
+        let mut counted = self.count_references().await?;
+        if self.fix == CheckFix::All && self.distrusts_snapshots() {
+            self.result.messages.clear();
+            found = self.read_snapshots().await?;
+            said = self.result.messages.len();
+            counted = self.count_references().await?;
+        }
+        if self.fix == CheckFix::All && self.mend_entries().await? {
+            counted = self.recount_after_mending(said).await?;
+        }
+        let mut compared = self.compare(false).await?;
+        match (self.needs_rebuild, self.fix) {
+            (_, CheckFix::None) => {}
+            (true, CheckFix::Leaks) => {
+                self.say("ERROR need to rebuild refcount structures".to_owned());
+                return Err(BlockError::from_errno(libc::EIO));
+            }
+            (true, CheckFix::All) => {
+                self.say("Rebuilding refcount structure".to_owned());
+                self.rebuild().await?;
+                let mut before = counted;
+                before += compared;
+                counted = self.count_references().await?;
+                compared = self.compare(true).await?;
+                self.raise_refcounts(&compared).await?;
+                found += Tally {
+                    corruptions_fixed: before.corruptions_fixed
+                        + (before.corruptions)
+                            .saturating_sub(counted.corruptions + compared.corruptions),
+                    leaks_fixed: before.leaks.saturating_sub(compared.leaks),
+                    ..Tally::default()
+                };
+                // What the old structure took up was no leak before.
+                compared.leaks_fixed = 0;
+            }
+            (false, _) => {
+                let before = found.corruptions + counted.corruptions + compared.corruptions;
+                if before + compared.leaks > 0 {
+                    compared = self.compare(true).await?;
+                    self.raise_refcounts(&compared).await?;
+                }
+            }
+        }
+        found += counted;
+        found += compared;
+        if self.fix == CheckFix::All {
+            self.write_snapshots().await?;
+        }
+        self.lower_refcounts().await?;
+        found += self.settle_copied(&found).await?;
+        self.finish(&found).await
     }
 
     fn say(&mut self, line: String) {
@@ -189,346 +272,58 @@ impl<'a> Checker<'a> {
     }
 
     fn corruption(&mut self, line: String) {
-        self.result.corruptions += 1;
+        self.tally.corruptions += 1;
         self.say(line);
     }
 
+    /// A corruption that is being mended, or not. The line lacks its first word.
+    fn corruption_or_repair(&mut self, is_repaired: bool, line: &str) {
+        if is_repaired {
+            self.tally.corruptions_fixed += 1;
+            self.say(format!("Repairing {line}"));
+        } else {
+            self.corruption(format!("ERROR {line}"));
+        }
+    }
+
+    /// Words in an L2 entry.
+    fn entry_words(&self) -> usize {
+        let extended = self.header.incompatible.contains(Incompatible::EXTENDED_L2);
+        1 + usize::from(extended)
+    }
+
+    fn has_data_file(&self) -> bool {
+        self.header.incompatible.contains(Incompatible::DATA_FILE)
+    }
+
+    /// How many clusters the file has, the last one in part.
+    fn file_clusters(&self) -> u64 {
+        self.file.length().div_ceil(self.cluster)
+    }
+
+    /// `count` words at `offset`, but for those that lie past the end of the file, and so are zero.
     async fn words(&self, offset: u64, count: u64) -> Result<Vec<u64>> {
-        let buf = IoBufMut::zeroed(count as usize * 8);
-        let bytes = self
-            .file
-            .preadv(offset, buf, ReadFlags::empty())
-            .await?
-            .to_vec();
-        Ok(bytes
-            .chunks_exact(8)
-            .map(|c| u64::from_be_bytes(c.try_into().expect("eight bytes")))
-            .collect())
+        let there = self.file.length().saturating_sub(offset).div_ceil(8);
+        if count.min(there) == 0 {
+            return Ok(Vec::new());
+        }
+        let buf = IoBufMut::zeroed(count.min(there) as usize * 8);
+        let bytes = self.file.preadv(offset, buf, ReadFlags::empty()).await?;
+        Ok(be_words(&bytes.to_vec()))
     }
 
-    /// One more reference to each cluster that a range touches.
-    fn count(&mut self, offset: u64, bytes: u64) {
-        if bytes == 0 {
-            return;
-        }
-        let end = offset.saturating_add(bytes);
-        if end >= self.file.length() + self.cluster {
-            return self.corruption(format!(
-                "ERROR: counting reference for region exceeding the end of the file by one cluster or more: \
-                 offset {offset:#x} size {bytes:#x}"
-            ));
-        }
-        // The last cluster of a file may be there in part, or not at all yet.
-        let clusters = end.div_ceil(self.cluster);
-        self.map.grow(clusters);
-        let max = max_refcount(self.header.refcount_order);
-        for cluster in offset / self.cluster..clusters {
-            match self.map.counter(cluster) {
-                Some(n) if u64::from(*n) < max => *n += 1,
-                Some(_) => {
-                    self.corruption(format!(
-                        "ERROR: overflow cluster offset={:#x}",
-                        cluster * self.cluster
-                    ));
-                    self.say(OVERFLOW_HINT.to_owned());
-                }
-                None => {}
-            }
-        }
+    async fn write(&self, offset: u64, bytes: Vec<u8>) -> Result<()> {
+        let flags = WriteFlags::empty();
+        self.file.pwritev(offset, IoBuf::from(bytes), flags).await
     }
 
-    async fn count_references(&mut self) -> Result<()> {
-        let header = self.header;
-        let snapshots = self.read_snapshots().await?;
-        self.count(0, self.cluster);
-        self.l1 = self
-            .words(header.l1_table_offset, header.l1_size.into())
-            .await?;
-        let l1 = self.l1.clone();
-        self.count_l1(header.l1_table_offset, &l1, true).await?;
-        self.count_snapshots(&snapshots).await?;
-        self.table = self
-            .words(
-                header.refcount_table_offset,
-                u64::from(header.refcount_table_clusters) << (header.cluster_bits - 3),
-            )
-            .await?;
-        self.count(
-            header.refcount_table_offset,
-            u64::from(header.refcount_table_clusters) * self.cluster,
-        );
-        self.count_blocks();
-        Ok(())
-    }
-
-    async fn read_snapshots(&mut self) -> Result<SnapshotTable> {
-        let table = snapshot::read_entries(self.header, self.file)
-            .await
-            .map_err(|e| e.context("ERROR failed to read the snapshot table"))?;
-        for (i, _) in (table.snapshots.iter().enumerate()).filter(|(_, s)| !s.is_complete) {
-            self.corruption(format!("ERROR snapshot table entry {i} is incomplete"));
-        }
-        Ok(table)
-    }
-
-    async fn count_snapshots(&mut self, table: &SnapshotTable) -> Result<()> {
-        for s in &table.snapshots {
-            if let Some(fault) = s.l1_fault(self.cluster) {
-                self.corruption(format!("ERROR {fault}"));
-                continue;
-            }
-            let l1 = self.words(s.l1_table_offset, s.l1_size.into()).await?;
-            self.count_l1(s.l1_table_offset, &l1, false).await?;
-        }
-        self.count(self.header.snapshots_offset, table.bytes);
-        Ok(())
-    }
-
-    fn count_blocks(&mut self) {
-        for i in 0..self.table.len() {
-            let entry = self.table[i];
-            let offset = entry & REFT_OFFSET_MASK;
-            if entry & REFT_RESERVED != 0 {
-                self.corruption(format!(
-                    "ERROR refcount table entry {i} has reserved bits set"
-                ));
-                continue;
-            }
-            if offset & (self.cluster - 1) != 0 {
-                let line = format!(
-                    "ERROR refcount block {i} is not cluster aligned; refcount table entry corrupted"
-                );
-                self.corruption(line);
-            } else if offset / self.cluster >= self.map.len() {
-                self.corruption(format!("ERROR refcount block {i} is outside image"));
-            } else if offset != 0 {
-                self.count(offset, self.cluster);
-                let references = self.map.get(offset / self.cluster);
-                if references != 1 {
-                    self.corruption(format!("ERROR refcount block {i} refcount={references}"));
-                }
-            }
-        }
-    }
-
-    async fn count_l1(&mut self, offset: u64, l1: &[u64], active: bool) -> Result<()> {
-        self.count(offset, l1.len() as u64 * 8);
-        for &entry in l1 {
-            if entry == 0 {
-                continue;
-            }
-            if entry & L1E_RESERVED != 0 {
-                self.corruption(format!(
-                    "ERROR found L1 entry with reserved bits set: {entry:x}"
-                ));
-            }
-            let table = entry & L1E_OFFSET_MASK;
-            self.count(table, self.cluster);
-            if table & (self.cluster - 1) != 0 {
-                self.corruption(format!(
-                    "ERROR l2_offset={table:x}: Table is not cluster aligned; L1 entry corrupted"
-                ));
-            }
-            self.count_l2(table, active).await?;
-        }
-        Ok(())
-    }
-
-    async fn count_l2(&mut self, table: u64, active: bool) -> Result<()> {
-        if table >= self.file.length() {
-            return Ok(());
-        }
-        // Where the next guest cluster of this table would lie if nothing were fragmented.
-        let mut next_contiguous = 0;
-        for entry in self.words(table, self.cluster / 8).await? {
-            if entry & OFLAG_COMPRESSED != 0 {
-                self.count_compressed(entry, active);
-                continue;
-            }
-            if entry & L2E_RESERVED != 0 {
-                self.corruption(format!(
-                    "ERROR found l2 entry with reserved bits set: {entry:x}"
-                ));
-            }
-            let host = entry & L2E_OFFSET_MASK;
-            if host == 0 {
-                continue;
-            }
-            if active {
-                self.result.allocated_clusters += 1;
-                if next_contiguous != 0 && host != next_contiguous {
-                    self.result.fragmented_clusters += 1;
-                }
-                next_contiguous = host + self.cluster;
-            }
-            if host & (self.cluster - 1) != 0 {
-                let what = if entry & OFLAG_ZERO != 0 {
-                    "Preallocated"
-                } else {
-                    "Data"
-                };
-                let line = format!(
-                    "ERROR offset={host:x}: {what} cluster is not properly aligned; L2 entry corrupted."
-                );
-                self.corruption(line);
-            }
-            self.count(host, self.cluster);
-        }
-        Ok(())
-    }
-
-    fn count_compressed(&mut self, entry: u64, active: bool) {
-        let d = CompressedDescriptor::decode(
-            entry & !(OFLAG_COPIED | OFLAG_COMPRESSED),
-            self.header.cluster_bits,
-        );
-        if entry & OFLAG_COPIED != 0 {
-            let line = format!(
-                "ERROR: coffset={:#x}: copied flag must never be set for compressed clusters",
-                d.host_offset
-            );
-            self.corruption(line);
-        }
-        self.count(d.host_offset, d.host_bytes);
-        if active {
-            self.result.compressed_clusters += 1;
-            self.result.allocated_clusters += 1;
-            // Nothing that is compressed lies where it would be read in one go.
-            self.result.fragmented_clusters += 1;
-        }
-    }
-
-    /// The refcount of a cluster on disk.
-    async fn refcount(&mut self, cluster: u64) -> Result<u64> {
-        let entries = self.header.geometry().block_entries();
-        let (number, index) = (cluster / entries, cluster % entries);
-        let offset = self
-            .table
-            .get(number as usize)
-            .map_or(0, |e| e & REFT_OFFSET_MASK);
-        if offset == 0 {
-            return Ok(0);
-        }
-        if offset & (self.cluster - 1) != 0 {
-            if !std::mem::replace(&mut self.block_said, true) {
-                let text = format!(
-                    "Refblock offset {} unaligned (reftable index: {})",
-                    Hex(offset),
-                    Hex(number)
-                );
-                self.say(format!(
-                    "qcow2: Image is corrupt: {text}; further non-fatal corruption events will be suppressed"
-                ));
-            }
-            return Err(BlockError::from_errno(libc::EIO));
-        }
-        if self.block.as_ref().is_none_or(|(n, _)| *n != number) {
-            let buf = IoBufMut::zeroed(self.cluster as usize);
-            let bytes = self
-                .file
-                .preadv(offset, buf, ReadFlags::empty())
-                .await?
-                .to_vec();
-            self.block = Some((number, bytes));
-        }
-        let block = self.block.as_ref().map_or(&[][..], |(_, b)| b);
-        Ok(get_refcount(block, self.header.refcount_order, index))
-    }
-
-    /// Whether the clusters that are counted together from this one on have neither references nor refcounts.
-    fn is_unused_page(&self, first: u64) -> bool {
-        let entries = self.header.geometry().block_entries();
-        let mut blocks = first / entries..=(first + PAGE_COUNTERS - 1) / entries;
-        let is_there = |number: u64| {
-            self.table
-                .get(number as usize)
-                .is_some_and(|e| e & REFT_OFFSET_MASK != 0)
-        };
-        self.map.page(first).is_none() && !blocks.any(is_there)
-    }
-
-    async fn compare(&mut self) -> Result<()> {
-        let mut highest = 0;
-        let mut next = 0;
-        while next < self.map.len() {
-            let cluster = next;
-            if cluster.is_multiple_of(PAGE_COUNTERS) && self.is_unused_page(cluster) {
-                next += PAGE_COUNTERS;
-                continue;
-            }
-            next += 1;
-            let references = self.map.get(cluster);
-            let refcount = match self.refcount(cluster).await {
-                Ok(n) => n,
-                Err(e) => {
-                    self.result.check_errors += 1;
-                    self.say(format!(
-                        "Can't get refcount for cluster {cluster}: {}",
-                        e.strerror()
-                    ));
-                    continue;
-                }
-            };
-            if refcount > 0 || references > 0 {
-                highest = cluster;
-            }
-            if refcount > references {
-                self.result.leaks += 1;
-                self.say(format!(
-                    "Leaked cluster {cluster} refcount={refcount} reference={references}"
-                ));
-            } else if refcount < references {
-                self.corruption(format!(
-                    "ERROR cluster {cluster} refcount={refcount} reference={references}"
-                ));
-            }
-        }
-        self.result.image_end_offset = (highest + 1) * self.cluster;
-        Ok(())
-    }
-
-    /// The refcount that contradicts an entry's `COPIED` flag, if it does.
-    async fn wrong_copied(&mut self, entry: u64, host: u64, counted: Counted) -> Option<u64> {
-        let cluster = host / self.cluster;
-        let copied = entry & OFLAG_COPIED != 0;
-        let (refcount, harmless) = match counted {
-            Counted::OnDisk => (self.refcount(cluster).await.ok()?, false),
-            Counted::ByThis => (self.map.get(cluster), !copied),
-        };
-        ((refcount == 1) != copied && !harmless).then_some(refcount)
-    }
-
-    /// INV QCOW2-META-2: `COPIED` is set exactly where the refcount is one.
-    async fn check_copied(&mut self, counted: Counted) -> Result<()> {
-        for i in 0..self.l1.len() {
-            let entry = self.l1[i];
-            let table = entry & L1E_OFFSET_MASK;
-            if table == 0 {
-                continue;
-            }
-            if let Some(refcount) = self.wrong_copied(entry, table, counted).await {
-                let line = format!(
-                    "ERROR OFLAG_COPIED L2 cluster: l1_index={i} l1_entry={entry:x} refcount={refcount}"
-                );
-                self.corruption(line);
-            }
-            if table >= self.file.length() {
-                continue;
-            }
-            for entry in self.words(table, self.cluster / 8).await? {
-                let host = entry & L2E_OFFSET_MASK;
-                if entry & OFLAG_COMPRESSED != 0 || host == 0 {
-                    continue;
-                }
-                if let Some(refcount) = self.wrong_copied(entry, host, counted).await {
-                    let line = format!(
-                        "ERROR OFLAG_COPIED data cluster: l2_entry={entry:x} refcount={refcount}"
-                    );
-                    self.corruption(line);
-                }
-            }
-        }
-        Ok(())
+    /// Writes the words `changed` of a table at `offset`, and those that share a sector with them.
+    async fn write_words(&self, offset: u64, table: &[u64], changed: Range<usize>) -> Result<()> {
+        const SECTOR_WORDS: usize = SECTOR_BYTES as usize / 8;
+        let start = changed.start / SECTOR_WORDS * SECTOR_WORDS;
+        let end = changed.end.next_multiple_of(SECTOR_WORDS).min(table.len());
+        let bytes = table[start..end].iter().flat_map(|w| w.to_be_bytes());
+        self.write(offset + start as u64 * 8, bytes.collect()).await
     }
 }
 

@@ -355,6 +355,9 @@ impl Image {
         }
         // INV QCOW2-ORD-1, QCOW2-ORD-2: what the entries below point at is durable before they are.
         self.file.flush().await?;
+        if let Some(data) = self.data.child() {
+            data.flush().await?;
+        }
         if plan.slices.is_empty() && plan.l1.is_empty() && plan.growth.is_none() {
             return Ok(());
         }

@@ -11,10 +11,11 @@ use blockcore::{
     WriteFlags,
 };
 
+use crate::data_file::DataFile;
 use crate::extension::{self, Extension};
 use crate::format::{
     Geometry, MAX_BACKING_NAME_BYTES, MAX_CLUSTER_BITS, MAX_L1_BYTES, MIN_CLUSTER_BITS,
-    V3_HEADER_BYTES,
+    MIN_EXTENDED_CLUSTER_BITS, V3_HEADER_BYTES,
 };
 use crate::header::{Compatible, CompressionType, Header, Incompatible};
 use crate::open::open_image;
@@ -23,7 +24,7 @@ use crate::refcount::set_refcount;
 /// Images with larger clusters than this carry the names of features.
 const FEATURE_NAMES_ABOVE_BYTES: u64 = 4096;
 
-const fn option(
+pub(crate) const fn option(
     name: &'static str,
     kind: OptionKind,
     help: &'static str,
@@ -49,7 +50,7 @@ pub fn create_options() -> &'static [CreateOption] {
         option(
             "extended_l2",
             OptionKind::Bool,
-            "Subclusters (not supported yet)",
+            "Divide clusters into 32 subclusters",
             Some("off"),
         ),
         option(
@@ -84,6 +85,18 @@ pub fn create_options() -> &'static [CreateOption] {
             None,
         ),
         option(
+            "data_file",
+            OptionKind::String,
+            "File that the data goes to",
+            None,
+        ),
+        option(
+            "data_file_raw",
+            OptionKind::Bool,
+            "Keep that file valid as a raw image",
+            None,
+        ),
+        option(
             "lazy_refcounts",
             OptionKind::Bool,
             "Let refcounts be written late",
@@ -94,18 +107,6 @@ pub fn create_options() -> &'static [CreateOption] {
             OptionKind::Number,
             "Bits in a refcount",
             Some("16"),
-        ),
-        option(
-            "data_file",
-            OptionKind::String,
-            "External data file (not supported yet)",
-            None,
-        ),
-        option(
-            "data_file_raw",
-            OptionKind::Bool,
-            "Keep the external data file valid as a raw image (not supported yet)",
-            None,
         ),
         option(
             "encryption",
@@ -128,6 +129,7 @@ struct Request {
     size: u64,
     preallocation: Preallocation,
     header: Header,
+    data_file: Option<String>,
 }
 
 fn invalid<T>(text: impl Into<String>) -> Result<T> {
@@ -149,7 +151,7 @@ pub async fn create(ctx: &CreateContext<'_>, filename: &str, mut options: Option
     // What is left is the file's (`nocow` ...); it refuses what it doesn't know.
     options.set("size", "0");
     let file = ctx.create_file(filename, options).await?;
-    let written = write_image(&file, &request, ctx).await;
+    let written = write_both(&file, &request, ctx).await;
     let closed = file.close().await;
     let created = written.and(closed);
     if created.is_err() {
@@ -167,7 +169,7 @@ fn check_options(options: &mut Options) -> Result<Request> {
     let extended_l2 = options.take_bool("extended_l2")?.unwrap_or(false);
     let lazy = options.take_bool("lazy_refcounts")?.unwrap_or(false);
     let refcount_bits = options.take_number("refcount_bits")?.unwrap_or(16);
-    let data_file = options.take("data_file").is_some();
+    let data_file = options.take_str("data_file");
     let data_file_raw = options.take_bool("data_file_raw")?.unwrap_or(false);
     let size = options.take_size("size")?.unwrap_or(0);
     let version = match options.take_str("compat").as_deref() {
@@ -195,18 +197,21 @@ fn check_options(options: &mut Options) -> Result<Request> {
             "{what} compatibility level 1.1 and above (use version=v3 or greater)"
         ))
     };
-    if extended_l2 {
-        return match version {
-            2 => needs_v3("Extended L2 entries are only supported with"),
-            _ => not_yet("extended_l2"),
-        };
+    if extended_l2 && version < 3 {
+        return needs_v3("Extended L2 entries are only supported with");
     }
     if !cluster_size.is_power_of_two()
         || !(MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS).contains(&cluster_size.trailing_zeros())
     {
         return invalid("Cluster size must be a power of two between 512 and 2048k");
     }
-    if backing.is_some() && preallocation != Preallocation::Off {
+    if extended_l2 && cluster_size < 1 << MIN_EXTENDED_CLUSTER_BITS {
+        return invalid(format!(
+            "Extended L2 entries are only supported with cluster sizes of at least {} bytes",
+            1 << MIN_EXTENDED_CLUSTER_BITS
+        ));
+    }
+    if backing.is_some() && preallocation != Preallocation::Off && !extended_l2 {
         return invalid(
             "Backing file and preallocation can only be used at the same time if extended_l2 is on",
         );
@@ -214,13 +219,14 @@ fn check_options(options: &mut Options) -> Result<Request> {
     if backing_format.is_some() && backing.is_none() {
         return invalid("Backing format cannot be used without backing file");
     }
-    match (data_file, data_file_raw) {
-        (false, false) => {}
-        (false, true) => return invalid("data-file-raw requires data-file"),
-        (true, _) if version < 3 => {
-            return needs_v3("External data files are only supported with");
-        }
-        (true, _) => return not_yet("An external data file"),
+    if data_file_raw && data_file.is_none() {
+        return invalid("data-file-raw requires data-file");
+    }
+    if data_file.is_some() && version < 3 {
+        return needs_v3("External data files are only supported with");
+    }
+    if data_file_raw && backing.is_some() {
+        return invalid("Backing file and data-file-raw cannot be used at the same time");
     }
     if lazy && version < 3 {
         return needs_v3("Lazy refcounts only supported with");
@@ -238,6 +244,7 @@ fn check_options(options: &mut Options) -> Result<Request> {
     let geometry = Geometry {
         cluster_bits: cluster_size.trailing_zeros(),
         refcount_order: refcount_bits.trailing_zeros(),
+        extended_l2,
     };
     let header = fresh_header(
         version,
@@ -249,10 +256,15 @@ fn check_options(options: &mut Options) -> Result<Request> {
             format: backing_format,
         }),
     )?;
+    let mut header = header;
+    if let Some(name) = &data_file {
+        header.set_data_file(name, data_file_raw);
+    }
     Ok(Request {
         size: check_size(size, geometry)?,
         preallocation,
         header,
+        data_file,
     })
 }
 
@@ -310,6 +322,7 @@ fn fresh_header(
         Incompatible::COMPRESSION,
         compression_type != CompressionType::Zlib,
     );
+    incompatible.set(Incompatible::EXTENDED_L2, geometry.extended_l2);
     let mut compatible = Compatible::empty();
     compatible.set(Compatible::LAZY_REFCOUNTS, lazy);
     let header = Header {
@@ -354,8 +367,25 @@ fn fresh_header(
     Err(err.message(text))
 }
 
+/// Makes the data file, if there is to be one, and the image.
+async fn write_both(
+    file: &blockcore::Backend,
+    request: &Request,
+    ctx: &CreateContext<'_>,
+) -> Result<()> {
+    let Some(name) = &request.data_file else {
+        return write_image(file, None, request, ctx).await;
+    };
+    let mut options = Options::new();
+    options.set("size", "0");
+    let data = ctx.create_file(name, options).await?;
+    let written = write_image(file, Some(&data), request, ctx).await;
+    written.and(data.close().await)
+}
+
 async fn write_image(
     file: &blockcore::Backend,
+    data: Option<&blockcore::Backend>,
     request: &Request,
     ctx: &CreateContext<'_>,
 ) -> Result<()> {
@@ -374,7 +404,12 @@ async fn write_image(
         return Ok(());
     }
     let child = Child::new("file", ChildRole::File, file.root().clone());
-    let image = Arc::new(open_image(child, None, header.clone(), ctx.diagnostics().clone()).await?);
+    let mut image = open_image(child, None, header.clone(), ctx.diagnostics().clone()).await?;
+    if let Some(data) = data {
+        let child = Child::new("data-file", ChildRole::Data, data.root().clone());
+        image.data = DataFile::Outside(child);
+    }
+    let image = Arc::new(image);
     image.prepare_writing().await?;
     image.writable.store(true, Ordering::Release);
     let grow = TruncateRequest {
@@ -384,7 +419,11 @@ async fn write_image(
     };
     let grown = image.truncate(grow).await;
     image.tasks.wait_idle().await;
-    grown.and(image.file.close().await)
+    let closed = match image.data.child() {
+        Some(data) => data.close().await,
+        None => Ok(()),
+    };
+    grown.and(image.file.close().await).and(closed)
 }
 
 #[cfg(test)]

@@ -6,14 +6,16 @@ use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
 use blockcore::{
-    BackingName, BlockDriver, BlockLimits, BlockStatus, CheckFix, CheckResult, Child, DriverInfo,
-    ErrorKind, IoBuf, IoBufMut, PreparedReopen, ReadFlags, ReopenRequest, Result, SnapshotInfo,
-    SnapshotRequest, SnapshotSelector, SpecificInfo, StatusMode, TruncateRequest, WriteFlags,
+    BackingName, BlockDriver, BlockError, BlockLimits, BlockStatus, CheckFix, CheckResult, Child,
+    DriverInfo, ErrorKind, IoBuf, IoBufMut, Options, PreparedReopen, ReadFlags, ReopenRequest,
+    Result, SnapshotInfo, SnapshotRequest, SnapshotSelector, SpecificInfo, StatusMode,
+    TruncateRequest, WriteFlags,
 };
 
 use crate::header::{Header, Incompatible};
 use crate::image::Image;
-use crate::{check, info, snapshot};
+use crate::runtime::RuntimeOptions;
+use crate::{info, snapshot};
 
 /// An open qcow2 image.
 pub struct Qcow2 {
@@ -46,6 +48,7 @@ impl BlockDriver for Qcow2 {
 
     fn children(&self) -> Vec<&Child> {
         std::iter::once(&self.image.file)
+            .chain(self.image.data.child())
             .chain(&self.image.backing)
             .collect()
     }
@@ -55,10 +58,10 @@ impl BlockDriver for Qcow2 {
     }
 
     fn limits(&self) -> BlockLimits {
-        let cluster = self.image.cluster_size() as u32;
         BlockLimits {
-            pwrite_zeroes_alignment: cluster,
-            pdiscard_alignment: cluster,
+            pwrite_zeroes_alignment: self.image.subcluster_size() as u32,
+            // As QEMU: subclusters are not discarded.
+            pdiscard_alignment: self.image.cluster_size() as u32,
             ..BlockLimits::default()
         }
     }
@@ -90,7 +93,7 @@ impl BlockDriver for Qcow2 {
 
     fn supported_zero_flags(&self) -> WriteFlags {
         // Version 2 can't promise anything: it has no zero clusters.
-        if self.image.version < 3 {
+        if self.image.version() < 3 {
             WriteFlags::empty()
         } else {
             WriteFlags::MAY_UNMAP | WriteFlags::NO_FALLBACK
@@ -133,12 +136,10 @@ impl BlockDriver for Qcow2 {
 
     async fn info(&self) -> Result<DriverInfo> {
         let cluster_size = self.image.cluster_size();
-        // The VM state area begins with the first L1 entry that the disk doesn't need.
-        let table_bytes = cluster_size << self.image.l2_bits();
         Ok(DriverInfo {
             cluster_size,
-            subcluster_size: cluster_size,
-            vm_state_offset: self.image.size().next_multiple_of(table_bytes),
+            subcluster_size: self.image.subcluster_size(),
+            vm_state_offset: self.image.vm_state_offset(),
             is_dirty: self.header().incompatible.contains(Incompatible::DIRTY),
             unallocated_reads_zero: true,
         })
@@ -182,27 +183,48 @@ impl BlockDriver for Qcow2 {
         self.image.snapshot_load(which).await
     }
 
+    async fn load_vmstate(&self, offset: u64, buf: IoBufMut) -> Result<IoBufMut> {
+        let result = self.image.load_vm_state(offset, buf).await;
+        self.settle(result).await
+    }
+
+    async fn save_vmstate(&self, offset: u64, buf: IoBuf) -> Result<()> {
+        let result = self.image.save_vm_state(offset, buf).await;
+        self.settle(result).await
+    }
+
+    async fn amend(&self, options: Options) -> Result<()> {
+        let result = self.image.amend(options).await;
+        self.settle(result).await
+    }
+
     fn backing_name(&self) -> Option<BackingName> {
         self.header().backing
     }
 
     async fn check(&self, fix: CheckFix) -> Result<CheckResult> {
-        if self.image.writable.load(Ordering::Acquire) {
-            self.image.commit().await?;
-        }
-        let header = self.header();
-        check::check(&header, &self.image.file, fix).await
+        self.image.check(fix).await
     }
 
     async fn reopen_prepare(&self, request: &mut ReopenRequest) -> Result<Box<dyn PreparedReopen>> {
-        struct Prepared(Arc<Image>, bool);
+        struct Prepared(Arc<Image>, bool, RuntimeOptions);
         impl PreparedReopen for Prepared {
             fn commit(self: Box<Self>) {
+                self.0.set_runtime(self.2);
                 self.0.writable.store(self.1, Ordering::Release);
             }
         }
+        let before = self.image.runtime().clone();
+        let mut runtime = before.clone();
+        runtime.take(&mut request.options, &self.header())?;
+        runtime.check_change(&before)?;
         let writable = !request.read_only;
         if writable && !self.image.writable.load(Ordering::Acquire) {
+            if self.image.shows_snapshot.load(Ordering::Acquire) {
+                // Its changes would land in the active layer's tables.
+                let text = "An image that shows a snapshot can't be made writable";
+                return Err(BlockError::unsupported(text));
+            }
             self.image.prepare_writing().await?;
         }
         if !writable && self.image.writable.load(Ordering::Acquire) {
@@ -211,7 +233,7 @@ impl BlockDriver for Qcow2 {
             // Once more for what the first has freed: a reader may have ended since, and later nothing can be written.
             self.image.commit().await?;
         }
-        Ok(Box::new(Prepared(self.image.clone(), writable)))
+        Ok(Box::new(Prepared(self.image.clone(), writable, runtime)))
     }
 
     async fn close(&self) -> Result<()> {

@@ -21,6 +21,10 @@ pub const REFT_OFFSET_MASK: u64 = 0xffff_ffff_ffff_fe00;
 pub const MIN_CLUSTER_BITS: u32 = 9;
 /// The largest cluster is `1 << MAX_CLUSTER_BITS` bytes.
 pub const MAX_CLUSTER_BITS: u32 = 21;
+/// With extended L2 entries a cluster has `1 << SUBCLUSTERS_BITS` subclusters.
+pub const SUBCLUSTERS_BITS: u32 = 5;
+/// The smallest cluster with extended L2 entries is `1 << MIN_EXTENDED_CLUSTER_BITS` bytes: a subcluster has a sector at least.
+pub const MIN_EXTENDED_CLUSTER_BITS: u32 = 14;
 /// The longest L1 table, in bytes.
 pub const MAX_L1_BYTES: u64 = 32 << 20;
 /// The longest refcount table, in bytes.
@@ -71,13 +75,15 @@ impl CompressedDescriptor {
     }
 }
 
-/// The sizes that follow from cluster size and refcount width.
+/// The sizes that follow from cluster size, refcount width and the words in an L2 entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
     /// A cluster is `1 << cluster_bits` bytes.
     pub cluster_bits: u32,
     /// A refcount is `1 << refcount_order` bits.
     pub refcount_order: u32,
+    /// L2 entries have two words.
+    pub extended_l2: bool,
 }
 
 impl Geometry {
@@ -88,12 +94,12 @@ impl Geometry {
 
     /// Entries in an L2 table.
     pub fn l2_entries(self) -> u64 {
-        1 << (self.cluster_bits - 3)
+        1 << (self.cluster_bits - 3 - u32::from(self.extended_l2))
     }
 
     /// Guest bytes that one L1 entry covers.
     pub fn table_bytes(self) -> u64 {
-        1 << (2 * self.cluster_bits - 3)
+        self.l2_entries() << self.cluster_bits
     }
 
     /// L1 entries that a disk of `size` bytes needs.

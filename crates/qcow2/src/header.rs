@@ -11,7 +11,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use crate::extension::{self, Extension};
 use crate::format::{
     Geometry, MAGIC, MAX_BACKING_NAME_BYTES, MAX_CLUSTER_BITS, MAX_L1_BYTES,
-    MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOTS, MIN_CLUSTER_BITS, V2_HEADER_BYTES, V3_HEADER_BYTES,
+    MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOTS, MIN_CLUSTER_BITS, MIN_EXTENDED_CLUSTER_BITS,
+    SUBCLUSTERS_BITS, V2_HEADER_BYTES, V3_HEADER_BYTES,
 };
 
 bitflags::bitflags! {
@@ -42,6 +43,8 @@ bitflags::bitflags! {
 
 /// The autoclear bit that says that the persistent bitmaps are consistent.
 pub const AUTOCLEAR_BITMAPS: u64 = 1 << 0;
+/// The autoclear bit that says that the external data file reads as the disk does.
+pub const AUTOCLEAR_DATA_FILE_RAW: u64 = 1 << 1;
 
 /// How compressed clusters are compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,6 +99,16 @@ pub const TREE_FIELDS: u64 = 24;
 /// The end of the last of them in version 3.
 const REFCOUNT_ORDER_END: usize = 100;
 
+/// What an image is wanted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    /// Reading and writing.
+    Use,
+    /// Looking for damage, and repairing it. Features that are in the way of reading and writing are in nobody's way then, nor are faults that a repair
+    /// mends.
+    Check,
+}
+
 /// A header whose every field has been checked.
 #[derive(Clone, Debug)]
 pub struct Header {
@@ -149,6 +162,19 @@ impl Header {
     /// # Errors
     /// `InvalidImage` and `Unsupported` with a text that names the field or the feature; those of the file.
     pub async fn read(file: &Child) -> Result<Header> {
+        Header::read_for(Purpose::Use, file).await
+    }
+
+    /// Reads the header of an image that is to be checked, and no more. There may be no refcount table, too many snapshots, or a snapshot table at an
+    /// impossible place.
+    ///
+    /// # Errors
+    /// As [`read`](Header::read).
+    pub(crate) async fn read_for_check(file: &Child) -> Result<Header> {
+        Header::read_for(Purpose::Check, file).await
+    }
+
+    async fn read_for(purpose: Purpose, file: &Child) -> Result<Header> {
         let want = RAW_HEADER_BYTES;
         let bytes = file
             .preadv(0, IoBufMut::zeroed(want), ReadFlags::empty())
@@ -184,11 +210,17 @@ impl Header {
             .preadv(0, IoBufMut::zeroed(cluster), ReadFlags::empty())
             .await?
             .to_vec();
-        Header::check(raw, version, header_length, &head)
+        Header::check(purpose, raw, version, header_length, &head)
     }
 
     /// The order of the checks decides which of several faults is told; it is QEMU's.
-    fn check(raw: RawHeader, version: u32, header_length: u32, head: &[u8]) -> Result<Header> {
+    fn check(
+        purpose: Purpose,
+        raw: RawHeader,
+        version: u32,
+        header_length: u32,
+        head: &[u8],
+    ) -> Result<Header> {
         let cluster_bits = raw.cluster_bits.get();
         let backing_at = raw.backing_file_offset.get();
         if backing_at > 1 << cluster_bits {
@@ -208,7 +240,13 @@ impl Header {
         let compression_type =
             check_compression(if has_type { raw.compression_type } else { 0 }, features)?;
         // Only the names of features are wanted here; that the extensions are sound is checked below.
-        let incompatible = check_incompatible(features, &extension::parse_prefix(area))?;
+        let incompatible = check_incompatible(purpose, features, &extension::parse_prefix(area))?;
+        if incompatible.contains(Incompatible::EXTENDED_L2)
+            && cluster_bits < MIN_EXTENDED_CLUSTER_BITS
+        {
+            let bytes = (1 << cluster_bits) >> SUBCLUSTERS_BITS;
+            return bad(format!("Unsupported subcluster size: {bytes}"));
+        }
         let refcount_order = if v3 { raw.refcount_order.get() } else { 4 };
         if refcount_order > 6 {
             return bad("Reference count entry width too large; may not exceed 64 bits");
@@ -232,10 +270,11 @@ impl Header {
             backing: None,
             extensions: Vec::new(),
         };
-        header.check_tables()?;
+        header.check_tables(purpose)?;
         header.extensions = extension::parse(area)?;
         match raw.crypt_method.get() {
             0 => {}
+            1 | 2 if purpose == Purpose::Check => {}
             1 | 2 => return not_yet("Encrypted images are not supported yet"),
             n => return bad(format!("Unsupported encryption method {}", n as i32)),
         }
@@ -245,12 +284,12 @@ impl Header {
     }
 
     /// Checks that tables lie at possible places and have possible sizes.
-    fn check_tables(&self) -> Result<()> {
+    fn check_tables(&self, purpose: Purpose) -> Result<()> {
         let clusters = self.refcount_table_clusters;
         if u64::from(clusters) << self.cluster_bits > MAX_REFCOUNT_TABLE_BYTES {
             return bad("Reference count table too large");
         }
-        if clusters == 0 {
+        if clusters == 0 && purpose == Purpose::Use {
             return bad("Image does not contain a reference count table");
         }
         self.check_place(
@@ -258,15 +297,14 @@ impl Header {
             u64::from(clusters) << self.cluster_bits,
             "Reference count table",
         )?;
-        if self.nb_snapshots > MAX_SNAPSHOTS {
-            return bad("Snapshot table too large");
+        if purpose == Purpose::Use {
+            if self.nb_snapshots > MAX_SNAPSHOTS {
+                return bad("Snapshot table too large");
+            }
+            // Each entry of the table has at least 40 bytes.
+            let bytes = u64::from(self.nb_snapshots) * 40;
+            self.check_place(self.snapshots_offset, bytes, "Snapshot table")?;
         }
-        // Each entry of the table has at least 40 bytes.
-        self.check_place(
-            self.snapshots_offset,
-            u64::from(self.nb_snapshots) * 40,
-            "Snapshot table",
-        )?;
         if u64::from(self.l1_size) * 8 > MAX_L1_BYTES {
             return Err(BlockError::from_errno(libc::EFBIG).message("Active L1 table too large"));
         }
@@ -291,7 +329,7 @@ impl Header {
         )
     }
 
-    fn check_place(&self, offset: u64, bytes: u64, what: &str) -> Result<()> {
+    pub(crate) fn check_place(&self, offset: u64, bytes: u64, what: &str) -> Result<()> {
         let aligned = offset & ((1 << self.cluster_bits) - 1) == 0;
         let end = offset
             .checked_add(bytes)
@@ -308,7 +346,13 @@ impl Header {
         Geometry {
             cluster_bits: self.cluster_bits,
             refcount_order: self.refcount_order,
+            extended_l2: self.has_extended_l2(),
         }
+    }
+
+    /// Whether L2 entries have two words, the second for subclusters.
+    pub fn has_extended_l2(&self) -> bool {
+        self.incompatible.contains(Incompatible::EXTENDED_L2)
     }
 
     /// Whether the image says that it is corrupt.
@@ -415,6 +459,26 @@ impl Header {
         out.extend(name);
         Ok(out)
     }
+
+    /// The header in at most one sector, if it fits there with or without the name of the backing file; else that name is to be written to `name_at`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if it doesn't fit into the cluster.
+    pub fn encode_apart(&self, name_at: usize) -> Result<(Vec<u8>, Option<Vec<u8>>)> {
+        let whole = self.encode()?;
+        let Some(backing) = self.backing.as_ref().filter(|_| whole.len() > 512) else {
+            return Ok((whole, None));
+        };
+        let name = backing.filename.clone().into_bytes();
+        if name_at + name.len() > 1 << self.cluster_bits {
+            return Err(BlockError::invalid(
+                "The header does not fit into one cluster",
+            ));
+        }
+        let mut head = whole[..whole.len() - name.len()].to_vec();
+        head[8..16].copy_from_slice(&(name_at as u64).to_be_bytes());
+        Ok((head, Some(name)))
+    }
 }
 
 fn check_compression(kind: u8, features: u64) -> Result<CompressionType> {
@@ -428,7 +492,11 @@ fn check_compression(kind: u8, features: u64) -> Result<CompressionType> {
     }
 }
 
-fn check_incompatible(features: u64, extensions: &[Extension]) -> Result<Incompatible> {
+fn check_incompatible(
+    purpose: Purpose,
+    features: u64,
+    extensions: &[Extension],
+) -> Result<Incompatible> {
     let known = Incompatible::from_bits_truncate(features);
     let unknown = features & !Incompatible::all().bits();
     if unknown != 0 {
@@ -448,11 +516,13 @@ fn check_incompatible(features: u64, extensions: &[Extension]) -> Result<Incompa
             names.join(", ")
         ));
     }
-    if known.contains(Incompatible::DATA_FILE) {
-        return not_yet("Images with an external data file are not supported yet");
+    if purpose == Purpose::Check {
+        return Ok(known);
     }
-    if known.contains(Incompatible::EXTENDED_L2) {
-        return not_yet("Images with extended L2 entries (subclusters) are not supported yet");
+    if known.contains(Incompatible::DATA_FILE | Incompatible::EXTENDED_L2) {
+        return not_yet(
+            "Images with both an external data file and extended L2 entries are not supported yet",
+        );
     }
     Ok(known)
 }

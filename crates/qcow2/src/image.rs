@@ -11,8 +11,8 @@
 //!
 //! Whoever looks up a host offset and uses it is inside an epoch (`epoch`) until it is done with it.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard};
 
 use blockcore::orphan::Orphans;
 use blockcore::tracked::TrackedRequests;
@@ -23,12 +23,15 @@ use blockcore::{
 
 use crate::alloc::Meta;
 use crate::commit::CommitState;
+use crate::data_file::DataFile;
 use crate::epoch::Epochs;
 use crate::format::{L1E_OFFSET_MASK, L2E_OFFSET_MASK, OFLAG_ZERO};
 use crate::header::{CompressionType, Header, Incompatible};
 use crate::inflated::Inflated;
 use crate::l2_cache::{L2Cache, NumberMap, PinnedSlice};
+use crate::l2_entry::{EntryFormat, L2Entry};
 use crate::l2_table::{BadEntry, L1Table, Mapping};
+use crate::runtime::RuntimeOptions;
 
 /// Byte offset of the incompatible feature bits in the header.
 pub(crate) const INCOMPATIBLE_OFFSET: u64 = 72;
@@ -74,6 +77,7 @@ pub(crate) enum Owner {
     RefcountBlock,
     SnapshotTable,
     InactiveL1,
+    InactiveL2,
     /// Two structures claim it: nothing may be written there.
     Disputed,
 }
@@ -88,6 +92,7 @@ impl Owner {
             Owner::RefcountBlock => "refcount block",
             Owner::SnapshotTable => "snapshot table",
             Owner::InactiveL1 => "inactive L1 table",
+            Owner::InactiveL2 => "inactive L2 table",
             Owner::Disputed => "disputed metadata",
         }
     }
@@ -97,9 +102,13 @@ impl Owner {
 pub(crate) struct Image {
     pub file: Child,
     pub backing: Option<Child>,
+    pub data: DataFile,
     pub header: Mutex<Header>,
-    pub version: u32,
+    /// 2 or 3; `amend` changes it.
+    pub format_version: AtomicU32,
     pub cluster_bits: u32,
+    /// What L2 entries look like, but for the version: see [`Image::entries`].
+    pub entry_format: EntryFormat,
     /// The length of the disk in bytes.
     pub size: AtomicU64,
     pub l1: L1Table,
@@ -120,8 +129,12 @@ pub(crate) struct Image {
     /// Corruption was found since the image was opened, and somebody was told.
     pub corruption_said: AtomicBool,
     pub writable: AtomicBool,
+    /// How this writer works.
+    pub runtime: RwLock<RuntimeOptions>,
     /// What the header on disk says is not known: see `overhaul`. Nothing is written any more.
     pub uncertain: AtomicBool,
+    /// The tables in memory are those of a snapshot: see `snapshot_load`.
+    pub shows_snapshot: AtomicBool,
     pub diagnostics: Diagnostics,
     pub compression: CompressionType,
     /// See `map`.
@@ -133,6 +146,24 @@ pub(crate) struct Image {
 impl Image {
     pub fn cluster_size(&self) -> u64 {
         1 << self.cluster_bits
+    }
+
+    /// The version of the format: 2 or 3.
+    pub fn version(&self) -> u32 {
+        self.format_version.load(Ordering::Acquire)
+    }
+
+    /// What L2 entries look like.
+    pub fn entries(&self) -> EntryFormat {
+        EntryFormat {
+            version: self.version(),
+            ..self.entry_format
+        }
+    }
+
+    /// Bytes in the smallest part of a cluster that has a state of its own: a subcluster, or without extended L2 entries a cluster.
+    pub fn subcluster_size(&self) -> u64 {
+        1 << self.entries().subcluster_bits()
     }
 
     pub fn size(&self) -> u64 {
@@ -148,7 +179,7 @@ impl Image {
 
     /// Entries in an L2 table, as a power of two.
     pub fn l2_bits(&self) -> u32 {
-        self.cluster_bits - 3
+        self.cluster_bits - 3 - u32::from(self.entries().is_extended)
     }
 
     /// The L1 index of a guest cluster.
@@ -177,9 +208,7 @@ impl Image {
             );
             return Err(self.signal_corruption(&text, table));
         }
-        Ok(Some(
-            table + slice % per_table * self.l2.slice_entries() * 8,
-        ))
+        Ok(Some(table + slice % per_table * self.l2.slice_bytes()))
     }
 
     /// A slice; `None` where there is no L2 table. The caller is inside an epoch, or holds the metadata lock.
@@ -210,9 +239,9 @@ impl Image {
         load.await.unwrap_or_else(|_| Err(cancelled())).map(Some)
     }
 
-    /// A slice's entries from disk. The caller has the right to load: who waited for it may have slept through a copy of the table.
+    /// A slice's words from disk. The caller has the right to load: who waited for it may have slept through a copy of the table.
     async fn read_slice(&self, number: u64) -> Result<Vec<u64>> {
-        let bytes = self.l2.slice_entries() as usize * 8;
+        let bytes = self.l2.slice_bytes() as usize;
         match self.slice_offset(number)? {
             None => Ok(vec![0; bytes / 8]),
             Some(offset) => {
@@ -231,81 +260,114 @@ impl Image {
 
     /// As [`read_slice`](Image::read_slice), if the host has it in memory.
     fn read_slice_now(&self, number: u64) -> Option<Vec<u64>> {
-        let mut bytes = vec![0; self.l2.slice_entries() as usize * 8];
+        let mut bytes = vec![0; self.l2.slice_bytes() as usize];
         let offset = self.slice_offset(number).ok()??;
         let there = self.file.read_nowait(offset, &mut bytes);
         there.then(|| be_words(&bytes))
     }
 
-    /// The mapping of a guest cluster, if it can be told without reading the disk. `Some(Err)`: the entry makes no sense.
-    fn mapping_now(&self, guest_cluster: u64) -> Option<Result<Mapping, BadEntry>> {
-        match self.l2.entry_now(guest_cluster) {
-            Some(entry) => Some(Mapping::decode(entry, self.version, self.cluster_bits)),
-            None if self.l1.get(self.l1_index(guest_cluster)) & L1E_OFFSET_MASK == 0 => {
-                Some(Ok(Mapping::Unallocated))
+    /// What lies at a guest offset, and for how many bytes of its cluster that goes on, if it can be told without reading the disk. `Some(Err)`: the entry
+    /// makes no sense.
+    fn span_now(&self, offset: u64) -> Option<Result<(Mapping, u64), BadEntry>> {
+        let (cluster, within) = (offset >> self.cluster_bits, self.in_cluster(offset));
+        match self.l2.entry_now(cluster) {
+            Some(entry) => Some(self.entries().span(entry, within)),
+            None if self.l1.get(self.l1_index(cluster)) & L1E_OFFSET_MASK == 0 => {
+                Some(Ok((Mapping::Unallocated, self.cluster_size() - within)))
             }
             None => None,
         }
     }
 
-    /// The mapping of a guest cluster.
+    async fn span(self: &Arc<Self>, offset: u64, intent: Intent) -> Result<(Mapping, u64)> {
+        if let Some(Ok(span)) = self.span_now(offset) {
+            return Ok(span);
+        }
+        let cluster = offset >> self.cluster_bits;
+        let entry = self.entry(cluster).await?;
+        let span = self.entries().span(entry, self.in_cluster(offset));
+        span.map_err(|bad| self.bad_entry(bad, cluster, entry, intent))
+    }
+
+    /// The L2 entry of a guest cluster; an empty one where there is no L2 table.
+    ///
+    /// # Errors
+    /// Those of reading the L2 table.
+    pub async fn entry(self: &Arc<Self>, guest_cluster: u64) -> Result<L2Entry> {
+        if let Some(entry) = self.l2.entry_now(guest_cluster) {
+            return Ok(entry);
+        }
+        let (number, index) = self.l2.locate(guest_cluster);
+        let slice = self.slice(number).await?;
+        Ok(slice.map_or(L2Entry::default(), |s| s.get(index)))
+    }
+
+    /// The mapping of a guest cluster as a whole (see [`EntryFormat::whole`]).
     ///
     /// # Errors
     /// Those of reading its L2 table; `Corrupt` for an entry that makes no sense.
     pub async fn mapping(self: &Arc<Self>, guest_cluster: u64, intent: Intent) -> Result<Mapping> {
-        if let Some(Ok(mapping)) = self.mapping_now(guest_cluster) {
-            return Ok(mapping);
-        }
-        let (number, index) = self.l2.locate(guest_cluster);
-        match self.slice(number).await? {
-            None => Ok(Mapping::Unallocated),
-            Some(slice) => self.decode(guest_cluster, slice.get(index), intent),
-        }
+        let entry = self.entry(guest_cluster).await?;
+        self.decode(guest_cluster, entry, intent)
     }
 
-    /// Reads an L2 entry, and marks the image corrupt where it makes no sense.
-    pub fn decode(&self, guest_cluster: u64, entry: u64, intent: Intent) -> Result<Mapping> {
-        Mapping::decode(entry, self.version, self.cluster_bits).map_err(|bad| {
-            let l2_index = guest_cluster & ((1 << self.l2_bits()) - 1);
-            let table = self.l1.get(self.l1_index(guest_cluster)) & L1E_OFFSET_MASK;
-            let at = format!("(L2 offset: {}, L2 index: {})", Hex(table), Hex(l2_index));
-            let guest = Hex(guest_cluster << self.cluster_bits);
-            let text = match (bad, intent) {
-                (BadEntry::ZeroBeforeV3, _) => {
-                    format!("Zero cluster entry found in pre-v3 image {at}")
-                }
-                (BadEntry::Unaligned(host), Intent::Read) => {
-                    format!("Cluster allocation offset {} unaligned {at}", Hex(host))
-                }
-                (BadEntry::Unaligned(host), Intent::Write) => {
-                    let what = if entry & OFLAG_ZERO != 0 {
-                        "Preallocated zero"
-                    } else {
-                        "Data"
-                    };
-                    format!(
-                        "{what} cluster offset {} unaligned (guest offset: {guest})",
-                        Hex(host)
-                    )
-                }
-            };
-            self.signal_corruption(&text, entry & L2E_OFFSET_MASK)
-        })
+    /// Reads an L2 entry as a whole, and marks the image corrupt where it makes no sense.
+    pub fn decode(&self, guest_cluster: u64, entry: L2Entry, intent: Intent) -> Result<Mapping> {
+        let whole = self.entries().whole(entry);
+        whole.map_err(|bad| self.bad_entry(bad, guest_cluster, entry, intent))
+    }
+
+    /// An L2 entry makes no sense: marks the image corrupt.
+    fn bad_entry(
+        &self,
+        bad: BadEntry,
+        guest_cluster: u64,
+        entry: L2Entry,
+        intent: Intent,
+    ) -> BlockError {
+        let l2_index = guest_cluster & ((1 << self.l2_bits()) - 1);
+        let table = self.l1.get(self.l1_index(guest_cluster)) & L1E_OFFSET_MASK;
+        let at = format!("(L2 offset: {}, L2 index: {})", Hex(table), Hex(l2_index));
+        let guest = Hex(guest_cluster << self.cluster_bits);
+        let text = match (bad, intent) {
+            (BadEntry::ZeroBeforeV3, _) => {
+                format!("Zero cluster entry found in pre-v3 image {at}")
+            }
+            (BadEntry::Subclusters, Intent::Read) => {
+                format!("Invalid cluster entry found  {at}")
+            }
+            (BadEntry::Subclusters, Intent::Write) => format!("Invalid cluster entry found {at}"),
+            (BadEntry::Unaligned(host), Intent::Read) => {
+                format!("Cluster allocation offset {} unaligned {at}", Hex(host))
+            }
+            (BadEntry::Unaligned(host), Intent::Write) => {
+                let what = if entry.word & OFLAG_ZERO != 0 {
+                    "Preallocated zero"
+                } else {
+                    "Data"
+                };
+                format!(
+                    "{what} cluster offset {} unaligned (guest offset: {guest})",
+                    Hex(host)
+                )
+            }
+        };
+        self.signal_corruption(&text, entry.word & L2E_OFFSET_MASK)
     }
 
     /// The mapping at a guest offset and for how many of `bytes` bytes it goes on, if that can be told without reading the disk.
     pub fn run_now(&self, offset: u64, bytes: u64) -> Option<(Mapping, u64)> {
         let cluster = offset >> self.cluster_bits;
-        let first = self.mapping_now(cluster)?.ok()?;
-        let mut covered = ((cluster + 1) << self.cluster_bits) - offset;
-        let mut index = 1;
-        while covered < bytes {
-            match self.mapping_now(cluster + index) {
-                Some(Ok(next)) if first.continues(index, self.cluster_size(), &next) => {}
+        let (first, mut covered) = self.span_now(offset)?.ok()?;
+        // What goes on to the end of its cluster may go on in the next one.
+        while covered < bytes && self.in_cluster(offset + covered) == 0 {
+            let index = ((offset + covered) >> self.cluster_bits) - cluster;
+            match self.span_now(offset + covered) {
+                Some(Ok((next, n))) if first.continues(index, self.cluster_size(), &next) => {
+                    covered += n;
+                }
                 _ => break,
             }
-            covered += self.cluster_size();
-            index += 1;
         }
         Some((first, covered.min(bytes)))
     }
@@ -321,11 +383,9 @@ impl Image {
         intent: Intent,
     ) -> Result<(Mapping, u64)> {
         let cluster = offset >> self.cluster_bits;
-        let first = self.mapping(cluster, intent).await?;
-        let mut covered = ((cluster + 1) << self.cluster_bits) - offset;
-        let mut index = 1;
-        while covered < bytes {
-            let next = cluster + index;
+        let (first, mut covered) = self.span(offset, intent).await?;
+        while covered < bytes && self.in_cluster(offset + covered) == 0 {
+            let next = (offset + covered) >> self.cluster_bits;
             if first == Mapping::Unallocated
                 && self.l2.entry_now(next).is_none()
                 && self.is_table_start(next)
@@ -333,21 +393,15 @@ impl Image {
                 // A whole table that isn't there is one step, not thousands.
                 let table = self.l1_index(next);
                 if self.l1.get(table) & L1E_OFFSET_MASK == 0 {
-                    let step = 1u64 << self.l2_bits();
-                    covered += step << self.cluster_bits;
-                    index += step;
+                    covered += 1u64 << (self.l2_bits() + self.cluster_bits);
                     continue;
                 }
             }
-            if !first.continues(
-                index,
-                self.cluster_size(),
-                &self.mapping(next, intent).await?,
-            ) {
+            let (mapping, n) = self.span(offset + covered, intent).await?;
+            if !first.continues(next - cluster, self.cluster_size(), &mapping) {
                 break;
             }
-            covered += self.cluster_size();
-            index += 1;
+            covered += n;
         }
         Ok((first, covered.min(bytes)))
     }
@@ -390,11 +444,23 @@ impl Image {
             .find_map(|c| owned.get(&c).copied())
     }
 
+    /// How this writer works. Not to be held over an await.
+    pub fn runtime(&self) -> RwLockReadGuard<'_, RuntimeOptions> {
+        self.runtime
+            .read()
+            .expect("no code panics while it holds this lock")
+    }
+
     /// INV QCOW2-META-1: refuses a write of guest data over metadata, and marks the image corrupt.
     pub fn check_data_write(&self, host: u64, bytes: u64) -> Result<()> {
+        if self.has_data_file() {
+            return Ok(());
+        }
         match self.owner_in(host, bytes) {
-            None => Ok(()),
-            Some(owner) => Err(self.refuse_overlap(host, owner)),
+            Some(owner) if self.runtime().overlap_checks.includes(owner) => {
+                Err(self.refuse_overlap(host, owner))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -438,6 +504,15 @@ impl Image {
         BlockError::corrupt(what).at(offset)
     }
 
+    /// Fails for a change of what lies past the end. Who asks was told that it doesn't, but the disk may have become shorter since, while he waited for
+    /// that change.
+    pub fn check_end(&self, end: u64) -> Result<()> {
+        if end > self.size() {
+            return Err(BlockError::from_errno(libc::EIO));
+        }
+        Ok(())
+    }
+
     /// Fails once the image is known to be corrupt, or not known well enough, so that no change makes it worse.
     pub fn check_sound(&self) -> Result<()> {
         if self.corrupt.load(Ordering::Acquire) {
@@ -457,7 +532,7 @@ impl Image {
     pub async fn mark_corrupt_on_disk(&self) -> Result<()> {
         let known = self.corrupt.load(Ordering::Acquire) && self.writable.load(Ordering::Acquire);
         let bits = self.header().incompatible;
-        if !known || self.version < 3 || bits.contains(Incompatible::CORRUPT) {
+        if !known || self.version() < 3 || bits.contains(Incompatible::CORRUPT) {
             return Ok(());
         }
         let bits = bits | Incompatible::CORRUPT;

@@ -25,9 +25,13 @@ pub fn specific_info(header: &Header) -> SpecificInfo {
         );
     }
     put("refcount-bits", (1u64 << header.refcount_order).into());
+    if let Some(name) = header.data_file_name().filter(|_| header.has_data_file()) {
+        put("data-file", name.into());
+        put("data-file-raw", header.is_data_file_raw().into());
+    }
     if header.version >= 3 {
         put("corrupt", header.is_corrupt().into());
-        put("extended-l2", false.into());
+        put("extended-l2", header.has_extended_l2().into());
     }
     SpecificInfo {
         type_name: "qcow2",

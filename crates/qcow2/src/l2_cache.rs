@@ -5,15 +5,20 @@
 //! takes its slices along. Reading an entry takes a shared lock on one of several maps for a few nanoseconds and waits for nothing; only a miss
 //! reads the disk.
 //!
+//! INV QCOW2-PAIR-1: the two words of an extended L2 entry are seen together. A slice counts its changes, up before and up after each; who reads the
+//! entry looks at the count before and after, and again if it was odd, or has moved. That is for entries of two words alone.
+//!
 //! A slice that somebody is about to change, that is dirty, or that is being written back is *pinned* and never evicted: the copy in memory is
 //! the only true one. Who changes entries holds the metadata lock; see `image`.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use blockcore::Result;
+
+use crate::l2_entry::L2Entry;
 
 /// How many maps the slices are spread over.
 const SHARDS: usize = 16;
@@ -45,38 +50,70 @@ pub(crate) type NumberMap<V> = HashMap<u64, V, BuildHasherDefault<NumberHasher>>
 /// Some consecutive entries of one L2 table, in host byte order.
 #[derive(Debug)]
 pub(crate) struct L2Slice {
-    entries: Box<[AtomicU64]>,
+    words: Box<[AtomicU64]>,
+    /// Words in an entry.
+    entry_words: usize,
+    /// How often an entry of two words began to change, or ended to.
+    changes: AtomicU64,
     /// Used since the last look of the eviction.
     referenced: AtomicBool,
     pins: AtomicU32,
 }
 
 impl L2Slice {
-    fn new(entries: Vec<u64>) -> L2Slice {
+    fn new(words: Vec<u64>, entry_words: usize) -> L2Slice {
         L2Slice {
-            entries: entries.into_iter().map(AtomicU64::new).collect(),
+            words: words.into_iter().map(AtomicU64::new).collect(),
+            entry_words,
+            changes: AtomicU64::new(0),
             referenced: AtomicBool::new(true),
             pins: AtomicU32::new(0),
         }
     }
 
     /// An entry, by its place in the slice.
-    pub fn get(&self, index: usize) -> u64 {
-        self.entries[index].load(Ordering::Acquire)
+    pub fn get(&self, index: usize) -> L2Entry {
+        if self.entry_words == 1 {
+            return L2Entry::one_word(self.words[index].load(Ordering::Acquire));
+        }
+        self.get_two(index)
+    }
+
+    /// INV QCOW2-PAIR-1. Whoever sees a new word sees the count that was set before, too, and then looks again.
+    fn get_two(&self, index: usize) -> L2Entry {
+        loop {
+            let before = self.changes.load(Ordering::Acquire);
+            let entry = L2Entry {
+                word: self.words[2 * index].load(Ordering::Acquire),
+                bitmap: self.words[2 * index + 1].load(Ordering::Acquire),
+            };
+            if before.is_multiple_of(2) && self.changes.load(Ordering::Acquire) == before {
+                return entry;
+            }
+            // The change is a few stores long, unless who makes it has lost its turn on the processor.
+            std::thread::yield_now();
+        }
     }
 
     /// Changes an entry. Only under the metadata lock, on a pinned slice.
-    pub fn set(&self, index: usize, entry: u64) {
+    pub fn set(&self, index: usize, entry: L2Entry) {
         debug_assert!(
             self.pins.load(Ordering::Relaxed) > 0,
             "change of a slice that may be evicted"
         );
-        self.entries[index].store(entry, Ordering::Release);
+        if self.entry_words == 1 {
+            debug_assert_eq!(entry.bitmap, 0);
+            return self.words[index].store(entry.word, Ordering::Release);
+        }
+        self.changes.fetch_add(1, Ordering::AcqRel);
+        self.words[2 * index].store(entry.word, Ordering::Release);
+        self.words[2 * index + 1].store(entry.bitmap, Ordering::Release);
+        self.changes.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// The slice as it goes to disk.
+    /// The slice as it goes to disk. Only under the metadata lock.
     pub fn to_bytes(&self) -> Vec<u8> {
-        self.entries
+        self.words
             .iter()
             .flat_map(|e| e.load(Ordering::Acquire).to_be_bytes())
             .collect()
@@ -140,19 +177,28 @@ impl Shard {
 pub(crate) struct L2Cache {
     shards: [Shard; SHARDS],
     /// The most slices that a shard keeps, pinned ones aside.
-    shard_capacity: usize,
+    shard_capacity: AtomicUsize,
     slice_bits: u32,
+    entry_words: usize,
 }
 
 impl L2Cache {
-    /// A cache of at most `bytes` bytes of slices with `1 << slice_bits` entries.
-    pub fn new(bytes: usize, slice_bits: u32) -> L2Cache {
-        let slices = bytes >> (slice_bits + 3);
+    /// A cache of at most `bytes` bytes of slices with `1 << slice_bits` entries of `entry_words` words.
+    pub fn new(bytes: usize, slice_bits: u32, entry_words: usize) -> L2Cache {
+        let slices = (bytes / entry_words) >> (slice_bits + 3);
         L2Cache {
             shards: Default::default(),
-            shard_capacity: (slices / SHARDS).max(2),
+            shard_capacity: AtomicUsize::new((slices / SHARDS).max(2)),
             slice_bits,
+            entry_words,
         }
+    }
+
+    /// Holds at most `bytes` bytes from now on. What is too much goes when something comes.
+    pub fn set_size(&self, bytes: usize) {
+        let slices = bytes >> (self.slice_bits + 3);
+        let capacity = (slices / SHARDS).max(2);
+        self.shard_capacity.store(capacity, Ordering::Relaxed);
     }
 
     /// The slice of a guest cluster, and the place of its entry there.
@@ -168,12 +214,17 @@ impl L2Cache {
         1 << self.slice_bits
     }
 
+    /// The length of a slice on disk, in bytes.
+    pub fn slice_bytes(&self) -> u64 {
+        self.slice_entries() * self.entry_words as u64 * 8
+    }
+
     fn shard(&self, slice: u64) -> &Shard {
         &self.shards[slice as usize % SHARDS]
     }
 
     /// The L2 entry of a guest cluster, if it is in memory.
-    pub fn entry_now(&self, guest_cluster: u64) -> Option<u64> {
+    pub fn entry_now(&self, guest_cluster: u64) -> Option<L2Entry> {
         let (number, index) = self.locate(guest_cluster);
         let slices = self.shard(number).read();
         let slice = slices.get(&number)?;
@@ -227,12 +278,13 @@ impl L2Cache {
     }
 
     /// Puts in a slice that isn't there. The caller has the right to load.
-    fn insert(&self, number: u64, entries: Vec<u64>) -> PinnedSlice {
+    fn insert(&self, number: u64, words: Vec<u64>) -> PinnedSlice {
         let shard = self.shard(number);
-        let slice = Arc::new(L2Slice::new(entries));
+        let slice = Arc::new(L2Slice::new(words, self.entry_words));
         let mut slices = shard.write();
-        if slices.len() >= self.shard_capacity {
-            Self::evict(&mut slices, self.shard_capacity);
+        let capacity = self.shard_capacity.load(Ordering::Relaxed);
+        if slices.len() >= capacity {
+            Self::evict(&mut slices, capacity);
         }
         slices.insert(number, slice.clone());
         PinnedSlice::new(&slice)
@@ -240,9 +292,14 @@ impl L2Cache {
 
     /// Forgets all slices, none of which has changes. Those that are being loaded are forgotten once they are there.
     pub async fn clear(&self) {
+        self.forget(0..u64::MAX).await;
+    }
+
+    /// Forgets slices, which have no changes. Those that are being loaded are forgotten once they are there.
+    pub async fn forget(&self, numbers: std::ops::Range<u64>) {
         for shard in &self.shards {
             let _loading = shard.loading.lock().await;
-            shard.write().clear();
+            shard.write().retain(|number, _| !numbers.contains(number));
         }
     }
 
@@ -273,14 +330,14 @@ mod tests {
 
     #[tokio::test]
     async fn the_cache_stays_within_its_size_but_keeps_pinned_slices() {
-        let cache = L2Cache::new(SHARDS * 4 * 8 * 16, 4);
+        let cache = L2Cache::new(SHARDS * 4 * 8 * 16, 4, 1);
         let pinned = cache.pinned(0, async { Ok(vec![42; 16]) }).await.unwrap();
         for n in 1..1000 {
             cache.pinned(n, async { Ok(vec![n; 16]) }).await.unwrap();
         }
         let total: usize = cache.shards.iter().map(|s| s.read().len()).sum();
         assert!(total <= SHARDS * 4, "{total} slices");
-        assert_eq!(cache.entry_now(3), Some(42));
+        assert_eq!(cache.entry_now(3), Some(L2Entry::one_word(42)));
         drop(pinned);
         for n in 1..200 {
             cache
@@ -289,5 +346,28 @@ mod tests {
                 .unwrap();
         }
         assert_eq!(cache.entry_now(3), None);
+    }
+    // INV QCOW2-PAIR-1: one thread changes an entry, always to a bitmap that is the other word's complement, and others read it meanwhile.
+    #[test]
+    fn nobody_sees_half_of_an_entry() {
+        let slice = Arc::new(L2Slice::new(vec![0, !0, 0, !0], 2));
+        let pinned = PinnedSlice::new(&slice);
+        let is_over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while !is_over.load(Ordering::Acquire) {
+                        let entry = slice.get(1);
+                        assert_eq!(entry.word, !entry.bitmap, "halves of two entries");
+                    }
+                });
+            }
+            for word in 0..500_000 {
+                let bitmap = !word;
+                pinned.set(1, L2Entry { word, bitmap });
+            }
+            is_over.store(true, Ordering::Release);
+        });
+        assert_eq!(slice.get(0).bitmap, !0);
     }
 }

@@ -8,14 +8,16 @@ use crate::format::{
     CompressedDescriptor, L2E_OFFSET_MASK, OFLAG_COMPRESSED, OFLAG_COPIED, OFLAG_ZERO,
 };
 
-/// Where the bytes of a guest cluster are. Each variant tells a reader or writer its next act.
+/// Where the bytes of a guest cluster, or of some subclusters of it, are. Each variant tells a reader or writer its next act.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mapping {
     /// In the backing node; zero where there is none.
     Unallocated,
+    /// In the backing node; zero where there is none. A host cluster is kept for later, or for other subclusters; what lies there means nothing.
+    Reserved { host: u64, copied: bool },
     /// Zero. No host cluster.
     ZeroPlain,
-    /// Zero, with a host cluster kept for later; what lies there means nothing.
+    /// Zero, with a host cluster kept for later, or for other subclusters; what lies there means nothing.
     ZeroAllocated { host: u64, copied: bool },
     /// At `host`. `copied`: nobody else uses that cluster, so it may be written in place.
     Data { host: u64, copied: bool },
@@ -30,10 +32,12 @@ pub(crate) enum BadEntry {
     ZeroBeforeV3,
     /// A host offset that is no multiple of the cluster size.
     Unaligned(u64),
+    /// Subclusters that are data and zero at the same time, or data without a host cluster.
+    Subclusters,
 }
 
 impl Mapping {
-    /// Reads an L2 entry.
+    /// Reads an L2 entry of one word.
     pub fn decode(entry: u64, version: u32, cluster_bits: u32) -> Result<Mapping, BadEntry> {
         if entry & OFLAG_COMPRESSED != 0 {
             return Ok(Mapping::Compressed(CompressedDescriptor::decode(
@@ -61,9 +65,9 @@ impl Mapping {
     /// The host clusters that the entry holds a reference to, as byte offset and length.
     pub fn referenced(&self, cluster_size: u64) -> Option<(u64, u64)> {
         match *self {
-            Mapping::ZeroAllocated { host, .. } | Mapping::Data { host, .. } => {
-                Some((host, cluster_size))
-            }
+            Mapping::Reserved { host, .. }
+            | Mapping::ZeroAllocated { host, .. }
+            | Mapping::Data { host, .. } => Some((host, cluster_size)),
             Mapping::Compressed(c) => Some((c.host_offset, c.host_bytes)),
             Mapping::Unallocated | Mapping::ZeroPlain => None,
         }
@@ -81,6 +85,16 @@ impl Mapping {
                     copied: ca,
                 },
                 Mapping::Data {
+                    host: b,
+                    copied: cb,
+                },
+            )
+            | (
+                Mapping::Reserved {
+                    host: a,
+                    copied: ca,
+                },
+                Mapping::Reserved {
                     host: b,
                     copied: cb,
                 },

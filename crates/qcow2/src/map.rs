@@ -23,10 +23,16 @@ impl Image {
     ) -> Result<BlockStatus> {
         let _epoch = self.epochs.enter();
         let (mapping, covered) = self.run(offset, bytes, Intent::Read).await?;
-        let file = || self.file.node().clone();
+        let file = || match self.data.child() {
+            Some(data) => data.node().clone(),
+            None => self.file.node().clone(),
+        };
         let within = self.in_cluster(offset);
         Ok(match mapping {
             Mapping::Unallocated => BlockStatus::new(StatusFlags::empty(), covered),
+            Mapping::Reserved { host, .. } => {
+                BlockStatus::mapped(StatusFlags::empty(), covered, host + within, file())
+            }
             Mapping::ZeroPlain => BlockStatus::new(StatusFlags::ZERO, covered),
             Mapping::ZeroAllocated { host, .. } => {
                 BlockStatus::mapped(StatusFlags::ZERO, covered, host + within, file())
@@ -50,6 +56,9 @@ impl Image {
     async fn is_metadata_preallocated(&self) -> Result<bool> {
         if let Some(&known) = self.metadata_preallocated.get() {
             return Ok(known);
+        }
+        if self.has_data_file() {
+            return Ok(false);
         }
         let found = match self.file.driver().allocated_size().await? {
             None => false,

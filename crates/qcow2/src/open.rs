@@ -4,8 +4,8 @@
 //! Everything that is read is checked before it is used: the header by `header`, tables when they are loaded. Nothing is written until the first
 //! change, but for what the specification wants a writer to do at once (`prepare_writing`).
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 use async_trait::async_trait;
 use blockcore::{
@@ -15,19 +15,17 @@ use blockcore::{
 
 use crate::alloc::Meta;
 use crate::commit::CommitState;
+use crate::data_file::DataFile;
 use crate::driver::Qcow2;
 use crate::format::{L1E_OFFSET_MASK, MAGIC};
-use crate::header::{Header, Incompatible};
-use crate::image::{INCOMPATIBLE_OFFSET, Image, Owner, be_words};
+use crate::header::{AUTOCLEAR_DATA_FILE_RAW, Header};
+use crate::image::{Image, Owner, be_words};
 use crate::l2_cache::L2Cache;
+use crate::l2_entry::EntryFormat;
 use crate::l2_table::L1Table;
 use crate::refcount::Refcounts;
-use crate::{check, create, snapshot};
-
-/// Bytes in an L2 slice; a whole table where clusters are smaller.
-const SLICE_BYTES_BITS: u32 = 12;
-/// What the L2 cache holds at most, in bytes: the tables of 256 GiB with the usual cluster size. Memory is used as slices are.
-const L2_CACHE_BYTES: usize = 32 << 20;
+use crate::runtime::{OverlapChecks, RuntimeOptions};
+use crate::{amend, check, create, snapshot};
 
 /// Byte offset of the autoclear feature bits in the header.
 const AUTOCLEAR_OFFSET: u64 = 88;
@@ -58,14 +56,22 @@ impl DriverFactory for Qcow2Factory {
         ctx: &OpenContext<'_>,
         options: &mut Options,
     ) -> Result<Box<dyn BlockDriver>> {
+        if ctx.for_check() {
+            return check::open(ctx, options).await;
+        }
         let file = ctx.take_file()?;
         let writable = !ctx.flags().read_only;
         let header = Header::read(&file).await?;
         if writable {
             header.check_writable()?;
         }
+        let mut runtime = RuntimeOptions::new(header.cluster_bits);
+        runtime.take(options, &header)?;
         let backing = ctx.open_backing(options, header.backing.as_ref()).await?;
-        let image = open_image(file, backing, header, ctx.diagnostics().clone()).await?;
+        let data = DataFile::open(ctx, options, &header).await?;
+        let diagnostics = ctx.diagnostics().clone();
+        let mut image = open_with(file, backing, header, runtime, diagnostics).await?;
+        image.data = data;
         if writable {
             image.prepare_writing().await?;
             image.writable.store(true, Ordering::Release);
@@ -73,6 +79,10 @@ impl DriverFactory for Qcow2Factory {
         Ok(Box::new(Qcow2 {
             image: Arc::new(image),
         }))
+    }
+
+    fn amend_options(&self) -> &'static [CreateOption] {
+        amend::amend_options()
     }
 
     fn supports_compressed_writes(&self) -> bool {
@@ -93,10 +103,22 @@ impl DriverFactory for Qcow2Factory {
     }
 }
 
+/// Opens an image as it is opened where nothing else is said.
 pub(crate) async fn open_image(
     file: Child,
     backing: Option<Child>,
     header: Header,
+    diagnostics: blockcore::Diagnostics,
+) -> Result<Image> {
+    let runtime = RuntimeOptions::new(header.cluster_bits);
+    open_with(file, backing, header, runtime, diagnostics).await
+}
+
+async fn open_with(
+    file: Child,
+    backing: Option<Child>,
+    header: Header,
+    runtime: RuntimeOptions,
     diagnostics: blockcore::Diagnostics,
 ) -> Result<Image> {
     let bits = header.cluster_bits;
@@ -105,7 +127,13 @@ pub(crate) async fn open_image(
     let table_entries = (header.refcount_table_clusters as usize) << (bits - 3);
     let table = read_table(&file, header.refcount_table_offset, table_entries).await?;
     let end = file.length().div_ceil(1 << bits);
-    let slice_bits = SLICE_BYTES_BITS.min(bits) - 3;
+    let entries = EntryFormat {
+        version: header.version,
+        cluster_bits: bits,
+        is_extended: header.has_extended_l2(),
+        has_data_file: header.has_data_file(),
+    };
+    let slice_bits = runtime.slice_bytes_bits - 3 - u32::from(entries.is_extended);
     let order = header.refcount_order;
     let meta = Meta {
         refcounts: Refcounts::new(
@@ -114,6 +142,7 @@ pub(crate) async fn open_image(
             table,
             header.refcount_table_offset,
             header.refcount_table_clusters,
+            runtime.refcount_cache_bytes,
         ),
         dirty_slices: Default::default(),
         dirty_l1: Default::default(),
@@ -131,13 +160,15 @@ pub(crate) async fn open_image(
     Ok(Image {
         file,
         backing,
-        version: header.version,
+        data: DataFile::Inside,
+        format_version: AtomicU32::new(header.version),
         cluster_bits: bits,
+        entry_format: entries,
         // Whole sectors, as other readers have it.
         size: AtomicU64::new(header.size / SECTOR_BYTES * SECTOR_BYTES),
         compression: header.compression_type,
         l1: L1Table::new(l1),
-        l2: L2Cache::new(L2_CACHE_BYTES, slice_bits),
+        l2: L2Cache::new(runtime.l2_cache_bytes, slice_bits, entries.words()),
         meta: tokio::sync::Mutex::new(meta),
         owned: Default::default(),
         changing: Default::default(),
@@ -150,6 +181,8 @@ pub(crate) async fn open_image(
         corruption_said: AtomicBool::new(false),
         writable: AtomicBool::new(false),
         uncertain: AtomicBool::new(false),
+        runtime: RwLock::new(runtime),
+        shows_snapshot: AtomicBool::new(false),
         diagnostics,
         metadata_preallocated: OnceLock::new(),
         zero_from: end << bits,
@@ -161,7 +194,7 @@ pub(crate) async fn open_image(
 const TABLE_READ_BYTES: usize = 1 << 20;
 
 /// Reads a table of 64-bit entries, whose place and length the header's validation has bounded.
-async fn read_table(file: &Child, offset: u64, entries: usize) -> Result<Vec<u64>> {
+pub(crate) async fn read_table(file: &Child, offset: u64, entries: usize) -> Result<Vec<u64>> {
     let mut table = Vec::with_capacity(entries);
     while table.len() < entries {
         let bytes = ((entries - table.len()) * 8).min(TABLE_READ_BYTES);
@@ -181,25 +214,29 @@ impl Image {
     /// # Errors
     /// Those of metadata I/O; `Corrupt`, `Unsupported` where the image must not be written.
     pub async fn prepare_writing(&self) -> Result<()> {
+        self.header().check_writable()?;
+        self.repair_if_dirty().await?;
         let header = self.header().clone();
-        header.check_writable()?;
-        self.find_owners(&header).await?;
-        self.recount_if_dirty(&header).await?;
+        self.find_owners(&header, &*self.meta.lock().await).await?;
         self.update_features(header).await
     }
 
     /// Clears what a writer that doesn't know a feature has to clear.
     async fn update_features(&self, header: Header) -> Result<()> {
-        if self.version < 3 || header.autoclear == 0 {
+        let known = match header.has_data_file() {
+            true => header.autoclear & AUTOCLEAR_DATA_FILE_RAW,
+            false => 0,
+        };
+        if self.version() < 3 || header.autoclear == known {
             return Ok(());
         }
-        self.write_header_bytes(AUTOCLEAR_OFFSET, 0u64.to_be_bytes().to_vec())
+        self.write_header_bytes(AUTOCLEAR_OFFSET, known.to_be_bytes().to_vec())
             .await?;
-        self.header().autoclear = 0;
+        self.header().autoclear = known;
         Ok(())
     }
 
-    async fn find_owners(&self, header: &Header) -> Result<()> {
+    pub(crate) async fn find_owners(&self, header: &Header, meta: &Meta) -> Result<()> {
         self.owned
             .write()
             .expect("no code panics while it holds this lock")
@@ -223,7 +260,6 @@ impl Image {
         {
             self.own(offset, cluster, Owner::L2);
         }
-        let meta = self.meta.lock().await;
         for &offset in meta.refcounts.table().iter().filter(|&&o| aligned(o)) {
             self.own(offset, cluster, Owner::RefcountBlock);
         }
@@ -249,46 +285,28 @@ impl Image {
                     Owner::InactiveL1,
                 );
             }
+            if self
+                .runtime()
+                .overlap_checks
+                .contains(OverlapChecks::INACTIVE_L2)
+            {
+                self.find_inactive_l2(&table).await?;
+            }
         }
         Ok(())
     }
 
-    /// An image whose last writer did not close it, and let refcounts be written late (`lazy_refcounts`): counts them again before anything is
-    /// allocated by them (INV QCOW2-ORD-1 does not hold in such an image until then).
-    async fn recount_if_dirty(&self, header: &Header) -> Result<()> {
-        if !header.incompatible.contains(Incompatible::DIRTY) {
-            return Ok(());
-        }
-        let (references, found) = check::compute_refcounts(header, &self.file).await?;
-        if found.corruptions + found.check_errors > 0 {
-            let text = "The image was not closed properly, and its tables are damaged; repairing it is not supported yet";
-            return Err(BlockError::corrupt(text));
-        }
-        {
-            let mut meta = self.meta.lock().await;
-            for cluster in 0..references.len() {
-                let wanted = references.get(cluster);
-                if meta.refcounts.get(&self.file, cluster).await? == wanted {
-                    continue;
+    /// Says where the L2 tables are that only snapshots use.
+    async fn find_inactive_l2(&self, table: &snapshot::SnapshotTable) -> Result<()> {
+        for s in &table.snapshots {
+            for entry in self.snapshot_l1(s).await? {
+                let host = entry & L1E_OFFSET_MASK;
+                let is_table = host != 0 && host & (self.cluster_size() - 1) == 0;
+                if is_table && self.owner_in(host, 1).is_none() {
+                    self.own(host, self.cluster_size(), Owner::InactiveL2);
                 }
-                if !meta.refcounts.has_block(cluster) {
-                    let text = "The image was not closed properly, and lacks a refcount block; repairing it is not supported yet";
-                    return Err(BlockError::corrupt(text));
-                }
-                if wanted > meta.refcounts.max_refcount() {
-                    return Err(BlockError::corrupt(format!(
-                        "Cluster {cluster} has {wanted} references, too many to count"
-                    )));
-                }
-                meta.refcounts.set(&self.file, cluster, wanted).await?;
             }
         }
-        // Only when the refcounts are durable is the image clean.
-        self.commit_now().await?;
-        let bits = header.incompatible - Incompatible::DIRTY;
-        self.write_header_bytes(INCOMPATIBLE_OFFSET, bits.bits().to_be_bytes().to_vec())
-            .await?;
-        self.header().incompatible = bits;
         Ok(())
     }
 }

@@ -17,7 +17,7 @@
 //! An error before step 4 leaves memory and disk as they were. One in step 4 is undone by writing the old header again. If that fails too, or the runtime
 //! ends in the middle, nobody knows what the disk says: both trees are whole, and so nothing is written any more until the image is opened again.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -48,6 +48,8 @@ pub(crate) struct Overhaul<'a> {
     pub image: &'a Arc<Image>,
     _no_commits: tokio::sync::MutexGuard<'a, ()>,
     meta: tokio::sync::MutexGuard<'a, Meta>,
+    /// What was in limbo before.
+    limbo: VecDeque<(u64, Freed)>,
     /// The refcounts as the header on disk has them.
     before: Refcounts,
     /// New metadata, start and length in bytes.
@@ -63,23 +65,107 @@ impl<'a> Overhaul<'a> {
     /// # Errors
     /// Those of the commit, and of metadata I/O.
     pub async fn begin(image: &'a Arc<Image>) -> Result<Overhaul<'a>> {
+        let mut overhaul = Overhaul::prepare(image).await?;
+        overhaul.move_refcounts().await?;
+        overhaul.drop_given_up().await?;
+        Ok(overhaul)
+    }
+
+    async fn prepare(image: &'a Arc<Image>) -> Result<Overhaul<'a>> {
         let no_commits = image.commits.none().await;
         image.commit_now().await?;
         let mut meta = image.meta.lock().await;
         debug_assert!(meta.dirty_slices.is_empty() && meta.dirty_l1.is_empty());
         meta.packed = None;
+        let limbo = meta.limbo.clone();
         let before = meta.refcounts.clone();
-        let mut overhaul = Overhaul {
+        Ok(Overhaul {
             image,
             _no_commits: no_commits,
             meta,
+            limbo,
             before,
             made: Vec::new(),
             gone: Vec::new(),
             stage: Stage::Building,
-        };
-        overhaul.move_refcounts().await?;
+        })
+    }
+
+    /// As [`begin`](Overhaul::begin), and refcounts are `1 << order` bits wide from here on.
+    ///
+    /// # Errors
+    /// As [`begin`](Overhaul::begin); `InvalidArgument` for a refcount that is too large for that width.
+    pub async fn begin_with_order(image: &'a Arc<Image>, order: u32) -> Result<Overhaul<'a>> {
+        let mut overhaul = Overhaul::prepare(image).await?;
+        overhaul.recount(order).await?;
+        overhaul.drop_given_up().await?;
         Ok(overhaul)
+    }
+
+    /// Copies every refcount to new blocks, which lie behind all that is in use.
+    async fn recount(&mut self, order: u32) -> Result<()> {
+        let bits = self.image.cluster_bits;
+        let entries = self.before.block_entries();
+        let mut end = self
+            .image
+            .file
+            .length()
+            .div_ceil(1 << bits)
+            .max(self.meta.fresh_from);
+        let mut after = Refcounts::new(order, bits, Vec::new(), 0, 0, self.before.cache_bytes);
+        let mut wanted = std::collections::BTreeSet::new();
+        for number in self.before.existing_blocks() {
+            for cluster in number * entries..(number + 1) * entries {
+                let references = self.before.get(&self.image.file, cluster).await?;
+                if references > after.max_refcount() {
+                    let text = format!(
+                        "Cannot decrease refcount entry width to {} bits: Cluster at offset {:#x} has a refcount of {references}",
+                        1 << order,
+                        cluster << bits
+                    );
+                    return Err(BlockError::invalid(text));
+                }
+                if references > 0 {
+                    wanted.insert(cluster / after.block_entries());
+                    end = end.max(cluster + 1);
+                }
+            }
+        }
+        // The new blocks count themselves, too.
+        let first = end;
+        loop {
+            let needed = first / after.block_entries()
+                ..=(first + wanted.len() as u64) / after.block_entries();
+            let before = wanted.len();
+            wanted.extend(needed);
+            if wanted.len() == before {
+                break;
+            }
+        }
+        let count = wanted.len() as u64;
+        for (number, place) in wanted.into_iter().zip(first..) {
+            after.check_room(number)?;
+            after.add_block(number, place << bits);
+        }
+        self.make(first << bits, count << bits, Owner::RefcountBlock);
+        self.meta.fresh_from = self.meta.fresh_from.max(first + count);
+        self.meta.refcounts = after;
+        for number in self.before.existing_blocks() {
+            for cluster in number * entries..(number + 1) * entries {
+                let references = self.before.get(&self.image.file, cluster).await?;
+                if references > 0 {
+                    self.set(cluster, references).await?;
+                }
+            }
+            let old = self.before.table()[number as usize];
+            self.leave(old >> bits, 1, false);
+        }
+        for cluster in first..first + count {
+            self.set(cluster, 1).await?;
+        }
+        let (offset, clusters) = (self.before.table_offset, self.before.table_clusters);
+        self.leave(offset >> bits, clusters.into(), false);
+        Ok(())
     }
 
     /// Gives every refcount block a new place, and writes it there.
@@ -118,6 +204,7 @@ impl<'a> Overhaul<'a> {
 
     /// Notes that clusters, each of which has one reference left, are not reached from the new tree.
     fn leave(&mut self, cluster: u64, count: u64, punch: bool) {
+        let punch = punch && self.image.runtime().pass_discard_snapshot;
         match self.gone.last_mut() {
             Some(last) if last.punch == punch && last.cluster + last.count == cluster => {
                 last.count += count;
@@ -170,6 +257,32 @@ impl<'a> Overhaul<'a> {
     /// Those of reading refcount blocks.
     pub async fn references(&mut self, cluster: u64) -> Result<u64> {
         self.meta.refcounts.get(&self.image.file, cluster).await
+    }
+
+    /// Takes the references away that are still counted only because somebody may be reading the cluster: those of clusters in limbo that others use,
+    /// too, and that so are handed out to nobody. Else they would make `COPIED` flags wrong once they go.
+    async fn drop_given_up(&mut self) -> Result<()> {
+        let mut left = VecDeque::new();
+        for (stamp, freed) in self.limbo.clone() {
+            for cluster in freed.cluster..freed.cluster + freed.count {
+                let references = self.references(cluster).await?;
+                if references > 1 {
+                    self.set(cluster, references - 1).await?;
+                    continue;
+                }
+                let count = 1;
+                left.push_back((
+                    stamp,
+                    Freed {
+                        cluster,
+                        count,
+                        ..freed
+                    },
+                ));
+            }
+        }
+        self.meta.limbo = left;
+        Ok(())
     }
 
     /// One more reference to a cluster that is in use.
@@ -291,6 +404,7 @@ impl<'a> Overhaul<'a> {
     }
 
     async fn adopt(mut self, header: Header, l1: Vec<u64>) {
+        self.own_tables(&l1);
         self.image.l1.replace(l1);
         self.meta.l1_offset = header.l1_table_offset;
         self.image.size.store(header.size, Ordering::Release);
@@ -300,6 +414,18 @@ impl<'a> Overhaul<'a> {
         // A slice that was read from an old table must not say `COPIED` of what is shared now. If the runtime ends here, nothing is written any more.
         self.image.l2.clear().await;
         self.stage = Stage::Over;
+    }
+}
+
+impl Overhaul<'_> {
+    /// INV QCOW2-META-1: L2 tables that only a snapshot named so far, and that nobody knew as such, are the active layer's now.
+    fn own_tables(&self, l1: &[u64]) {
+        let cluster = self.image.cluster_size();
+        for table in l1.iter().map(|entry| entry & L1E_OFFSET_MASK) {
+            if table != 0 && self.image.owner_in(table, cluster).is_none() {
+                self.image.own(table, cluster, Owner::L2);
+            }
+        }
     }
 }
 
@@ -326,6 +452,7 @@ impl Drop for Overhaul<'_> {
         for cluster in unused {
             self.image.disown(cluster);
         }
+        self.meta.limbo = std::mem::take(&mut self.limbo);
         std::mem::swap(&mut self.meta.refcounts, &mut self.before);
         self.meta.packed = None;
     }

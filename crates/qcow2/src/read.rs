@@ -30,14 +30,16 @@ impl Image {
             };
             let (part, rest) = left.split_at_mut(bytes as usize);
             let served = match mapping {
-                Mapping::Data { host, .. } => {
-                    self.file.read_nowait(host + self.in_cluster(at), part)
-                }
+                Mapping::Data { host, .. } => self
+                    .storage()
+                    .is_ok_and(|s| s.read_nowait(host + self.in_cluster(at), part)),
                 Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => {
                     part.fill(0);
                     true
                 }
-                Mapping::Unallocated => self.read_backing_nowait(at, part),
+                Mapping::Unallocated | Mapping::Reserved { .. } => {
+                    self.read_backing_nowait(at, part)
+                }
                 Mapping::Compressed(d) => match self.inflated.get(d.host_offset) {
                     Some(cluster) => {
                         let from = self.in_cluster(at) as usize;
@@ -60,7 +62,7 @@ impl Image {
         let there = self
             .backing
             .as_ref()
-            .map_or(0, |b| b.length().saturating_sub(offset));
+            .map_or(0, |b| b.length().min(self.size()).saturating_sub(offset));
         let (below, past) = buf.split_at_mut(there.min(buf.len() as u64) as usize);
         past.fill(0);
         below.is_empty()
@@ -131,7 +133,7 @@ impl Image {
         match mapping {
             Mapping::Data { host, .. } => {
                 self.file.debug_event(DebugEvent::ReadAio).await;
-                self.file
+                self.storage()?
                     .preadv(host + self.in_cluster(offset), buf, ReadFlags::empty())
                     .await
             }
@@ -139,17 +141,7 @@ impl Image {
                 buf.fill(0);
                 Ok(buf)
             }
-            Mapping::Unallocated => match &self.backing {
-                // The node below fills what lies past its end with zeroes.
-                Some(backing) => {
-                    self.file.debug_event(DebugEvent::ReadBackingAio).await;
-                    backing.preadv(offset, buf, ReadFlags::empty()).await
-                }
-                None => {
-                    buf.fill(0);
-                    Ok(buf)
-                }
-            },
+            Mapping::Unallocated | Mapping::Reserved { .. } => self.read_backing(offset, buf).await,
             Mapping::Compressed(descriptor) => {
                 let cluster = self.read_compressed(descriptor).await?;
                 let at = self.in_cluster(offset) as usize;
@@ -158,6 +150,22 @@ impl Image {
                 Ok(buf)
             }
         }
+    }
+
+    /// What lies past the end of the disk is zero: it may have become shorter after the read began, and then the backing node must not show.
+    async fn read_backing(&self, offset: u64, mut buf: IoBufMut) -> Result<IoBufMut> {
+        let visible = self.size().saturating_sub(offset).min(buf.len() as u64);
+        let Some(backing) = self.backing.as_ref().filter(|_| visible > 0) else {
+            buf.fill(0);
+            return Ok(buf);
+        };
+        self.file.debug_event(DebugEvent::ReadBackingAio).await;
+        let mut past_end = buf.split_off(visible as usize);
+        // The node below fills what lies past its own end with zeroes.
+        let mut read = backing.preadv(offset, buf, ReadFlags::empty()).await?;
+        past_end.fill(0);
+        read.append(past_end);
+        Ok(read)
     }
 
     async fn read_compressed(

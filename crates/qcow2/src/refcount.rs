@@ -14,8 +14,6 @@ use crate::l2_cache::NumberMap;
 
 /// The granularity in which changes of a block are written, in bytes.
 const WRITE_GRAIN_BYTES: usize = 512;
-/// What the cache holds beside changed blocks, in bytes; at least four blocks.
-const CACHE_BYTES: usize = 1 << 20;
 
 /// One refcount block, as on disk.
 #[derive(Clone, Debug)]
@@ -52,6 +50,8 @@ pub(crate) struct Refcounts {
     pub dirty_entries: BTreeSet<usize>,
     blocks: NumberMap<Block>,
     clock: u64,
+    /// What is kept beside changed blocks, in bytes; at least four blocks.
+    pub cache_bytes: usize,
 }
 
 impl Refcounts {
@@ -62,6 +62,7 @@ impl Refcounts {
         table: Vec<u64>,
         table_offset: u64,
         table_clusters: u32,
+        cache_bytes: usize,
     ) -> Refcounts {
         Refcounts {
             order,
@@ -72,6 +73,7 @@ impl Refcounts {
             dirty_entries: BTreeSet::new(),
             blocks: NumberMap::default(),
             clock: 0,
+            cache_bytes,
         }
     }
 
@@ -99,6 +101,44 @@ impl Refcounts {
         let is_dirty = |n: &u64| self.blocks.get(n).is_some_and(|b| b.dirty.is_some());
         let there = (0..self.table.len() as u64).filter(|&n| self.table[n as usize] != 0);
         there.partition(is_dirty)
+    }
+
+    /// The numbers of all blocks there are.
+    pub fn existing_blocks(&self) -> Vec<u64> {
+        let all = 0..self.table.len() as u64;
+        all.filter(|&n| self.table[n as usize] != 0).collect()
+    }
+
+    /// Whether a block counts nothing, but perhaps the cluster `own`: then, whether it does.
+    ///
+    /// # Errors
+    /// As [`get`](Refcounts::get).
+    pub async fn is_empty_but(
+        &mut self,
+        file: &Child,
+        number: u64,
+        own: u64,
+    ) -> Result<Option<bool>> {
+        let (order, entries) = (self.order, self.block_entries());
+        let block = self.block(file, number).await?;
+        let mut counts_itself = false;
+        for index in 0..entries {
+            if get_refcount(&block.bytes, order, index) == 0 {
+                continue;
+            }
+            if number * entries + index != own {
+                return Ok(None);
+            }
+            counts_itself = true;
+        }
+        Ok(Some(counts_itself))
+    }
+
+    /// Takes a block out of the table, from which it is gone on disk.
+    pub fn drop_block(&mut self, number: u64) {
+        self.blocks.remove(&number);
+        self.table[number as usize] = 0;
+        self.dirty_entries.remove(&(number as usize));
     }
 
     /// Gives a block another place, where all of it is still to be written, and returns the old one.
@@ -164,16 +204,21 @@ impl Refcounts {
         Ok(())
     }
 
-    /// Makes the (missing) block `number` one that lies at `host`, with no references yet.
+    /// Whether the table can be made long enough for block `number`.
     ///
     /// # Errors
-    /// `NoSpace` if the table would outgrow the format's limit.
-    pub fn add_block(&mut self, number: u64, host: u64) -> Result<()> {
-        let index = number as usize;
+    /// `NoSpace` if it would outgrow the format's limit.
+    pub fn check_room(&self, number: u64) -> Result<()> {
         if (number + 1) * 8 > MAX_REFCOUNT_TABLE_BYTES {
             let text = "The refcount table of the image can't grow further";
             return Err(BlockError::new(ErrorKind::NoSpace, text).errno_is(libc::EFBIG));
         }
+        Ok(())
+    }
+
+    /// Makes the (missing) block `number`, for which [there is room](Refcounts::check_room), one that lies at `host`, with no references yet.
+    pub fn add_block(&mut self, number: u64, host: u64) {
+        let index = number as usize;
         if index >= self.table.len() {
             // Half as much again, so that growing stays rare.
             let wanted = (index + 1).max(self.table.len() * 3 / 2);
@@ -199,7 +244,6 @@ impl Refcounts {
                 last_use: self.clock,
             },
         );
-        Ok(())
     }
 
     async fn block(&mut self, file: &Child, number: u64) -> Result<&mut Block> {
@@ -235,7 +279,7 @@ impl Refcounts {
     }
 
     fn evict(&mut self) {
-        let capacity = (CACHE_BYTES >> self.cluster_bits).max(4);
+        let capacity = (self.cache_bytes >> self.cluster_bits).max(4);
         while self.blocks.len() >= capacity {
             let idle = self
                 .blocks

@@ -10,7 +10,7 @@ use crate::header::Header;
 /// Bytes of the fixed part of an entry.
 const FIXED_BYTES: u64 = 40;
 /// The most bytes of extra data in an entry.
-const MAX_EXTRA_BYTES: u64 = 1024;
+pub(crate) const MAX_EXTRA_BYTES: u64 = 1024;
 /// The extra data that every entry of a version 3 image has: the length of the VM state and that of the disk.
 const COMPLETE_EXTRA_BYTES: u64 = 16;
 /// The extra data that this knows: besides, the number of instructions executed.
@@ -160,17 +160,64 @@ pub async fn read_table(header: &Header, file: &Child) -> Result<SnapshotTable> 
     }
 }
 
-/// Reads the snapshot table as it is, for checks. Past the end of the file there are zeroes, as everywhere.
+/// Reads the snapshot table as it is. Past the end of the file there are zeroes, as everywhere.
 ///
 /// # Errors
 /// `InvalidImage` for a table that is too long; those of the file.
 pub async fn read_entries(header: &Header, file: &Child) -> Result<SnapshotTable> {
+    let mut reader = EntryReader::new(header, file);
     let mut table = SnapshotTable::default();
-    let mut window = Window::new(file);
-    let mut at = header.snapshots_offset;
     for index in 0..header.nb_snapshots {
-        at = at.next_multiple_of(8);
-        let fixed = window.read(at, FIXED_BYTES).await?;
+        let entry = reader.next().await?;
+        if entry.extra_bytes > MAX_EXTRA_BYTES {
+            let text = format!("Too much extra metadata in snapshot table entry {index}");
+            let hint = "You can force-remove this extra metadata with qemu-img check -r all";
+            return Err(too_long(text).hint(hint));
+        }
+        table.snapshots.push(entry.snapshot);
+        table.bytes = reader.bytes();
+        if table.bytes > MAX_SNAPSHOT_TABLE_BYTES {
+            let hint = format!(
+                "You can force-remove all {} overhanging snapshots with qemu-img check -r all",
+                header.nb_snapshots - index
+            );
+            return Err(too_long("Snapshot table is too big").hint(hint));
+        }
+    }
+    Ok(table)
+}
+
+/// An entry of the table, and how many bytes of extra data it says it has. What is more than [`MAX_EXTRA_BYTES`] is left out of the snapshot.
+pub(crate) struct Entry {
+    pub snapshot: Snapshot,
+    pub extra_bytes: u64,
+}
+
+/// Reads one entry of the table after the other.
+pub(crate) struct EntryReader<'a> {
+    window: Window<'a>,
+    start: u64,
+    at: u64,
+}
+
+impl<'a> EntryReader<'a> {
+    pub fn new(header: &Header, file: &'a Child) -> EntryReader<'a> {
+        EntryReader {
+            window: Window::new(file),
+            start: header.snapshots_offset,
+            at: header.snapshots_offset,
+        }
+    }
+
+    /// The bytes of the table up to here.
+    pub fn bytes(&self) -> u64 {
+        self.at - self.start
+    }
+
+    /// The next entry. Nobody knows here how many there are.
+    pub async fn next(&mut self) -> Result<Entry> {
+        self.at = self.at.next_multiple_of(8);
+        let fixed = self.window.read(self.at, FIXED_BYTES).await?;
         let word = |i: usize| u32::from_be_bytes(fixed[i..i + 4].try_into().expect("four bytes"));
         let long = |i: usize| u64::from_be_bytes(fixed[i..i + 8].try_into().expect("eight bytes"));
         let short = |i: usize| {
@@ -179,11 +226,6 @@ pub async fn read_entries(header: &Header, file: &Child) -> Result<SnapshotTable
             ))
         };
         let (id_bytes, name_bytes, extra_bytes) = (short(12), short(14), u64::from(word(36)));
-        if extra_bytes > MAX_EXTRA_BYTES {
-            let text = format!("Too much extra metadata in snapshot table entry {index}");
-            let hint = "You can force-remove this extra metadata with qemu-img check -r all";
-            return Err(too_long(text).hint(hint));
-        }
         let mut snapshot = Snapshot {
             id: String::new(),
             name: String::new(),
@@ -199,10 +241,9 @@ pub async fn read_entries(header: &Header, file: &Child) -> Result<SnapshotTable
             raw_names: Default::default(),
             unknown_extra: Vec::new(),
         };
-        let rest = window
-            .read(at + FIXED_BYTES, extra_bytes + id_bytes + name_bytes)
-            .await?;
-        let (extra, names) = rest.split_at(extra_bytes as usize);
+        self.at += FIXED_BYTES;
+        let extra_taken = extra_bytes.min(MAX_EXTRA_BYTES);
+        let extra = self.window.read(self.at, extra_taken).await?;
         let extra_long = |i: usize| {
             extra
                 .get(i..i + 8)
@@ -212,6 +253,8 @@ pub async fn read_entries(header: &Header, file: &Child) -> Result<SnapshotTable
         snapshot.disk_size = extra_long(8);
         snapshot.icount = extra_long(16).filter(|&n| n != u64::MAX);
         snapshot.unknown_extra = extra.get(KNOWN_EXTRA_BYTES..).unwrap_or_default().to_vec();
+        self.at += extra_bytes;
+        let names = self.window.read(self.at, id_bytes + name_bytes).await?;
         let (id, name) = names.split_at(id_bytes as usize);
         snapshot.raw_names = (id.to_vec(), name.to_vec());
         let text = |bytes: &[u8]| {
@@ -220,14 +263,12 @@ pub async fn read_entries(header: &Header, file: &Child) -> Result<SnapshotTable
             String::from_utf8_lossy(bytes).into_owned()
         };
         (snapshot.id, snapshot.name) = (text(id), text(name));
-        table.snapshots.push(snapshot);
-        at += FIXED_BYTES + extra_bytes + id_bytes + name_bytes;
-        table.bytes = at - header.snapshots_offset;
-        if table.bytes > MAX_SNAPSHOT_TABLE_BYTES {
-            return Err(too_long("Snapshot table is too large"));
-        }
+        self.at += id_bytes + name_bytes;
+        Ok(Entry {
+            snapshot,
+            extra_bytes,
+        })
     }
-    Ok(table)
 }
 
 /// Reads pieces of a file that follow each other closely, a larger piece at a time.

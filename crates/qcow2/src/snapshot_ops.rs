@@ -18,7 +18,7 @@ use crate::format::{
     CompressedDescriptor, L1E_OFFSET_MASK, L2E_OFFSET_MASK, MAX_SNAPSHOTS, OFLAG_COMPRESSED,
     OFLAG_COPIED,
 };
-use crate::header::{Header, Incompatible};
+use crate::header::Header;
 use crate::image::{Image, Owner};
 use crate::overhaul::Overhaul;
 use crate::snapshot::{self, Snapshot, SnapshotTable};
@@ -39,7 +39,7 @@ impl Image {
     /// `Unsupported` for images with an external data file; `InvalidArgument` where refcounts are too narrow; `InvalidImage` at the format's limits.
     pub async fn snapshot_create(self: &Arc<Self>, request: SnapshotRequest) -> Result<()> {
         self.check_sound()?;
-        self.check_snapshots_possible()?;
+        self.check_no_data_file()?;
         let work = |image: Arc<Image>| async move { image.snapshot_create_now(request).await };
         self.spawn_alone(0, MAX_LENGTH_BYTES, work).await
     }
@@ -50,7 +50,7 @@ impl Image {
     /// `NotFound`; as [`snapshot_create`](Image::snapshot_create).
     pub async fn snapshot_goto(self: &Arc<Self>, which: &SnapshotSelector) -> Result<()> {
         self.check_sound()?;
-        self.check_snapshots_possible()?;
+        self.check_no_data_file()?;
         let which = which.clone();
         let work = |image: Arc<Image>| async move { image.snapshot_goto_now(which).await };
         self.spawn_alone(0, MAX_LENGTH_BYTES, work).await
@@ -62,7 +62,7 @@ impl Image {
     /// As [`snapshot_goto`](Image::snapshot_goto).
     pub async fn snapshot_delete(self: &Arc<Self>, which: &SnapshotSelector) -> Result<()> {
         self.check_sound()?;
-        self.check_snapshots_possible()?;
+        self.check_no_data_file()?;
         let which = which.clone();
         let work = |image: Arc<Image>| async move { image.snapshot_delete_now(which).await };
         self.spawn_alone(0, MAX_LENGTH_BYTES, work).await
@@ -78,16 +78,10 @@ impl Image {
         let snapshot = find(&table, which)?;
         let l1 = self.snapshot_l1(&table.snapshots[snapshot]).await?;
         let size = self.snapshot_size(&table.snapshots[snapshot])?;
+        self.shows_snapshot.store(true, Ordering::Release);
         self.l1.replace(l1);
         self.l2.clear().await;
         self.size.store(size, Ordering::Release);
-        Ok(())
-    }
-
-    fn check_snapshots_possible(&self) -> Result<()> {
-        if self.header().incompatible.contains(Incompatible::DATA_FILE) {
-            return Err(BlockError::from_errno(libc::ENOTSUP));
-        }
         Ok(())
     }
 
@@ -105,7 +99,7 @@ impl Image {
         Ok(size)
     }
 
-    async fn snapshot_l1(&self, snapshot: &Snapshot) -> Result<Vec<u64>> {
+    pub(crate) async fn snapshot_l1(&self, snapshot: &Snapshot) -> Result<Vec<u64>> {
         if let Some(fault) = snapshot.l1_fault(self.cluster_size()) {
             return Err(BlockError::new(ErrorKind::InvalidImage, fault));
         }
@@ -128,15 +122,6 @@ impl Image {
         }
         let first = host >> bits;
         Ok(first..first + u64::from(host != 0))
-    }
-
-    /// Words in an L2 entry.
-    fn entry_words(&self) -> usize {
-        let extended = self
-            .header()
-            .incompatible
-            .contains(Incompatible::EXTENDED_L2);
-        1 + usize::from(extended)
     }
 
     async fn snapshot_create_now(self: Arc<Self>, request: SnapshotRequest) -> Result<()> {
@@ -164,7 +149,9 @@ impl Image {
         table.snapshots.push(entry);
         overhaul.write_snapshots(&mut header, &table).await?;
         overhaul.write_l1(&mut header, &l1).await?;
-        overhaul.finish(header, l1).await
+        overhaul.finish(header, l1).await?;
+        // It belongs to the snapshot now.
+        self.clear_vm_state(request.vm_state_size).await
     }
 
     async fn snapshot_goto_now(self: Arc<Self>, which: SnapshotSelector) -> Result<()> {
@@ -212,7 +199,7 @@ fn words_to_bytes(words: &[u64]) -> Vec<u8> {
 impl Overhaul<'_> {
     /// Counts everything that an L1 table reaches.
     async fn count_tree(&mut self, l1: &[u64], count: Count) -> Result<()> {
-        let (words, bits) = (self.image.entry_words(), self.image.cluster_bits);
+        let (words, bits) = (self.image.entries().words(), self.image.cluster_bits);
         for &entry in l1.iter().filter(|&&e| e & L1E_OFFSET_MASK != 0) {
             let table = self.l2_table(entry).await?;
             for &entry in table.iter().step_by(words) {
@@ -241,7 +228,7 @@ impl Overhaul<'_> {
 
     /// Makes the L2 tables of the active L1 table fit to be shared with a snapshot: no entry says `COPIED` any more, and no L1 entry does.
     async fn share_tables(&mut self, l1: &mut [u64]) -> Result<()> {
-        let words = self.image.entry_words();
+        let words = self.image.entries().words();
         for entry in l1.iter_mut().filter(|e| **e & L1E_OFFSET_MASK != 0) {
             let mut table = self.l2_table(*entry).await?;
             let is_copied = |e: u64| e & (OFLAG_COPIED | OFLAG_COMPRESSED) == OFLAG_COPIED;
@@ -258,7 +245,7 @@ impl Overhaul<'_> {
 
     /// Sets `COPIED` in the active L1 table and its L2 tables exactly where the only reference is this one (INV QCOW2-META-2).
     async fn settle_flags(&mut self, l1: &mut [u64]) -> Result<()> {
-        let (words, bits) = (self.image.entry_words(), self.image.cluster_bits);
+        let (words, bits) = (self.image.entries().words(), self.image.cluster_bits);
         for entry in l1.iter_mut().filter(|e| **e & L1E_OFFSET_MASK != 0) {
             let mut table = self.l2_table(*entry).await?;
             let mut is_changed = false;
@@ -300,7 +287,11 @@ impl Overhaul<'_> {
     }
 
     /// Writes the snapshot table to a new place.
-    async fn write_snapshots(&mut self, header: &mut Header, table: &SnapshotTable) -> Result<()> {
+    pub async fn write_snapshots(
+        &mut self,
+        header: &mut Header,
+        table: &SnapshotTable,
+    ) -> Result<()> {
         if header.nb_snapshots > 0 {
             self.leave_table(header.snapshots_offset, table.bytes);
         }

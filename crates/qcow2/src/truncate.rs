@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Growing the disk. What appears reads as zero: also where the last cluster, or a longer backing node, has something else there.
+//! Changing the length of the disk; making it shorter is `shrink`. What appears reads as zero: also where the last cluster, or a longer backing node, has something else there.
 //!
 //! All of that is done before the header says the new length, so that a power cut leaves the old disk or the new one (INV QCOW2-ORD-2).
 
@@ -12,7 +12,7 @@ use blockcore::{
 
 use crate::alloc::{Freed, Meta, Run};
 use crate::commit::Growth;
-use crate::format::{MAX_L1_BYTES, OFLAG_COPIED, OFLAG_ZERO};
+use crate::format::MAX_L1_BYTES;
 use crate::image::{Image, Intent, Owner};
 use crate::l2_table::Mapping;
 use crate::remap::Remap;
@@ -22,16 +22,11 @@ const PREALLOCATION_CLUSTERS: u64 = 512;
 /// The most zeroes that one write carries, in bytes.
 const ZERO_WRITE_BYTES: u64 = 1 << 20;
 
-fn shrinking() -> Result<()> {
-    let text = "Shrinking qcow2 images is not supported yet";
-    Err(BlockError::unsupported(text))
-}
-
 impl Image {
-    /// Changes the length of the disk. Only growing so far.
+    /// Changes the length of the disk.
     ///
     /// # Errors
-    /// `Unsupported` for shrinking, and for version 2 images with snapshots; `InvalidArgument` for a length that is no multiple of a sector, or too
+    /// `Unsupported` for version 2 images with snapshots; `InvalidArgument` for a length that is no multiple of a sector, or too
     /// large for the cluster size; those of metadata I/O.
     pub async fn truncate(self: &Arc<Self>, request: TruncateRequest) -> Result<()> {
         self.check_sound()?;
@@ -41,38 +36,52 @@ impl Image {
             ));
         }
         let old = self.size();
-        if request.bytes < old {
-            return shrinking();
-        }
         let snapshots = self.header().nb_snapshots;
-        if self.version < 3 && snapshots > 0 {
+        if self.version() < 3 && snapshots > 0 {
             return Err(BlockError::unsupported(
                 "Can't resize a v2 image which has snapshots",
             ));
+        }
+        if request.bytes < old {
+            if request.preallocation != Preallocation::Off {
+                let text = "Preallocation can't be used for shrinking an image";
+                return Err(BlockError::invalid(text));
+            }
+            let work = move |image: Arc<Image>| async move { image.resize(request).await };
+            return self.spawn(request.bytes, MAX_LENGTH_BYTES, work).await;
         }
         if request.bytes == old {
             return Ok(());
         }
         let whole_clusters = old.next_multiple_of(self.cluster_size()) < request.bytes;
         let shows_backing = self.backing.as_ref().is_some_and(|b| b.length() > old);
-        if self.version < 3 && whole_clusters && shows_backing {
+        if self.version() < 3 && whole_clusters && shows_backing {
             // What appears would show the backing node, and version 2 has no zero clusters to hide it.
             let text = "Failed to zero out new clusters: Operation not supported";
             return Err(BlockError::unsupported(text));
         }
         // All behind the end: no two growths at a time.
         self.spawn(old, MAX_LENGTH_BYTES, move |image| async move {
-            image.grow(request).await
+            image.resize(request).await
         })
         .await
     }
 
-    /// Grows the disk. The caller holds `changing` over all behind the old end.
-    async fn grow(self: Arc<Self>, request: TruncateRequest) -> Result<()> {
-        // Looked at only now: a growth that nobody waits for any more may have come before this one.
+    /// Changes the length. The caller holds `changing` over all behind the lesser of the old end and the new one.
+    async fn resize(self: Arc<Self>, request: TruncateRequest) -> Result<()> {
+        // Looked at only now: a change that nobody waits for any more may have come before this one.
+        match request.bytes.cmp(&self.size()) {
+            std::cmp::Ordering::Less => self.shrink(request.bytes).await,
+            std::cmp::Ordering::Equal => Ok(()),
+            std::cmp::Ordering::Greater => self.grow(request).await,
+        }
+    }
+
+    async fn grow(self: &Arc<Self>, mut request: TruncateRequest) -> Result<()> {
         let (old, new) = (self.size(), request.bytes);
-        if new < old {
-            return shrinking();
+        if self.header().is_data_file_raw() && request.preallocation == Preallocation::Off {
+            // What reads as the disk does is the disk: every cluster of it is in use.
+            request.preallocation = Preallocation::Metadata;
         }
         let table_bytes = 1u64 << (self.l2_bits() + self.cluster_bits);
         let l1_entries = new.div_ceil(table_bytes);
@@ -83,6 +92,7 @@ impl Image {
         {
             let _epoch = self.epochs.enter();
             self.grow_l1(l1_entries as usize).await?;
+            self.resize_data(old, new, request.preallocation).await?;
             self.zero_new_area(old, new).await?;
             if request.preallocation != Preallocation::Off {
                 self.preallocate(old, new, request.preallocation).await?;
@@ -106,7 +116,7 @@ impl Image {
     }
 
     /// Makes room for L1 entries, at a new place if need be, and notes the new length for the commit.
-    async fn grow_l1(&self, entries: usize) -> Result<()> {
+    pub(crate) async fn grow_l1(&self, entries: usize) -> Result<()> {
         let mut meta = self.meta.lock().await;
         let meta = &mut *meta;
         let have = self.l1.len();
@@ -145,23 +155,11 @@ impl Image {
             .min(new.next_multiple_of(self.cluster_size()));
         let backing_end = self.backing.as_ref().map_or(0, |b| b.length());
         if old < partial_end {
-            let shown = match self
-                .mapping(old >> self.cluster_bits, Intent::Write)
-                .await?
-            {
-                Mapping::Data { .. } | Mapping::Compressed(_) => true,
-                // A zero cluster hides the backing node already. QEMU writes zeroes to it all the same, and `map` shows that.
-                Mapping::Unallocated | Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => {
-                    backing_end > old
-                }
-            };
-            if shown {
-                self.write_some(old, IoBuf::zeroes((partial_end - old) as usize))
-                    .await?;
-            }
+            self.zero_new_part(old, partial_end, backing_end > old)
+                .await?;
         }
         // Entries behind the old end are none of this disk's data: another disk's life has left them.
-        let forget = if self.version < 3 { 0 } else { OFLAG_ZERO };
+        let forget = self.entry_for_nothing();
         let cluster = |offset: u64| offset.div_ceil(self.cluster_size());
         let (first, hidden, end) = (
             cluster(partial_end),
@@ -171,8 +169,8 @@ impl Image {
         );
         self.remap(first, hidden, false, |mapping, _| match mapping {
             Mapping::ZeroPlain => Remap::Keep,
-            Mapping::Unallocated => Remap::Set(OFLAG_ZERO),
-            _ => Remap::Replace(OFLAG_ZERO),
+            Mapping::Unallocated => Remap::Set(self.entries().zero()),
+            _ => Remap::Replace(self.entries().zero()),
         })
         .await?;
         self.remap(hidden, end, false, |mapping, _| match mapping {
@@ -182,10 +180,40 @@ impl Image {
         .await
     }
 
+    /// Makes the end of the cluster that the disk ended in read as zero: all of `old..end`. The caller holds `changing` and an epoch.
+    async fn zero_new_part(self: &Arc<Self>, old: u64, end: u64, hides: bool) -> Result<()> {
+        let (mapping, _) = self.run(old, 1, Intent::Write).await?;
+        let (is_shown, written_end) = match mapping {
+            Mapping::Compressed(_) => (true, end),
+            Mapping::Data { .. } => (true, old.next_multiple_of(self.subcluster_size())),
+            // A zero cluster hides the backing node already. QEMU writes zeroes to it all the same, and `map` shows that.
+            _ => (hides, old.next_multiple_of(self.subcluster_size())),
+        };
+        if is_shown && old < written_end {
+            self.write_some(old, IoBuf::zeroes((written_end - old) as usize))
+                .await?;
+        }
+        // Further subclusters: they are hidden, too, and what another disk's life has left in them is forgotten.
+        let mut at = written_end;
+        while at < end {
+            let (mapping, bytes) = self.run(at, end - at, Intent::Write).await?;
+            if hides || matches!(mapping, Mapping::Data { .. }) {
+                self.zero_part(at..at + bytes).await?;
+            }
+            at += bytes;
+        }
+        Ok(())
+    }
+
     /// Gives every cluster of `old..new` a host cluster that reads as zero. The caller holds `changing` and an epoch.
     async fn preallocate(self: &Arc<Self>, old: u64, new: u64, mode: Preallocation) -> Result<()> {
-        let mut at = old.next_multiple_of(self.cluster_size()) >> self.cluster_bits;
+        let mut at = old.div_ceil(self.cluster_size());
         let end = new.div_ceil(self.cluster_size());
+        if self.entries().is_extended && self.in_cluster(old) != 0 {
+            // The cluster that the disk ended in gets its place, too: what it holds doesn't change.
+            let mapping = self.mapping(at - 1, Intent::Write).await?;
+            at -= u64::from(mapping.referenced(self.cluster_size()).is_none());
+        }
         let mut last = None;
         while at < end {
             let table_entries = 1u64 << self.l2_bits();
@@ -194,11 +222,11 @@ impl Image {
             let run = {
                 let mut meta = self.meta.lock().await;
                 self.ensure_l2_table(&mut meta, self.l1_index(at)).await?;
-                self.alloc_run(&mut meta, count).await?
+                self.alloc_data(&mut meta, at, count).await?
             };
             if let Err(e) = self.fill_with_zeroes(run, mode).await {
                 let mut meta = self.meta.lock().await;
-                self.unalloc_run(&mut meta, run).await?;
+                self.unalloc_data(&mut meta, run).await?;
                 return Err(e);
             }
             let mut meta = self.meta.lock().await;
@@ -206,10 +234,20 @@ impl Image {
             at += count;
             last = Some(run);
         }
+        if self.has_data_file() {
+            return Ok(());
+        }
+        let (Some(run), Preallocation::Metadata) = (last, mode) else {
+            return Ok(());
+        };
         let unused = (end << self.cluster_bits) - new;
-        if let (Some(run), Preallocation::Metadata, 1..) = (last, mode, unused) {
+        let host_end = ((run.cluster + run.count) << self.cluster_bits) - unused;
+        if self.entries().is_extended {
+            let mut meta = self.meta.lock().await;
+            let used_end = host_end.next_multiple_of(self.subcluster_size());
+            meta.needed_length = meta.needed_length.max(used_end);
+        } else if unused > 0 {
             // What the last cluster has behind the end of the disk is written, so that a later growth finds zeroes there whatever it trusts.
-            let host_end = ((run.cluster + run.count) << self.cluster_bits) - unused;
             self.file
                 .pwritev(
                     host_end,
@@ -222,12 +260,20 @@ impl Image {
     }
 
     async fn fill_with_zeroes(&self, run: Run, mode: Preallocation) -> Result<()> {
+        if self.has_data_file() {
+            // It has been made longer as was asked for.
+            return Ok(());
+        }
         let (host, bytes) = (
             run.cluster << self.cluster_bits,
             run.count << self.cluster_bits,
         );
         match mode {
-            Preallocation::Off | Preallocation::Metadata if run.fresh => Ok(()),
+            Preallocation::Off | Preallocation::Metadata
+                if run.fresh || self.entries().is_extended =>
+            {
+                Ok(())
+            }
             Preallocation::Full => {
                 let mut done = 0;
                 while done < bytes {
@@ -253,10 +299,15 @@ impl Image {
         first: u64,
         run: Run,
     ) -> Result<()> {
-        meta.needs_file_to(run, self.cluster_bits);
+        if !self.has_data_file() && !self.entries().is_extended {
+            meta.needs_file_to(run, self.cluster_bits);
+        }
         for i in 0..run.count {
             let host = (run.cluster + i) << self.cluster_bits;
-            let old = self.set_entry(meta, first + i, host | OFLAG_COPIED).await?;
+            let old = self.entry(first + i).await?;
+            // Subclusters stay what they are: only their place is kept.
+            let new = self.entries().written(old, host, 0..0);
+            let old = self.set_entry(meta, first + i, new).await?;
             self.free_mapping(meta, &old, false)?;
         }
         Ok(())

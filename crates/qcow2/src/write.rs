@@ -3,7 +3,7 @@
 //!
 //! # In place
 //!
-//! A run of `COPIED` data clusters that the file already reaches behind is written where it lies, by the caller's own future, without any lock
+//! A run of data in `COPIED` clusters that the file already reaches behind is written where it lies, by the caller's own future, without any lock
 //! (INV QCOW2-META-2).
 //!
 //! # To new clusters
@@ -15,17 +15,23 @@
 //! 3. what the request leaves out of the first and last cluster is read (COW), and data and COW are written together;
 //! 4. under the metadata lock, the L2 entries are set and the old clusters freed.
 //!
+//! With subclusters, COW reaches to the edges of those that are written, no further, unless there is data beside them in a cluster that has to move; and a
+//! cluster that is this image's alone takes in further subclusters where it lies.
+//!
 //! So an entry in memory never points at a cluster whose bytes are not in the file, which is half of INV QCOW2-ORD-2; `commit` is the other half.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use blockcore::{DebugEvent, IoBuf, IoBufMut, Result, WriteFlags};
 use futures::stream::{FuturesUnordered, StreamExt};
 
 use crate::alloc::Run;
-use crate::format::OFLAG_COPIED;
 use crate::image::{Image, Intent, cancelled};
 use crate::l2_table::Mapping;
+
+/// So many zeroes around data, in bytes, are asked of the host instead of being written. Fewer never leave a whole block of the host unwritten.
+const HOST_ZEROES_MIN: u64 = 4096;
 
 /// The most clusters that one allocation takes at a time, in bytes.
 const ALLOCATION_BYTES_MAX: u64 = 64 << 20;
@@ -38,6 +44,7 @@ impl Image {
     pub async fn write(self: &Arc<Self>, offset: u64, buf: IoBuf) -> Result<()> {
         self.check_sound()?;
         let end = offset + buf.len() as u64;
+        self.check_end(end)?;
         // INV REQ-DROP-1: while a change is on its way that nobody waits for any more, later writes line up behind it.
         if !self.orphans.any() {
             let epoch = self.epochs.enter();
@@ -138,7 +145,11 @@ impl Image {
             };
             let host = host + self.in_cluster(at);
             // INV REQ-PARK-1: a write that makes the file longer is not for the caller's own future, since a commit may have to wait for it.
-            if (host + n).next_multiple_of(self.cluster_size()) > self.file.length() {
+            let needed = match self.has_data_file() {
+                true => host + n,
+                false => (host + n).next_multiple_of(self.subcluster_size()),
+            };
+            if needed > self.storage()?.length() {
                 return Ok(None);
             }
             runs.push((host, n));
@@ -151,7 +162,10 @@ impl Image {
         if let [(host, bytes)] = *runs {
             self.check_data_write(host, bytes)?;
             self.file.debug_event(DebugEvent::WriteAio).await;
-            return self.file.pwritev(host, buf, WriteFlags::empty()).await;
+            return self
+                .storage()?
+                .pwritev(host, buf, WriteFlags::empty())
+                .await;
         }
         let mut writes = FuturesUnordered::new();
         let mut done = 0;
@@ -160,7 +174,7 @@ impl Image {
             let part = buf.slice(done..done + bytes as usize);
             done += bytes as usize;
             self.file.debug_event(DebugEvent::WriteAio).await;
-            writes.push(self.file.pwritev(host, part, WriteFlags::empty()));
+            writes.push(self.storage()?.pwritev(host, part, WriteFlags::empty()));
         }
         let mut result = Ok(());
         while let Some(one) = writes.next().await {
@@ -170,7 +184,7 @@ impl Image {
     }
 
     /// As [`write`](Image::write), whatever the clusters are. The caller holds `changing`.
-    async fn write_allocating(self: Arc<Self>, offset: u64, buf: IoBuf) -> Result<()> {
+    pub(crate) async fn write_allocating(self: Arc<Self>, offset: u64, buf: IoBuf) -> Result<()> {
         let _epoch = self.epochs.enter();
         let end = offset + buf.len() as u64;
         let mut at = offset;
@@ -193,15 +207,18 @@ impl Image {
                 .await?;
                 Ok(bytes)
             }
-            Mapping::ZeroAllocated { host, copied: true } => {
+            Mapping::ZeroAllocated { host, copied: true }
+            | Mapping::Reserved { host, copied: true } => {
                 let count = (self.in_cluster(at) + bytes).div_ceil(self.cluster_size());
                 let run = Run {
                     cluster: host >> self.cluster_bits,
                     count,
                     fresh: false,
                 };
-                self.fill_run(at, buf.slice(..bytes as usize), run).await?;
-                self.link_run(at >> self.cluster_bits, run, false).await?;
+                let written = self.whole_subclusters(at, at + bytes);
+                let buf = buf.slice(..bytes as usize);
+                self.fill_run(at, buf, run, &written).await?;
+                self.link_run(written, run, false).await?;
                 Ok(bytes)
             }
             _ => {
@@ -222,7 +239,8 @@ impl Image {
             match self.run(found, end - found, Intent::Write).await? {
                 (
                     Mapping::Data { copied: true, .. }
-                    | Mapping::ZeroAllocated { copied: true, .. },
+                    | Mapping::ZeroAllocated { copied: true, .. }
+                    | Mapping::Reserved { copied: true, .. },
                     _,
                 ) => break,
                 (_, n) => found += n,
@@ -231,19 +249,41 @@ impl Image {
         Ok(found - at)
     }
 
+    /// The subclusters that a guest range touches.
+    fn whole_subclusters(&self, start: u64, end: u64) -> Range<u64> {
+        let size = self.subcluster_size();
+        start / size * size..end.next_multiple_of(size)
+    }
+
+    /// What has to be written when a guest range goes to new clusters: the subclusters that it touches, and all that its clusters hold of data.
+    async fn cow_range(self: &Arc<Self>, start: u64, end: u64) -> Result<Range<u64>> {
+        let mut range = self.whole_subclusters(start, end);
+        for cluster in [start >> self.cluster_bits, (end - 1) >> self.cluster_bits] {
+            let guest = cluster << self.cluster_bits;
+            if let Some(data) = self.entries().data_range(self.entry(cluster).await?) {
+                range.start = range.start.min(guest + data.start);
+                range.end = range.end.max(guest + data.end);
+            }
+        }
+        Ok(range)
+    }
+
     async fn write_new(self: &Arc<Self>, at: u64, buf: IoBuf) -> Result<()> {
         let first = at >> self.cluster_bits;
         let bytes = buf.len() as u64;
         let count = (self.in_cluster(at) + buf.len() as u64).div_ceil(self.cluster_size());
-        let run = {
+        let written = self.cow_range(at, at + bytes).await?;
+        let mut run = {
             let mut meta = self.meta.lock().await;
             self.ensure_l2_table(&mut meta, self.l1_index(first))
                 .await?;
-            self.alloc_run(&mut meta, count).await?
+            self.alloc_data(&mut meta, first, count).await?
         };
+        // Subclusters are small enough to be written whole, and the file has to reach no further.
+        run.fresh &= !self.entries().is_extended;
         let sparse = run.fresh && (self.in_cluster(at) | bytes) & (self.cluster_size() - 1) != 0;
         let filled = async {
-            self.fill_run(at, buf, run).await?;
+            self.fill_run(at, buf, run, &written).await?;
             if sparse {
                 // The next commit would do it, too. Until then every write to the rest of the cluster would have to make the file longer.
                 let end = (run.cluster + run.count) << self.cluster_bits;
@@ -253,89 +293,137 @@ impl Image {
         };
         if let Err(e) = filled.await {
             let mut meta = self.meta.lock().await;
-            self.unalloc_run(&mut meta, run).await?;
+            self.unalloc_data(&mut meta, run).await?;
             return Err(e);
         }
-        self.link_run(first, run, sparse).await
+        self.link_run(written, run, sparse).await
     }
 
-    /// Writes `buf` to where it belongs in the host clusters of `run`, with what the guest clusters hold around it.
-    async fn fill_run(self: &Arc<Self>, at: u64, buf: IoBuf, run: Run) -> Result<()> {
+    /// Writes `buf` to where it belongs in the host clusters of `run`, with what the guest clusters hold around it: `written` in all.
+    async fn fill_run(
+        self: &Arc<Self>,
+        at: u64,
+        buf: IoBuf,
+        run: Run,
+        written: &Range<u64>,
+    ) -> Result<()> {
         let end = at + buf.len() as u64;
-        let head_bytes = self.in_cluster(at);
-        let tail_bytes = end.next_multiple_of(self.cluster_size()) - end;
-        let head = self
-            .cow_part(at - head_bytes, head_bytes, run.fresh)
-            .await?;
-        let tail = self.cow_part(end, tail_bytes, run.fresh).await?;
-        let host = run.cluster << self.cluster_bits;
-        let start = if head.is_some() {
-            host
-        } else {
-            host + head_bytes
-        };
+        let mut written_end = written.end;
+        if self.has_data_file() {
+            // It is as long as the disk.
+            written_end = written_end.min(self.size()).max(end);
+        }
+        let host = (run.cluster << self.cluster_bits) + self.in_cluster(written.start);
+        self.check_data_write(host, written.end - written.start)?;
+        let may_skip = run.fresh || self.entries().is_extended;
+        let mut head = self.cow_part(written.start..at, may_skip).await?;
+        let mut tail = self.cow_part(end..written_end, may_skip).await?;
+        if !run.fresh && may_skip {
+            let is_all_zero = head.is_none() && tail.is_none();
+            let around = (at - written.start) + (written.end - end);
+            if !is_all_zero || !self.zero_host(host, written, around).await? {
+                head.get_or_insert_with(|| IoBuf::zeroes((at - written.start) as usize));
+                tail.get_or_insert_with(|| IoBuf::zeroes((written.end - end) as usize));
+            }
+        }
+        let from = if head.is_some() { written.start } else { at };
+        let start = host + (from - written.start);
         let mut all = head.unwrap_or_default();
         all.append(buf);
         all.append(tail.unwrap_or_default());
-        self.check_data_write(start, all.len() as u64)?;
         self.file.debug_event(DebugEvent::WriteAio).await;
-        self.file.pwritev(start, all, WriteFlags::empty()).await
+        self.storage()?
+            .pwritev(start, all, WriteFlags::empty())
+            .await
     }
 
-    /// What a guest range inside one cluster reads as. `None`: zero, and `fresh` clusters read as zero without being written.
+    /// Has the host make zeroes of all that is going to be written, if there are enough of them `around` the data, and it can.
+    async fn zero_host(&self, host: u64, written: &Range<u64>, around: u64) -> Result<bool> {
+        if around < HOST_ZEROES_MIN {
+            return Ok(false);
+        }
+        let bytes = written.end - written.start;
+        let zeroed = self
+            .file
+            .pwrite_zeroes(host, bytes, WriteFlags::NO_FALLBACK);
+        match zeroed.await {
+            Ok(()) => Ok(true),
+            Err(e) if e.errno() == libc::ENOTSUP => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// What a guest range inside one cluster reads as. `None`: nothing, or zero, if the caller `may_skip` zeroes.
     ///
     /// What lies past the end of the disk is zero, whatever the backing node has there: it must not show when the disk grows.
     async fn cow_part(
         self: &Arc<Self>,
-        offset: u64,
-        bytes: u64,
-        fresh: bool,
+        range: Range<u64>,
+        may_skip: bool,
     ) -> Result<Option<IoBuf>> {
-        if bytes == 0 {
+        if range.is_empty() {
             return Ok(None);
         }
-        let visible = self.size().saturating_sub(offset).min(bytes);
-        let mapping = self
-            .mapping(offset >> self.cluster_bits, Intent::Write)
-            .await?;
-        let is_zero = match mapping {
-            Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => true,
-            Mapping::Unallocated => self.backing.as_ref().is_none_or(|b| offset >= b.length()),
-            _ => false,
-        };
-        if is_zero || visible == 0 {
-            return Ok((!fresh).then(|| IoBuf::zeroes(bytes as usize)));
+        let visible_end = range.end.min(self.size());
+        let mut part = IoBuf::default();
+        let mut is_zero = true;
+        let mut at = range.start;
+        while at < visible_end {
+            let (mapping, n) = self.run(at, visible_end - at, Intent::Write).await?;
+            let old = self.cow_read(mapping, at, n).await?;
+            is_zero &= old.as_ref().is_none_or(|old| may_skip && old.is_zero());
+            part.append(old.unwrap_or_else(|| IoBuf::zeroes(n as usize)));
+            at += n;
         }
-        self.file.debug_event(DebugEvent::CowRead).await;
-        let old = self
-            .read_mapped(mapping, offset, IoBufMut::zeroed(visible as usize))
-            .await?;
-        if fresh && old.is_zero() {
+        if may_skip && is_zero {
             return Ok(None);
         }
-        let mut part = old.freeze();
-        part.append(IoBuf::zeroes((bytes - visible) as usize));
+        part.append(IoBuf::zeroes((range.end - at) as usize));
         Ok(Some(part))
     }
 
-    /// Points the L2 entries of guest clusters at host clusters that hold their data, and frees what they pointed at before.
-    async fn link_run(self: &Arc<Self>, first: u64, run: Run, sparse: bool) -> Result<()> {
+    /// What a range that one mapping covers reads as; `None` where that is zero without a look.
+    async fn cow_read(&self, mapping: Mapping, offset: u64, bytes: u64) -> Result<Option<IoBuf>> {
+        let is_zero = match mapping {
+            Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => true,
+            Mapping::Unallocated | Mapping::Reserved { .. } => {
+                self.backing.as_ref().is_none_or(|b| offset >= b.length())
+            }
+            Mapping::Data { .. } | Mapping::Compressed(_) => false,
+        };
+        if is_zero {
+            return Ok(None);
+        }
+        self.file.debug_event(DebugEvent::CowRead).await;
+        let buf = IoBufMut::zeroed(bytes as usize);
+        let old = self.read_mapped(mapping, offset, buf).await?;
+        Ok(Some(old.freeze()))
+    }
+
+    /// Says in the L2 entries that `written`, in guest bytes, lies in the host clusters of `run`, and frees what they pointed at before.
+    async fn link_run(self: &Arc<Self>, written: Range<u64>, run: Run, sparse: bool) -> Result<()> {
+        let first = written.start >> self.cluster_bits;
         let mut meta = self.meta.lock().await;
         self.ensure_l2_table(&mut meta, self.l1_index(first))
             .await?;
-        meta.needs_file_to(run, self.cluster_bits);
+        if !self.has_data_file() && !self.entries().is_extended {
+            meta.needs_file_to(run, self.cluster_bits);
+        }
         if sparse {
             meta.reserve_later(run, self.cluster_bits);
         }
         for i in 0..run.count {
             let host = (run.cluster + i) << self.cluster_bits;
-            let old = self
-                .set_entry(&mut meta, first + i, host | OFLAG_COPIED)
-                .await?;
-            match old {
+            let guest = (first + i) << self.cluster_bits;
+            let end = written.end.min(guest + self.cluster_size());
+            let part = written.start.max(guest) - guest..end - guest;
+            let old = self.entry(first + i).await?;
+            let new = self.entries().written(old, host, part);
+            let old = self.set_entry(&mut meta, first + i, new).await?;
+            match old.referenced(self.cluster_size()) {
                 // The cluster was kept for this.
-                Mapping::ZeroAllocated { host: kept, .. } if kept == host => {}
-                old => self.free_mapping(&mut meta, &old, false)?,
+                Some((kept, _)) if kept == host => {}
+                _ => self.free_mapping(&mut meta, &old, false)?,
             }
         }
         Ok(())

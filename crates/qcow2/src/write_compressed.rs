@@ -17,6 +17,7 @@ use crate::alloc::{Meta, Run};
 use crate::compressed;
 use crate::format::CompressedDescriptor;
 use crate::image::{Image, Intent};
+use crate::l2_entry::L2Entry;
 use crate::l2_table::Mapping;
 
 /// How many clusters of one request are compressed at the same time.
@@ -37,7 +38,9 @@ impl Image {
     /// `InvalidArgument` for parts of clusters; `Io` where a cluster is allocated already, as QEMU has it; otherwise as [`write`](Image::write).
     pub async fn write_compressed(self: &Arc<Self>, offset: u64, buf: IoBuf) -> Result<()> {
         self.check_sound()?;
+        self.check_no_data_file()?;
         let end = offset + buf.len() as u64;
+        self.check_end(end)?;
         let is_whole =
             self.in_cluster(offset) == 0 && (self.in_cluster(end) == 0 || end == self.size());
         if !is_whole {
@@ -94,6 +97,9 @@ impl Image {
             _ => return Err(BlockError::from_errno(libc::EIO)),
         }
         let mut meta = self.meta.lock().await;
+        // Before its data, as for any other cluster.
+        let l1_index = self.l1_index(guest_cluster);
+        self.ensure_l2_table(&mut meta, l1_index).await?;
         let host = self.alloc_bytes(&mut meta, data.len() as u64).await?;
         drop(meta);
         if host + data.len() as u64 > CompressedDescriptor::end_max(self.cluster_bits) {
@@ -184,6 +190,7 @@ impl Image {
             meta.needed_length = meta.needed_length.max(end);
             self.file.debug_event(DebugEvent::L2UpdateCompressed).await;
             let entry = CompressedDescriptor::encode(one.host, bytes, self.cluster_bits);
+            let entry = L2Entry::one_word(entry);
             let old = self.set_entry(&mut meta, one.guest_cluster, entry).await?;
             self.free_mapping(&mut meta, &old, false)?;
         }

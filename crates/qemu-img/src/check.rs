@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! `qemu-img check`. Exit status: 0 nothing found, 1 the check could not be made, 2 corruptions, 3 leaks only, 63 a format that has no check.
+//! `qemu-img check`. Exit status: 0 nothing found or nothing left, 1 the check could not be made, 2 corruptions, 3 leaks only, 63 a format that has no check.
 
-use blockcore::{CheckFix, CheckResult};
+use blockcore::{Backend, BlockError, CheckAborted, CheckFix, CheckResult};
 use serde_json::{Map, Value};
 use toolkit::getopt::{Arg, Long, long};
 
@@ -27,7 +27,7 @@ impl Tool {
     pub(crate) async fn check(&self, args: &[String]) -> Outcome {
         let (mut format, mut image_opts, mut quiet) = (None, false, false);
         let (mut force_share, mut output) = (false, Output::Human);
-        let (mut cache, mut repair) = ("writeback".to_owned(), false);
+        let (mut cache, mut fix) = ("writeback".to_owned(), CheckFix::None);
         let mut words = Words::new(self, "check", args, "f:hr:qT:U", LONG);
         while let Some(option) = words.next()? {
             match option.value {
@@ -36,46 +36,35 @@ impl Tool {
                 'T' => cache = option.arg,
                 'U' => force_share = true,
                 OUTPUT => output = words.output(&option.arg)?,
-                'r' if matches!(option.arg.as_str(), "leaks" | "all") => repair = true,
                 'r' => {
-                    let text = format!(
-                        "--repair (-r) expects 'leaks' or 'all' not '{}'",
-                        option.arg
-                    );
-                    return Err(self.console.usage_error("check", &text));
+                    fix = match option.arg.as_str() {
+                        "leaks" => CheckFix::Leaks,
+                        "all" => CheckFix::All,
+                        word => {
+                            let text =
+                                format!("--repair (-r) expects 'leaks' or 'all' not '{word}'");
+                            return Err(self.console.usage_error("check", &text));
+                        }
+                    }
                 }
                 _ => image_opts = true,
             }
         }
         let name = words.one_positional()?;
         self.check_image_opts(image_opts, format.as_deref())?;
-        if repair {
-            return Err(self.console.fail("--repair (-r) is not supported yet"));
-        }
         let image = Image {
             cache: self.cache_mode(&cache, &format!("Invalid source cache option: {cache}"))?,
             force_share,
+            writable: fix != CheckFix::None,
+            for_check: true,
             ..Image::new(name.as_str(), format, image_opts)
         };
         let disk = self.open(image).await?;
-        let found = disk.root().driver().check(CheckFix::None).await;
+        let is_told = output == Output::Human && !quiet;
+        let found = self.check_and_repair(&disk, fix, is_told).await;
         let (format, filename) = (disk.root().format_name(), disk.root().filename().to_owned());
         self.close(disk).await?;
-        let found = match found {
-            Ok(found) => found,
-            Err(e) if e.errno() == libc::ENOTSUP => {
-                self.console.error(&e.text());
-                return Err(Failed(63));
-            }
-            Err(e) => {
-                return Err(self
-                    .console
-                    .fail(&format!("Check failed: {}", e.strerror())));
-            }
-        };
-        for line in &found.messages {
-            self.console.raw_error(line);
-        }
+        let found = found?;
         if found.check_errors > 0 {
             self.console.error("Check failed");
         }
@@ -93,6 +82,57 @@ impl Tool {
             (0, _, _) => Err(Failed(2)),
             _ => Err(Failed(1)),
         }
+    }
+
+    /// Checks a disk, and once more after repairs. What was repaired is in the result.
+    async fn check_and_repair(
+        &self,
+        disk: &Backend,
+        fix: CheckFix,
+        is_told: bool,
+    ) -> Outcome<CheckResult> {
+        let first = self.check_once(disk, fix).await?;
+        if first.leaks_fixed + first.corruptions_fixed == 0 {
+            return Ok(first);
+        }
+        if is_told {
+            self.console.print(&format!(
+                "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    {} corruptions\n\n\
+                 Double checking the fixed image now...\n",
+                first.leaks_fixed, first.corruptions_fixed
+            ));
+        }
+        let second = self.check_once(disk, CheckFix::None).await?;
+        Ok(CheckResult {
+            leaks_fixed: first.leaks_fixed,
+            corruptions_fixed: first.corruptions_fixed,
+            ..second
+        })
+    }
+
+    /// Checks a disk, and prints what there is to say.
+    async fn check_once(&self, disk: &Backend, fix: CheckFix) -> Outcome<CheckResult> {
+        let result = disk.root().check(fix).await;
+        let found = match &result {
+            Ok(found) => Some(found),
+            Err(e) => CheckAborted::found_before(e),
+        };
+        for line in found.iter().flat_map(|found| &found.messages) {
+            self.console.raw_error(line);
+        }
+        result.map_err(|e| self.check_failed(&e))
+    }
+
+    fn check_failed(&self, e: &BlockError) -> Failed {
+        if e.errno() == libc::ENOTSUP {
+            self.console.error(&e.text());
+            return Failed(63);
+        }
+        if e.text() != e.strerror() {
+            self.console.block_error("", e);
+        }
+        self.console
+            .fail(&format!("Check failed: {}", e.strerror()))
     }
 }
 
@@ -148,8 +188,10 @@ fn json_report(found: &CheckResult, filename: &str, format: &str) -> Value {
     put("compressed-clusters", found.compressed_clusters, false);
     put("total-clusters", found.total_clusters, false);
     put("corruptions", found.corruptions, false);
+    put("corruptions-fixed", found.corruptions_fixed, false);
     put("check-errors", found.check_errors, true);
     put("leaks", found.leaks, false);
+    put("leaks-fixed", found.leaks_fixed, false);
     put("allocated-clusters", found.allocated_clusters, false);
     out.insert("filename".to_owned(), filename.into());
     out.insert("format".to_owned(), format.into());

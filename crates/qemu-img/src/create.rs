@@ -141,7 +141,7 @@ fn too_large(plan: &CreatePlan, format: &str) -> BlockError {
     ))
 }
 
-fn create_option_line(option: &CreateOption) -> String {
+pub(crate) fn create_option_line(option: &CreateOption) -> String {
     let kind = match option.kind {
         OptionKind::String => "str",
         OptionKind::Bool => "bool (on/off)",

@@ -40,7 +40,29 @@ const FORCE_SHARE: (&str, &str) = (
 const OUTPUT: (&str, &str) = ("--output human|json", "how to print; human if not given");
 const FILENAME: (&str, &str) = ("FILENAME", "the image");
 
-const COMMANDS: [Help; 9] = [
+const COMMANDS: [Help; 10] = [
+    Help {
+        name: "amend",
+        what: "Change what an image was created with",
+        synopsis: "[-f FMT | --image-opts] [-t CACHE] [-p] [-q]
+        -o OPTIONS FILENAME",
+        arguments: &[
+            HELP,
+            QUIET,
+            PROGRESS,
+            FORMAT,
+            IMAGE_OPTS,
+            (
+                "-t, --cache CACHE",
+                "cache mode of FILENAME; writeback if not given",
+            ),
+            (
+                "-o, --options OPTIONS",
+                "what to change, name=value,...; help lists them",
+            ),
+            FILENAME,
+        ],
+    },
     Help {
         name: "bench",
         what: "Measure many equal requests",

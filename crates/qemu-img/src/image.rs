@@ -29,6 +29,8 @@ pub(crate) struct Image {
     pub no_io: bool,
     /// Nobody else may write to it meanwhile.
     pub no_share: bool,
+    /// It is opened for a check and nothing else.
+    pub for_check: bool,
     /// Options beside those of the name.
     pub options: Options,
 }
@@ -46,6 +48,7 @@ impl Image {
             no_backing: false,
             no_io: false,
             no_share: false,
+            for_check: false,
             options: Options::new(),
         }
     }
@@ -88,6 +91,7 @@ impl Tool {
             .no_backing(image.no_backing)
             .no_io(image.no_io)
             .no_share(image.no_share)
+            .for_check(image.for_check)
             .diagnostics(self.console.diagnostics());
         if let Some(format) = image.format {
             open = open.format(format);

@@ -10,6 +10,7 @@
 //! assert_eq!(qemu_img::run(&["nonsense".to_owned()], console), 1);
 //! ```
 
+mod amend;
 mod bench;
 mod check;
 mod compare;
@@ -71,7 +72,7 @@ pub async fn run_async(args: &[String], registry: Registry, console: Console) ->
 }
 
 /// Commands that QEMU's tool has and this one has not yet.
-const LATER: [&str; 6] = ["amend", "bitmap", "commit", "dd", "measure", "rebase"];
+const LATER: [&str; 5] = ["bitmap", "commit", "dd", "measure", "rebase"];
 
 impl Tool {
     async fn command_line(&self, args: &[String]) -> Outcome {
@@ -116,6 +117,7 @@ impl Tool {
             "check" => self.check(args).await,
             "compare" => self.compare(args).await,
             "convert" => self.convert(args).await,
+            "amend" => self.amend(args).await,
             "create" => self.create(args).await,
             "info" => self.info(args).await,
             "map" => self.map(args).await,

@@ -39,17 +39,7 @@ fn features_that_we_lack_are_refused_by_name_and_nothing_is_written() {
     };
     let bench = Bench::new();
     let secret = "--object secret,id=key,data=open-sesame";
-    let makes: [(&str, String, &[&str]); 4] = [
-        (
-            "extended.qcow2",
-            "create -q -f qcow2 -o extended_l2=on extended.qcow2 1M".into(),
-            &["extended l2"],
-        ),
-        (
-            "external.qcow2",
-            "create -q -f qcow2 -o data_file=external.raw external.qcow2 1M".into(),
-            &["data file"],
-        ),
+    let makes: [(&str, String, &[&str]); 2] = [
         (
             "luks.qcow2",
             format!(
@@ -123,24 +113,10 @@ fn calls_that_we_lack_are_refused_by_name() {
     bench.img(&ours, &["create", "-q", "-f", "qcow2", "t.qcow2", "1M"]);
     let before = bench.read("t.qcow2");
     for (line, words) in [
-        ("resize --shrink t.qcow2 512k", ["shrink"]),
-        ("check -r all t.qcow2", ["repair"]),
-        ("convert -c -O qcow2 t.qcow2 out.qcow2", ["compress"]),
-        ("convert -l snap -O qcow2 t.qcow2 out.qcow2", ["snapshot"]),
-        (
-            "create -f qcow2 -o extended_l2=on out.qcow2 1M",
-            ["extended_l2"],
-        ),
-        (
-            "create -f qcow2 -o data_file=out.raw out.qcow2 1M",
-            ["data_file"],
-        ),
         (
             "create -f qcow2 -o encrypt.format=luks out.qcow2 1M",
             ["encrypt"],
         ),
-        ("snapshot -c one t.qcow2", ["snapshot"]),
-        ("amend -o compat=0.10 t.qcow2", ["amend"]),
         ("commit t.qcow2", ["commit"]),
         ("rebase -b t.qcow2 t.qcow2", ["rebase"]),
         ("bitmap --add t.qcow2 one", ["bitmap"]),
@@ -162,13 +138,6 @@ fn calls_that_we_lack_are_refused_by_name() {
             "{line} left something behind"
         );
     }
-    refuses(
-        &bench,
-        &ours.qemu_io,
-        &["-c", "write -c 0 64k", "t.qcow2"],
-        &["write failed: operation not supported"],
-    );
-    assert!(bench.read("t.qcow2") == before, "the image was changed");
 }
 
 #[test]

@@ -4,7 +4,9 @@
 use blockcore::testing::{MemoryDriver, Rng};
 use blockcore::{ChildRole, NodeFlags};
 
+use super::count::OVERFLOW_HINT;
 use super::*;
+use crate::format::OFLAG_COPIED;
 use crate::tests::{Shape, findings, fresh_image};
 
 const CLUSTER: usize = 4096;

@@ -31,11 +31,19 @@ fn some_range(rng: &mut Rng, sectors: usize, most: u64) -> Range<usize> {
 /// A shape of at least some sectors.
 fn some_shape(rng: &mut Rng, least: u64) -> Shape {
     let version = if rng.chance(20) { 2 } else { 3 };
+    if version == 3 && rng.chance(30) {
+        return Shape {
+            refcount_order: rng.below(7) as u32,
+            cluster_bits: 14 + rng.below(2) as u32,
+            ..Shape::extended((least + rng.below(250)) * 512)
+        };
+    }
     Shape {
         size: (least + rng.below(100)) * 512,
         cluster_bits: 9 + rng.below(5) as u32,
         version,
         refcount_order: if version == 2 { 4 } else { rng.below(7) as u32 },
+        extended_l2: false,
     }
 }
 
@@ -107,7 +115,9 @@ async fn some_plan(rng: &mut Rng) -> Plan {
         let writers = 1 + rng.below(WRITERS) as usize;
         for task in 0..=writers {
             for _ in 0..STEPS {
-                let range = some_range(rng, grown, 2 * cluster_sectors);
+                let most = [2 * cluster_sectors, 3 * shape.subcluster_sectors()];
+                let most = most[rng.below(2) as usize];
+                let range = some_range(rng, grown, most);
                 let op = match rng.below(20) {
                     _ if task == writers => Op::Flush,
                     0..10 => {
@@ -130,9 +140,15 @@ async fn some_plan(rng: &mut Rng) -> Plan {
                             Op::Snapshot(snapshots)
                         }
                     },
+                    17 if task == 0 && shape.version > 2 && rng.chance(25) => {
+                        Op::Width([16, 32, 64][rng.below(3) as usize])
+                    }
                     16 if task == 0 && shape.version > 2 => {
-                        grown += rng.below(60) as usize;
-                        Op::Grow(grown)
+                        match rng.below(3) {
+                            0 => grown = 1 + rng.below(grown as u64) as usize,
+                            _ => grown += rng.below(60) as usize,
+                        }
+                        Op::Resize(grown)
                     }
                     15 => Op::Discard(range),
                     16 => Op::Flush,

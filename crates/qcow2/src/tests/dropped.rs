@@ -91,9 +91,16 @@ fn kinds() -> Vec<(&'static str, Vec<Op>, Op)> {
             vec![write(20, 8, 1), Op::Flush, Op::Discard(20..28), Op::Flush],
             Op::Flush,
         ),
-        ("growth", vec![], Op::Grow(820)),
-        ("growth with a longer L1 table", vec![], Op::Grow(5000)),
+        ("growth", vec![], Op::Resize(820)),
+        ("growth with a longer L1 table", vec![], Op::Resize(5000)),
+        ("shrinking", vec![write(20, 8, 1)], Op::Resize(402)),
+        (
+            "shrinking to little",
+            vec![Op::Resize(5000), write(4000, 8, 1)],
+            Op::Resize(9),
+        ),
         ("block status", vec![], Op::Status(0..800)),
+        ("other refcounts", vec![write(20, 8, 1)], Op::Width(64)),
         ("taking a snapshot", vec![write(20, 8, 1)], Op::Snapshot(1)),
         (
             "going back to a snapshot",
@@ -115,6 +122,7 @@ fn plan() -> Plan {
         cluster_bits: 11,
         version: 3,
         refcount_order: 4,
+        extended_l2: false,
     };
     let raw = (0..450).flat_map(|s| [200 + (s % 50) as u8; 512]);
     Plan {
@@ -147,7 +155,7 @@ fn with_company(before: &[Op], target: Step, company: Company) -> Vec<Step> {
         Op::Flush,
         Op::Zero(2..7, UNMAP),
         write(402, 3, 33),
-        Op::Grow(5100),
+        Op::Resize(5100),
         Op::Read(0..800),
     ];
     match company {

@@ -15,6 +15,7 @@ const MANY_BLOCKS: Shape = Shape {
     cluster_bits: 9,
     version: 3,
     refcount_order: 6,
+    extended_l2: false,
 };
 
 // INV QCOW2-ORD-1, INV QCOW2-ORD-3, INV QCOW2-ORD-5: a commit that failed anywhere has lost nothing, and may be tried again without harm.

@@ -23,12 +23,10 @@ const NOT_PASSED: &[DebugEvent] = &[
     DebugEvent::RefblockAllocWrite,
     DebugEvent::RefblockAllocWriteBlocks,
     DebugEvent::ReftableUpdate,
-    // No VM state, no shrinking, no emptying, no copy-on-read yet.
+    // No VM state, no emptying, no copy-on-read yet.
     DebugEvent::VmstateLoad,
     DebugEvent::VmstateSave,
     DebugEvent::EmptyImagePrepare,
-    DebugEvent::L1ShrinkWriteTable,
-    DebugEvent::L1ShrinkFreeL2Clusters,
     DebugEvent::CorWrite,
     DebugEvent::ClusterAllocSpace,
     DebugEvent::None,
@@ -42,6 +40,7 @@ fn tables() -> Plan {
         cluster_bits: 9,
         version: 3,
         refcount_order: 6,
+        extended_l2: false,
     };
     let step = |op: Op| vec![Step::new(op)];
     let write = |first: usize, count: usize, value: u8| Op::Write(first..first + count, value);
@@ -82,10 +81,10 @@ fn tables() -> Plan {
         Op::Delete(1),
         Op::Flush,
         // A longer L1 table: twice.
-        Op::Grow(660),
+        Op::Resize(660),
         write(640, 3, 9),
         Op::Flush,
-        Op::Grow(5000),
+        Op::Resize(5000),
         write(4990, 2, 10),
         // More clusters than the refcount table has room for, so that it moves.
         write(700, 4280, 11),
@@ -93,6 +92,9 @@ fn tables() -> Plan {
         Op::Discard(3000..3200),
         Op::Flush,
         Op::Flush,
+        Op::Resize(400),
+        Op::Read(0..400),
+        Op::Resize(5000),
         Op::Read(0..5000),
     ];
     let raw = (0..450).flat_map(|s| [200 + (s % 50) as u8; 512]);
@@ -118,6 +120,7 @@ fn parts() -> Plan {
         cluster_bits: 11,
         version: 3,
         refcount_order: 3,
+        extended_l2: false,
     };
     let write = |first: usize, count: usize, value: u8| Op::Write(first..first + count, value);
     let steps = [
@@ -137,11 +140,12 @@ fn parts() -> Plan {
         Op::Discard(40..44),
         Op::Flush,
         Op::Flush,
+        Op::Width(16),
         Op::Snapshot(1),
         write(42, 1, 21),
         Op::Delete(1),
         // A new L2 table in a place that was used before.
-        Op::Grow(5000),
+        Op::Resize(5000),
         write(4200, 30, 5),
         Op::Flush,
         write(4202, 1, 6),

@@ -9,6 +9,7 @@ use blockcore::{IoBuf, WriteFlags};
 use super::{Backing, open_image_read_only, open_on, read_all};
 use crate::format::{L1E_OFFSET_MASK, OFLAG_COMPRESSED, OFLAG_COPIED};
 use crate::image::Image;
+use crate::l2_entry::L2Entry;
 use crate::l2_table::Mapping;
 
 fn word(image: &[u8], at: u64) -> u64 {
@@ -44,7 +45,7 @@ pub(crate) async fn compressed(bytes: Vec<u8>, guest_cluster: u64, value: u8) ->
             .pwritev(host, IoBuf::from(deflated), WriteFlags::empty());
         write.await.unwrap();
         // One sector, so no further ones.
-        let entry = host | OFLAG_COMPRESSED;
+        let entry = L2Entry::one_word(host | OFLAG_COMPRESSED);
         let old = image
             .set_entry(&mut meta, guest_cluster, entry)
             .await
@@ -83,7 +84,11 @@ pub(crate) async fn snapshot(bytes: Vec<u8>) -> Vec<u8> {
         put(&mut out, l1_offset + i * 8, &entry.to_be_bytes());
         put(&mut out, l1_at + i * 8, &entry.to_be_bytes());
         let table = entry & L1E_OFFSET_MASK;
-        for at in (table..table + cluster).step_by(8).filter(|_| table != 0) {
+        let entry_bytes = image.entries().words() * 8;
+        for at in (table..table + cluster)
+            .step_by(entry_bytes)
+            .filter(|_| table != 0)
+        {
             let entry = word(&out, at) & !OFLAG_COPIED;
             put(&mut out, at, &entry.to_be_bytes());
         }

@@ -7,6 +7,7 @@ use blockcore::{Preallocation, TruncateRequest, WriteFlags};
 
 use super::{Shape, findings, fresh_image, open_on, open_with_faults, read_all, write};
 use crate::format::OFLAG_COPIED;
+use crate::l2_entry::L2Entry;
 
 const CLUSTER: u64 = 4096;
 /// What one L2 table maps.
@@ -199,7 +200,7 @@ async fn entries_behind_the_end_are_forgotten_by_a_growth() {
                     .await
                     .unwrap();
                 image
-                    .set_entry(&mut meta, guest, host | OFLAG_COPIED)
+                    .set_entry(&mut meta, guest, L2Entry::one_word(host | OFLAG_COPIED))
                     .await
                     .unwrap();
             }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Tests of the format over test disks: a model, power cuts, and the rules of docs/INVARIANTS.md one by one.
 
+mod corners;
 mod crash;
 mod dropped;
 mod failing;
@@ -12,6 +13,7 @@ mod hostile;
 mod kept;
 mod model;
 mod parked;
+mod repair;
 mod rules;
 mod stress;
 mod torture;
@@ -25,6 +27,7 @@ use blockcore::{
 };
 
 use crate::driver::Qcow2;
+use crate::format::{MIN_EXTENDED_CLUSTER_BITS, SUBCLUSTERS_BITS};
 use crate::header::Header;
 use crate::image::Image;
 use crate::open::open_image;
@@ -36,6 +39,7 @@ pub(crate) struct Shape {
     pub cluster_bits: u32,
     pub version: u32,
     pub refcount_order: u32,
+    pub extended_l2: bool,
 }
 
 impl Shape {
@@ -46,14 +50,34 @@ impl Shape {
             cluster_bits: 12,
             version: 3,
             refcount_order: 4,
+            extended_l2: false,
         }
+    }
+
+    /// Extended L2 entries, with the smallest subclusters there are: 512 bytes.
+    pub fn extended(size: u64) -> Shape {
+        Shape {
+            cluster_bits: MIN_EXTENDED_CLUSTER_BITS,
+            extended_l2: true,
+            ..Shape::small(size)
+        }
+    }
+
+    /// Sectors in a subcluster, or without extended L2 entries in a cluster.
+    pub fn subcluster_sectors(self) -> u64 {
+        let bits = match self.extended_l2 {
+            true => self.cluster_bits - SUBCLUSTERS_BITS,
+            false => self.cluster_bits,
+        };
+        1 << (bits - 9)
     }
 }
 
 /// An empty image: header, refcount table, refcount block, L1 table, one cluster each (the L1 table as many as it needs).
 pub(crate) fn fresh_image(shape: Shape) -> Vec<u8> {
     let cluster = 1usize << shape.cluster_bits;
-    let table_bytes = (cluster / 8 * cluster) as u64;
+    let entry_bytes = 8 << u32::from(shape.extended_l2);
+    let table_bytes = (cluster / entry_bytes * cluster) as u64;
     let l1_entries = shape.size.div_ceil(table_bytes).max(1);
     let l1_clusters = (l1_entries as usize * 8).div_ceil(cluster);
     let mut image = vec![0; cluster * (3 + l1_clusters)];
@@ -67,6 +91,7 @@ pub(crate) fn fresh_image(shape: Shape) -> Vec<u8> {
     put(48, &(cluster as u64).to_be_bytes());
     put(56, &1u32.to_be_bytes());
     if shape.version >= 3 {
+        put(72, &(u64::from(shape.extended_l2) << 4).to_be_bytes());
         put(96, &shape.refcount_order.to_be_bytes());
         put(100, &104u32.to_be_bytes());
     }

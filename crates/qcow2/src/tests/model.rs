@@ -10,8 +10,12 @@ use super::{Shape, findings, fresh_image, open_on, read_all};
 /// One run of a seed.
 async fn run(seed: u64) {
     let mut rng = Rng::new(seed);
-    let cluster_bits = 9 + rng.below(6) as u32;
     let version = 2 + rng.below(2) as u32;
+    let extended_l2 = version == 3 && rng.chance(50);
+    let cluster_bits = match extended_l2 {
+        true => 14 + rng.below(3) as u32,
+        false => 9 + rng.below(6) as u32,
+    };
     let refcount_order = if version == 2 { 4 } else { rng.below(7) as u32 };
     let size = (1 + rng.below(200)) * 512 + rng.below(4) * (1 << cluster_bits);
     let shape = Shape {
@@ -19,6 +23,7 @@ async fn run(seed: u64) {
         cluster_bits,
         version,
         refcount_order,
+        extended_l2,
     };
     let backing: Option<Vec<u8>> = rng.chance(60).then(|| {
         let len = (rng.below(size / 512 + 20) * 512) as usize;

@@ -10,6 +10,7 @@ use super::{
     Shape, corruptions, findings, fresh_image, open_on, open_with_faults, read_all, write,
 };
 use crate::format::{OFLAG_COPIED, OFLAG_ZERO};
+use crate::l2_entry::L2Entry;
 
 const CLUSTER: u64 = 4096;
 
@@ -30,7 +31,11 @@ async fn a_guest_write_never_lands_on_metadata() {
             .unwrap();
         let mut meta = image.meta.lock().await;
         image
-            .set_entry(&mut meta, 0, (cluster * CLUSTER) | OFLAG_COPIED)
+            .set_entry(
+                &mut meta,
+                0,
+                L2Entry::one_word((cluster * CLUSTER) | OFLAG_COPIED),
+            )
             .await
             .unwrap();
         drop(meta);
@@ -70,7 +75,10 @@ async fn a_shared_cluster_is_copied_and_not_written() {
     {
         // As a snapshot would leave it: two references, no COPIED.
         let mut meta = image.meta.lock().await;
-        image.set_entry(&mut meta, 0, host).await.unwrap();
+        image
+            .set_entry(&mut meta, 0, L2Entry::one_word(host))
+            .await
+            .unwrap();
         meta.refcounts
             .set(&image.file, host / CLUSTER, 2)
             .await
@@ -277,7 +285,7 @@ async fn a_partial_zero_write_to_an_empty_cluster_allocates_nothing() {
             .unwrap();
         assert_eq!(status.flags.contains(StatusFlags::ZERO), zero_tail);
         let entry = image.l2.entry_now(4).unwrap();
-        assert_eq!(entry == OFLAG_ZERO, zero_tail, "{entry:#x}");
+        assert_eq!(entry.word == OFLAG_ZERO, zero_tail, "{entry:?}");
         node.flush().await.unwrap();
         assert_eq!(corruptions(disk.snapshot()).await, Vec::<String>::new());
     }

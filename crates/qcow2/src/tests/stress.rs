@@ -98,6 +98,7 @@ async fn run(seed: u64) {
         cluster_bits: 10 + rng.below(5) as u32,
         version: 3,
         refcount_order: 4,
+        extended_l2: false,
     };
     let backing = rng.chance(50).then(|| vec![0u8; (HALF / 2) as usize]);
     let disk = CrashDriver::new(fresh_image(shape));

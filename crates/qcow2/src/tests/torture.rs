@@ -19,7 +19,7 @@ use std::time::Duration;
 use blockcore::testing::fault::{Event, Faults, Rule};
 use blockcore::testing::{CrashDriver, DelayDriver, FaultDriver, Rng, given_up_after};
 use blockcore::{
-    BlockError, Child, ChildRole, ErrorKind, IoBufMut, Node, NodeFlags, ReadFlags, Result,
+    BlockError, Child, ChildRole, ErrorKind, IoBufMut, Node, NodeFlags, Options, ReadFlags, Result,
     SnapshotRequest, SnapshotSelector, StatusMode, TruncateRequest, WriteFlags, chain_status,
 };
 use futures::FutureExt;
@@ -43,13 +43,16 @@ pub(crate) enum Op {
     Discard(Range<usize>),
     Read(Range<usize>),
     Flush,
-    Grow(usize),
+    /// Changes the length.
+    Resize(usize),
     Status(Range<usize>),
     /// Takes the snapshot with this number.
     Snapshot(u32),
     /// Goes back to it, if it was taken.
     Goto(u32),
     Delete(u32),
+    /// Gives refcounts so many bits.
+    Width(u32),
 }
 
 /// When a request is dropped.
@@ -158,6 +161,12 @@ impl Plan {
         steps.any(|s| s.drop != Drop::Never)
     }
 
+    /// Whether the disk may become shorter, and the file with it.
+    fn shrinks(&self) -> bool {
+        let mut steps = self.sessions.iter().flatten();
+        steps.any(|s| matches!(s.op, Op::Resize(n) if n < 1000))
+    }
+
     /// The image before all else.
     pub async fn prepared(&self) -> Vec<u8> {
         let mut bytes = fresh_image(self.shape);
@@ -187,7 +196,10 @@ impl Plan {
         for session in &self.sessions {
             errors.extend(disk.session(session).await?);
         }
-        let is_hole = |r: &&blockcore::testing::fault::Request| r.event == Event::Discard;
+        // A hole that can't be punched, or a file that can't be cut off, is no harm.
+        let is_hole = |r: &&blockcore::testing::fault::Request| {
+            r.event == Event::Discard || (r.event == Event::Truncate && self.shrinks())
+        };
         let failed = disk.faults.failed();
         if failed.is_empty() && !errors.is_empty() {
             return Err(format!("errors that nobody injected: {errors:?}"));
@@ -279,6 +291,17 @@ struct Disk {
 async fn all(node: &Node) -> Result<Vec<u8>, String> {
     let read = try_read_all(node).await;
     read.map_err(|e| format!("can't be read: {e}"))
+}
+
+/// Whether a change reaches past the end of the disk as it is now.
+fn is_past_end(node: &Node, op: &Op) -> bool {
+    let end = match op {
+        Op::Write(range, _) | Op::Pack(range, _) | Op::Zero(range, _) | Op::Discard(range) => {
+            range.end
+        }
+        _ => 0,
+    };
+    (end * SECTOR) as u64 > node.length()
 }
 
 fn uniform(sector: &[u8]) -> Option<u64> {
@@ -399,6 +422,8 @@ impl Disk {
             match result {
                 None | Some(Ok(Ok(()))) => {}
                 Some(Ok(Err(why))) => return Err(format!("{:?}: {why}", step.op)),
+                // It waited for the way back to a shorter disk.
+                Some(Err(e)) if e.errno() == libc::EIO && is_past_end(node, &step.op) => {}
                 Some(Err(e)) => errors.push(e),
             }
         }
@@ -474,10 +499,17 @@ impl Disk {
             Op::Snapshot(_) | Op::Goto(_) | Op::Delete(_) => {
                 return self.snapshot_request(node, op).await;
             }
-            Op::Grow(sectors) => {
+            Op::Width(bits) => {
+                let mut options = Options::new();
+                options.set("refcount_bits", bits.to_string());
+                node.amend(options).await?;
+            }
+            Op::Resize(sectors) => {
+                let behind = self.history.change(*sectors..usize::MAX - 2, 0, log_len);
                 let recording = self.history.resize(*sectors as u64, log_len);
                 let request = TruncateRequest::to((sectors * SECTOR) as u64);
                 node.truncate(request).await?;
+                behind.done(false);
                 recording.done(false);
             }
         }

@@ -1,0 +1,354 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Changing what an image was created with: version, refcount width, lazy refcounts, length. Called by `driver`.
+//!
+//! Options are all looked at before the first one takes effect. They take effect one after the other, in QEMU's order: what a newer version is needed for
+//! comes after the upgrade, and a downgrade comes last. An error leaves those before it done.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use blockcore::{
+    BlockError, CreateOption, ErrorKind, IoBuf, MAX_LENGTH_BYTES, OptionKind, Options, Result,
+    SECTOR_BYTES, TruncateRequest, WriteFlags,
+};
+
+use crate::create::option;
+use crate::extension::{self, Extension};
+use crate::format::{L1E_OFFSET_MASK, OFLAG_COMPRESSED, OFLAG_ZERO};
+use crate::header::{Compatible, CompressionType, Header, Incompatible};
+use crate::image::{Image, Intent};
+use crate::l2_entry::L2Entry;
+use crate::l2_table::Mapping;
+use crate::overhaul::Overhaul;
+use crate::remap::Remap;
+use crate::snapshot;
+
+/// Byte offset of the compatible feature bits in the header.
+const COMPATIBLE_OFFSET: u64 = 80;
+/// The most zeroes that one write carries, in bytes.
+const ZERO_WRITE_BYTES: u64 = 1 << 20;
+
+/// What `amend` knows, in the order in which tools show it.
+pub fn amend_options() -> &'static [CreateOption] {
+    const OPTIONS: &[CreateOption] = &[
+        option(
+            "backing_file",
+            OptionKind::String,
+            "Can't be amended; see rebase",
+            None,
+        ),
+        option(
+            "backing_fmt",
+            OptionKind::String,
+            "Can't be amended; see rebase",
+            None,
+        ),
+        option(
+            "compat",
+            OptionKind::String,
+            "Format version: v2 (0.10) or v3 (1.1)",
+            None,
+        ),
+        option(
+            "data_file",
+            OptionKind::String,
+            "External data file (not supported yet)",
+            None,
+        ),
+        option(
+            "data_file_raw",
+            OptionKind::Bool,
+            "Keep the external data file valid as a raw image (not supported yet)",
+            None,
+        ),
+        option(
+            "lazy_refcounts",
+            OptionKind::Bool,
+            "Let refcounts be written late",
+            None,
+        ),
+        option(
+            "refcount_bits",
+            OptionKind::Number,
+            "Bits in a refcount",
+            None,
+        ),
+        option("size", OptionKind::Size, "Length of the disk", None),
+    ];
+    OPTIONS
+}
+
+/// Options that have been looked at; `None`: as it is.
+#[derive(Debug)]
+struct Request {
+    version: u32,
+    lazy: Option<bool>,
+    refcount_order: u32,
+    size: Option<u64>,
+}
+
+impl Request {
+    fn new(options: &mut Options, header: &Header) -> Result<Request> {
+        let compat = options.take_str("compat");
+        let version = match compat.as_deref() {
+            None => header.version,
+            Some("0.10" | "v2") => 2,
+            Some("1.1" | "v3") => 3,
+            Some(other) => {
+                let text = format!("Unknown compatibility level {other}");
+                return Err(BlockError::invalid(text));
+            }
+        };
+        let size = options.take_size("size")?;
+        let backing = options.take_str("backing_file").is_some();
+        let backing = options.take_str("backing_fmt").is_some() || backing;
+        let lazy = options.take_bool("lazy_refcounts")?;
+        let bits = options.take_number("refcount_bits")?;
+        let bits = bits.unwrap_or(1 << header.refcount_order);
+        if !bits.is_power_of_two() || bits > 64 {
+            let text = "Refcount width must be a power of two and may not exceed 64 bits";
+            return Err(BlockError::invalid(text));
+        }
+        if options.take_str("data_file").is_some() {
+            let text = "data-file can only be set for images that use an external data file";
+            return Err(BlockError::invalid(text));
+        }
+        if options.take_bool("data_file_raw")? == Some(true) {
+            let text = "data-file-raw cannot be set on existing images";
+            return Err(BlockError::invalid(text));
+        }
+        if backing {
+            let text = "Cannot amend the backing file";
+            let hint = "You can use 'qemu-img rebase' instead.";
+            return Err(BlockError::invalid(text).hint(hint));
+        }
+        if lazy == Some(true) && version < 3 {
+            let text = "Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or greater)";
+            return Err(BlockError::invalid(text));
+        }
+        if version < 3 && bits != 16 {
+            let text = match header.version {
+                2 => {
+                    "Refcount widths other than 16 bits require compatibility level 1.1 or above (use compat=1.1 or greater)"
+                }
+                _ => "compat=0.10 requires refcount_bits=16",
+            };
+            return Err(BlockError::invalid(text));
+        }
+        Ok(Request {
+            version,
+            lazy,
+            refcount_order: bits.trailing_zeros(),
+            size,
+        })
+    }
+}
+
+impl Image {
+    /// Changes options of the image.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for options that make no sense or can't be changed, before anything is; those of metadata I/O.
+    pub async fn amend(self: &Arc<Self>, mut options: Options) -> Result<()> {
+        self.check_sound()?;
+        let request = Request::new(&mut options, &self.header())?;
+        if let Some((key, _)) = options.iter().next() {
+            let text = format!("Invalid parameter '{key}'");
+            return Err(BlockError::invalid(text));
+        }
+        if request.version > self.version() {
+            self.change_version(3).await?;
+        }
+        if request.refcount_order != self.header().refcount_order {
+            let order = request.refcount_order;
+            let work = move |image: Arc<Image>| async move { image.change_order(order).await };
+            self.spawn_alone(0, MAX_LENGTH_BYTES, work).await?;
+        }
+        if let Some(lazy) = request.lazy {
+            self.change_lazy(lazy).await?;
+        }
+        if let Some(size) = request.size {
+            let mut resize = TruncateRequest::to(size);
+            resize.exact = true;
+            self.truncate(resize).await?;
+        }
+        if request.version < self.version() {
+            self.change_version(2).await?;
+        }
+        Ok(())
+    }
+
+    /// Gives every refcount another width. The caller holds `changing` over all.
+    async fn change_order(self: Arc<Self>, order: u32) -> Result<()> {
+        let overhaul = Overhaul::begin_with_order(&self, order).await?;
+        let mut header = self.header().clone();
+        header.refcount_order = order;
+        overhaul.finish(header, self.l1.to_vec()).await
+    }
+
+    async fn change_lazy(self: &Arc<Self>, lazy: bool) -> Result<()> {
+        let mut features = self.header().compatible;
+        if features.contains(Compatible::LAZY_REFCOUNTS) == lazy {
+            return Ok(());
+        }
+        features.set(Compatible::LAZY_REFCOUNTS, lazy);
+        let bytes = features.bits().to_be_bytes().to_vec();
+        self.write_header_bytes(COMPATIBLE_OFFSET, bytes).await?;
+        self.header().compatible = features;
+        Ok(())
+    }
+
+    /// Makes the header that of another version.
+    async fn change_version(self: &Arc<Self>, version: u32) -> Result<()> {
+        self.check_version_possible(version)?;
+        let work = move |image: Arc<Image>| async move {
+            match version {
+                2 => image.replace_zero_clusters().await?,
+                _ => image.complete_snapshots().await?,
+            }
+            image.commit().await?;
+            let mut header = image.header().clone();
+            header.version = version;
+            let names = |e: &Extension| e.kind == extension::FEATURE_NAMES;
+            if version < 3 {
+                header.compatible = Compatible::empty();
+                header.autoclear = 0;
+                header.extensions.retain(|e| !names(e));
+            } else if !header.extensions.iter().any(names) {
+                header.extensions.push(extension::feature_names());
+            }
+            image.rewrite_header(header).await?;
+            image.format_version.store(version, Ordering::Release);
+            Ok(())
+        };
+        self.spawn_alone(0, MAX_LENGTH_BYTES, work).await
+    }
+
+    /// Version 3 wants to know of each snapshot how long the disk was. In version 2 it can't have had another length than now. The caller holds `changing`
+    /// over all.
+    async fn complete_snapshots(self: &Arc<Self>) -> Result<()> {
+        let mut header = self.header().clone();
+        let mut table = snapshot::read_table(&header, &self.file).await?;
+        if table.snapshots.iter().all(|s| s.is_complete) {
+            return Ok(());
+        }
+        for s in &mut table.snapshots {
+            s.disk_size.get_or_insert(self.size());
+        }
+        let mut overhaul = Overhaul::begin(self).await?;
+        overhaul.write_snapshots(&mut header, &table).await?;
+        overhaul.finish(header, self.l1.to_vec()).await
+    }
+
+    /// Version 2 has no zero clusters: where nothing is below they become unallocated, else data. The caller holds `changing` over all.
+    async fn replace_zero_clusters(self: &Arc<Self>) -> Result<()> {
+        let header = self.header().clone();
+        for s in &snapshot::read_table(&header, &self.file).await?.snapshots {
+            for &entry in self
+                .snapshot_l1(s)
+                .await?
+                .iter()
+                .filter(|&&e| e & L1E_OFFSET_MASK != 0)
+            {
+                let bytes = self.cluster_size() as usize;
+                let table = self.read_words(entry & L1E_OFFSET_MASK, bytes).await?;
+                if table
+                    .iter()
+                    .any(|e| e & (OFLAG_ZERO | OFLAG_COMPRESSED) == OFLAG_ZERO)
+                {
+                    let text = format!(
+                        "Snapshot '{}' has zero clusters, which compat=0.10 has not",
+                        s.name
+                    );
+                    return Err(BlockError::new(ErrorKind::Unsupported, text));
+                }
+            }
+        }
+        let _epoch = self.epochs.enter();
+        let clusters = self.size().div_ceil(self.cluster_size());
+        if self.backing.is_none() {
+            return self
+                .remap(0, clusters, false, |mapping, _| match mapping {
+                    Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => {
+                        Remap::Replace(L2Entry::default())
+                    }
+                    _ => Remap::Keep,
+                })
+                .await;
+        }
+        let mut at = 0;
+        while at < self.size() {
+            let (mapping, bytes) = self.run(at, self.size() - at, Intent::Write).await?;
+            let mut done = 0;
+            while done < bytes
+                && matches!(mapping, Mapping::ZeroPlain | Mapping::ZeroAllocated { .. })
+            {
+                let n = (bytes - done).min(ZERO_WRITE_BYTES);
+                done += self
+                    .write_some(at + done, IoBuf::zeroes(n as usize))
+                    .await?;
+            }
+            at += bytes;
+        }
+        Ok(())
+    }
+
+    /// Writes the whole header: what it is long for first, to places that the old one doesn't use, then its first sector, which is there or not.
+    ///
+    /// # Errors
+    /// `Unsupported` for a header that needs more than that; those of the file.
+    async fn rewrite_header(&self, mut header: Header) -> Result<()> {
+        let _no_commits = self.commits.none().await;
+        let old_end = self.header().encode()?.len();
+        if header.encode()?.len() > SECTOR_BYTES as usize {
+            // Names of features are for people.
+            header
+                .extensions
+                .retain(|e| e.kind != extension::FEATURE_NAMES);
+        }
+        let name_at = old_end.next_multiple_of(SECTOR_BYTES as usize);
+        let (mut head, name) = header.encode_apart(name_at)?;
+        if head.len() > SECTOR_BYTES as usize {
+            let text =
+                "The header extensions of the image are too long for a change of its version";
+            return Err(BlockError::new(ErrorKind::Unsupported, text));
+        }
+        head.resize(SECTOR_BYTES as usize, 0);
+        if let Some(name) = name {
+            self.file
+                .pwritev(name_at as u64, IoBuf::from(name), WriteFlags::empty())
+                .await?;
+            self.file.flush().await?;
+        }
+        // INV QCOW2-ORD-6
+        self.write_header_bytes(0, head).await?;
+        *self.header() = header;
+        Ok(())
+    }
+
+    fn check_version_possible(&self, version: u32) -> Result<()> {
+        let header = self.header();
+        if version >= 3 {
+            return Ok(());
+        }
+        if header.refcount_order != 4 {
+            return Err(BlockError::invalid("compat=0.10 requires refcount_bits=16"));
+        }
+        if header.compression_type != CompressionType::Zlib {
+            let text = "compat=0.10 requires compression_type=zlib";
+            return Err(BlockError::new(ErrorKind::Unsupported, text));
+        }
+        if header.incompatible.contains(Incompatible::DATA_FILE) {
+            let text = "Cannot downgrade an image with a data file";
+            return Err(BlockError::new(ErrorKind::Unsupported, text));
+        }
+        if header.incompatible != Incompatible::empty() {
+            let text = format!(
+                "Cannot downgrade an image with incompatible features set: {:#x}",
+                header.incompatible.bits()
+            );
+            return Err(BlockError::new(ErrorKind::Unsupported, text));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Corners that random tests rarely come by, each with the smallest case that breaks.
+
+use blockcore::testing::fault::{Event, Rule};
+use blockcore::testing::{CrashDriver, Rng};
+use blockcore::{SnapshotRequest, SnapshotSelector, TruncateRequest, WriteFlags};
+
+use super::{
+    Shape, corruptions, findings, fresh_image, open_on, open_with_faults, read_all, write,
+};
+
+const CLUSTER: u64 = 4096;
+
+/// What happens at the same time in the test below.
+enum Request {
+    Grow,
+    Write,
+    Discard,
+}
+
+// What a discard spares is settled when it is its turn: the disk may have grown since it was asked for, and what is behind its range is somebody's data.
+#[tokio::test]
+async fn a_discard_of_the_last_part_of_a_disk_that_grows_takes_no_more() {
+    let size = 4 * CLUSTER + 1024;
+    let disk = CrashDriver::new(fresh_image(Shape::small(size)));
+    let (node, _image, faults) = open_with_faults(disk).await;
+    write(&node, 4 * CLUSTER, 1024, 1).await.unwrap();
+    node.flush().await.unwrap();
+    faults.add(Rule::slow(Event::Flush, 10));
+    faults.add(Rule::slow(Event::Write, 1000).starting_with(9));
+    let spawn = |request: Request| {
+        let node = node.clone();
+        tokio::spawn(async move {
+            match request {
+                Request::Grow => node.truncate(TruncateRequest::to(8 * CLUSTER)).await,
+                Request::Write => write(&node, 3 * CLUSTER, 4096 + 512, 9).await,
+                Request::Discard => node.pdiscard(4 * CLUSTER, 1024).await,
+            }
+        })
+    };
+    let growing = spawn(Request::Grow);
+    tokio::task::yield_now().await;
+    // The discard has to wait for the write, and both for the growth.
+    let writing = spawn(Request::Write);
+    tokio::task::yield_now().await;
+    let discarding = spawn(Request::Discard);
+    tokio::task::yield_now().await;
+    growing.await.unwrap().unwrap();
+    write(&node, 4 * CLUSTER + 1024, 512, 2).await.unwrap();
+    assert!(!writing.is_finished());
+    writing.await.unwrap().unwrap();
+    discarding.await.unwrap().unwrap();
+    assert_eq!(read_all(&node).await[4 * CLUSTER as usize + 1024], 2);
+}
+
+// INV QCOW2-ORD-1: a refcount block that was given a place is counted, also where the allocation that needed it comes to nothing.
+#[tokio::test]
+async fn an_allocation_that_fails_leaves_no_block_uncounted() {
+    let shape = Shape {
+        size: 1 << 20,
+        cluster_bits: 9,
+        version: 3,
+        refcount_order: 6,
+        extended_l2: false,
+    };
+    let (_node, image) = open_on(CrashDriver::new(fresh_image(shape)), None).await;
+    // The last block that fits into the longest refcount table counts 64 clusters; behind them nothing can be counted.
+    let mut meta = image.meta.lock().await;
+    meta.next_free = ((8 << 20) / 8 - 1) * 64 + 10;
+    let err = image.alloc_run(&mut meta, 60).await.unwrap_err();
+    assert_eq!(err.errno(), libc::EFBIG);
+    let blocks: Vec<u64> = meta.refcounts.table().to_vec();
+    for host in blocks.into_iter().filter(|&host| host != 0) {
+        let references = meta.refcounts.get(&image.file, host >> 9).await.unwrap();
+        assert_eq!(references, 1, "the block at {host:#x}");
+    }
+    // What is left of the room can still be used.
+    image.alloc_run(&mut meta, 50).await.unwrap();
+}
+
+// INV QCOW2-META-1: the tables of a snapshot that was applied are the active ones from then on.
+#[tokio::test]
+async fn the_tables_of_an_applied_snapshot_can_be_written() {
+    let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
+    let (node, _image) = open_on(disk.clone(), None).await;
+    let none = WriteFlags::empty();
+    node.pwrite_zeroes(0, CLUSTER, none).await.unwrap();
+    let request = SnapshotRequest::now("a");
+    node.snapshot_create(request).await.unwrap();
+    write(&node, 0, 4096, 1).await.unwrap();
+    node.driver().close().await.unwrap();
+    // Opened anew, the snapshot's L2 table is nobody's that is known.
+    let (node, _image) = open_on(disk.clone(), None).await;
+    let a = SnapshotSelector::name("a");
+    node.snapshot_goto(a.clone()).await.unwrap();
+    node.snapshot_delete(a).await.unwrap();
+    write(&node, 2 * CLUSTER, 4096, 2).await.unwrap();
+    node.flush().await.unwrap();
+    node.driver().close().await.unwrap();
+    assert_eq!(findings(disk.snapshot()).await, Vec::<String>::new());
+    let (again, _image) = open_on(disk, None).await;
+    let all = read_all(&again).await;
+    assert_eq!((all[0], all[2 * CLUSTER as usize]), (0, 2));
+}
+
+// INV QCOW2-META-2: a reference that nobody holds any more, but that is still counted because of a read, makes no cluster shared.
+#[tokio::test]
+async fn a_slow_read_does_not_hide_that_a_cluster_is_unshared() {
+    let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
+    let (node, image) = open_on(disk.clone(), None).await;
+    write(&node, 0, 4096, 1).await.unwrap();
+    node.snapshot_create(SnapshotRequest::now("a"))
+        .await
+        .unwrap();
+    let reader = image.epochs.enter();
+    write(&node, 0, 4096, 2).await.unwrap();
+    node.flush().await.unwrap();
+    let a = SnapshotSelector::name("a");
+    node.snapshot_goto(a.clone()).await.unwrap();
+    node.snapshot_delete(a).await.unwrap();
+    drop(reader);
+    node.flush().await.unwrap();
+    node.driver().close().await.unwrap();
+    assert_eq!(findings(disk.snapshot()).await, Vec::<String>::new());
+    let (again, _image) = open_on(disk, None).await;
+    assert_eq!(read_all(&again).await[0], 1);
+}
+
+// A disk that shows a snapshot must not be written: the changes would land in the active layer's tables.
+#[tokio::test]
+async fn a_disk_that_shows_a_snapshot_stays_read_only() {
+    let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
+    let (node, _image) = open_on(disk.clone(), None).await;
+    write(&node, 0, 4096, 1).await.unwrap();
+    node.snapshot_create(SnapshotRequest::now("a"))
+        .await
+        .unwrap();
+    write(&node, 0, 8192, 2).await.unwrap();
+    node.driver().close().await.unwrap();
+    let before = disk.snapshot();
+
+    let (node, image) = open_on(disk.clone(), None).await;
+    image
+        .writable
+        .store(false, std::sync::atomic::Ordering::Release);
+    image
+        .snapshot_load(&SnapshotSelector::name("a"))
+        .await
+        .unwrap();
+    let mut request = blockcore::ReopenRequest {
+        read_only: false,
+        direct: false,
+        options: blockcore::Options::new(),
+    };
+    let reopened = node.driver().reopen_prepare(&mut request).await;
+    assert!(reopened.is_err(), "the image can be made writable");
+    assert!(disk.snapshot() == before);
+}
+
+// INV QCOW2-ORD-4: the place of a refcount block that a shrinking disk gives up is not used again before the refcount table on disk names it no more.
+#[tokio::test]
+async fn the_place_of_a_dropped_refcount_block_waits_for_the_commit() {
+    let (cluster, table) = (512, 64 * 512);
+    let shape = Shape {
+        size: 20 * table,
+        cluster_bits: 9,
+        version: 3,
+        refcount_order: 6,
+        extended_l2: false,
+    };
+    for yields in (0..400).step_by(20) {
+        let disk = CrashDriver::new(fresh_image(shape));
+        let (node, image, faults) = open_with_faults(disk.clone()).await;
+        write(&node, 17 * table, 3 * table as usize, 1)
+            .await
+            .unwrap();
+        node.flush().await.unwrap();
+        let begun = disk.log_len();
+        faults.add(Rule::slow(Event::Flush, 5000));
+        let shrinking = {
+            let node = node.clone();
+            tokio::spawn(async move { node.truncate(TruncateRequest::to(17 * table)).await })
+        };
+        let blocks = async || {
+            let meta = image.meta.lock().await;
+            meta.refcounts.table().to_vec()
+        };
+        let before = blocks().await;
+        eprintln!("{before:?}");
+        while blocks().await == before && !shrinking.is_finished() {
+            tokio::task::yield_now().await;
+        }
+        eprintln!("{:?} {}", blocks().await, shrinking.is_finished());
+        for _ in 0..yields {
+            tokio::task::yield_now().await;
+        }
+        // As a refcount block, this would count nothing, itself included.
+        for at in (0..16 * table).step_by(16 * cluster) {
+            write(&node, at, 16 * cluster, 0).await.unwrap();
+            eprintln!(
+                "{at} {:?} {}",
+                image.mapping(at / 512, crate::image::Intent::Read).await,
+                shrinking.is_finished()
+            );
+        }
+        shrinking.await.unwrap().unwrap();
+        for cut in begun..disk.log_len() {
+            let left = disk.image_after(cut, 100, &mut Rng::new(1));
+            let wrong = corruptions(left).await;
+            assert_eq!(wrong, Vec::<String>::new(), "yields {yields} cut {cut}");
+        }
+        node.driver().close().await.unwrap();
+        assert_eq!(findings(disk.snapshot()).await, Vec::<String>::new());
+    }
+}
