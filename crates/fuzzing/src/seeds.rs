@@ -78,6 +78,8 @@ pub async fn ours() -> Result<Vec<Seed>> {
         "cluster_size=64k",
         "cluster_size=4k,preallocation=metadata",
         "cluster_size=4k,lazy_refcounts=on",
+        "cluster_size=16k,extended_l2=on",
+        "cluster_size=16k,extended_l2=on,preallocation=metadata",
     ];
     for shape in shapes {
         let factory = std::sync::Arc::new(MemoryFactory::default());

@@ -344,7 +344,7 @@ impl Image {
         }
         if header.incompatible != Incompatible::empty() {
             let text = format!(
-                "Cannot downgrade an image with incompatible features set: {:#x}",
+                "Cannot downgrade an image with incompatible features {:#x} set",
                 header.incompatible.bits()
             );
             return Err(BlockError::new(ErrorKind::Unsupported, text));

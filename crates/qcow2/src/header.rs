@@ -243,7 +243,7 @@ impl Header {
         let compression_type =
             check_compression(if has_type { raw.compression_type } else { 0 }, features)?;
         // Only the names of features are wanted here; that the extensions are sound is checked below.
-        let incompatible = check_incompatible(purpose, features, &extension::parse_prefix(area))?;
+        let incompatible = check_incompatible(features, &extension::parse_prefix(area))?;
         if incompatible.contains(Incompatible::EXTENDED_L2)
             && cluster_bits < MIN_EXTENDED_CLUSTER_BITS
         {
@@ -498,11 +498,7 @@ fn check_compression(kind: u8, features: u64) -> Result<CompressionType> {
     }
 }
 
-fn check_incompatible(
-    purpose: Purpose,
-    features: u64,
-    extensions: &[Extension],
-) -> Result<Incompatible> {
+fn check_incompatible(features: u64, extensions: &[Extension]) -> Result<Incompatible> {
     let known = Incompatible::from_bits_truncate(features);
     let unknown = features & !Incompatible::all().bits();
     if unknown != 0 {
@@ -521,14 +517,6 @@ fn check_incompatible(
             "Unsupported qcow2 feature(s): {}",
             names.join(", ")
         ));
-    }
-    if purpose == Purpose::Check {
-        return Ok(known);
-    }
-    if known.contains(Incompatible::DATA_FILE | Incompatible::EXTENDED_L2) {
-        return not_yet(
-            "Images with both an external data file and extended L2 entries are not supported yet",
-        );
     }
     Ok(known)
 }

@@ -114,31 +114,37 @@ impl EntryFormat {
         let bits = self.subcluster_bits();
         let first = (from >> bits) as u32;
         let (data, zero) = (entry.data() >> first, entry.zero() >> first);
-        let host = entry.word & L2E_OFFSET_MASK;
         let copied = entry.word & OFLAG_COPIED != 0;
-        let (mapping, count) = match (data & 1 != 0, zero & 1 != 0, host) {
-            (true, _, _) => (Mapping::Data { host, copied }, data.trailing_ones()),
-            (false, true, 0) => (Mapping::ZeroPlain, zero.trailing_ones()),
-            (false, true, _) => {
-                let kept = Mapping::ZeroAllocated { host, copied };
-                (kept, zero.trailing_ones())
-            }
-            (false, false, 0) => (Mapping::Unallocated, (data | zero).trailing_zeros()),
-            (false, false, _) => {
-                let kept = Mapping::Reserved { host, copied };
-                (kept, (data | zero).trailing_zeros())
-            }
+        let (is_data, is_zero) = (data & 1 != 0, zero & 1 != 0);
+        let mapping = match (is_data, is_zero, self.host(entry)) {
+            (false, true, None) => Mapping::ZeroPlain,
+            (false, true, Some(host)) => Mapping::ZeroAllocated { host, copied },
+            (false, false, Some(host)) => Mapping::Reserved { host, copied },
+            (true, _, Some(host)) => Mapping::Data { host, copied },
+            (_, _, None) => Mapping::Unallocated,
+        };
+        let count = match (is_data, is_zero) {
+            (true, _) => data.trailing_ones(),
+            (_, true) => zero.trailing_ones(),
+            _ => (data | zero).trailing_zeros(),
         };
         let end = u64::from((first + count).min(SUBCLUSTERS)) << bits;
         Ok((mapping, end - from))
     }
 
-    fn check_subclusters(self, entry: L2Entry) -> Result<(), BadEntry> {
+    /// The host cluster of an entry with subclusters.
+    fn host(self, entry: L2Entry) -> Option<u64> {
         let host = entry.word & L2E_OFFSET_MASK;
-        if host & (self.cluster_size() - 1) != 0 {
+        let is_first = self.has_data_file && entry.word & OFLAG_COPIED != 0;
+        (host != 0 || is_first).then_some(host)
+    }
+
+    fn check_subclusters(self, entry: L2Entry) -> Result<(), BadEntry> {
+        let host = self.host(entry);
+        if let Some(host) = host.filter(|h| h & (self.cluster_size() - 1) != 0) {
             return Err(BadEntry::Unaligned(host));
         }
-        if entry.data() & entry.zero() != 0 || (host == 0 && entry.data() != 0) {
+        if entry.data() & entry.zero() != 0 || (host.is_none() && entry.data() != 0) {
             return Err(BadEntry::Subclusters);
         }
         Ok(())
@@ -151,13 +157,12 @@ impl EntryFormat {
             return self.decode(entry.word);
         }
         self.check_subclusters(entry)?;
-        let host = entry.word & L2E_OFFSET_MASK;
         let copied = entry.word & OFLAG_COPIED != 0;
-        Ok(match (entry.zero() == ALL, host) {
-            (true, 0) => Mapping::ZeroPlain,
-            (true, _) => Mapping::ZeroAllocated { host, copied },
-            (false, 0) => Mapping::Unallocated,
-            (false, _) => Mapping::Data { host, copied },
+        Ok(match (entry.zero() == ALL, self.host(entry)) {
+            (true, None) => Mapping::ZeroPlain,
+            (true, Some(host)) => Mapping::ZeroAllocated { host, copied },
+            (false, None) => Mapping::Unallocated,
+            (false, Some(host)) => Mapping::Data { host, copied },
         })
     }
 

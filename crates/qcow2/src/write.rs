@@ -314,20 +314,20 @@ impl Image {
         written: &Range<u64>,
     ) -> Result<()> {
         let end = at + buf.len() as u64;
-        let mut written_end = written.end;
+        let mut written = written.clone();
         if self.has_data_file() {
             // It is as long as the disk.
-            written_end = written_end.min(self.size()).max(end);
+            written.end = written.end.min(self.size()).max(end);
         }
         let host = (run.cluster << self.cluster_bits) + self.in_cluster(written.start);
         self.check_data_write(host, written.end - written.start)?;
         let may_skip = run.fresh || (self.entries().is_extended && !self.is_encrypted());
         let mut head = self.cow_part(written.start..at, may_skip).await?;
-        let mut tail = self.cow_part(end..written_end, may_skip).await?;
+        let mut tail = self.cow_part(end..written.end, may_skip).await?;
         if !run.fresh && may_skip {
             let is_all_zero = head.is_none() && tail.is_none();
             let around = (at - written.start) + (written.end - end);
-            if !is_all_zero || !self.zero_host(host, written, around).await? {
+            if !is_all_zero || !self.zero_host(host, &written, around).await? {
                 head.get_or_insert_with(|| IoBuf::zeroes((at - written.start) as usize));
                 tail.get_or_insert_with(|| IoBuf::zeroes((written.end - end) as usize));
             }
@@ -348,7 +348,7 @@ impl Image {
         }
         let bytes = written.end - written.start;
         let zeroed = self
-            .file
+            .storage()?
             .pwrite_zeroes(host, bytes, WriteFlags::NO_FALLBACK);
         match zeroed.await {
             Ok(()) => Ok(true),

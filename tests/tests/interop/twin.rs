@@ -25,9 +25,10 @@ struct Writer<'a> {
     /// Some sessions are the other side's.
     mixed: bool,
     text: String,
-    /// The disk's length and cluster size, in bytes.
+    /// The disk's length, cluster size and subcluster size, in bytes.
     size: usize,
     cluster: usize,
+    subcluster: usize,
 }
 
 impl Writer<'_> {
@@ -64,7 +65,7 @@ impl Writer<'_> {
         );
         below.1 = below.0.trim_start_matches("base.").to_owned();
         let (mut name, mut format) = below;
-        (self.size, self.cluster) = (base_bytes, 64 * KIB);
+        (self.size, self.cluster, self.subcluster) = (base_bytes, 64 * KIB, 64 * KIB);
         self.line(&format!(
             "qemu-img create -q -f {format} {name} {base_bytes}"
         ));
@@ -77,6 +78,10 @@ impl Writer<'_> {
                 let bits = 1 << self.random.below(7);
                 let _infallible = write!(options, ",refcount_bits={bits}");
             }
+            let is_extended = compat == "1.1" && cluster >= 16 * KIB && self.random.below(2) == 0;
+            if is_extended {
+                options.push_str(",extended_l2=on");
+            }
             let bytes = match self.random.below(3) {
                 0 => String::new(),
                 _ => format!(" {}", (1 + self.random.below(2500)) * 512),
@@ -85,6 +90,7 @@ impl Writer<'_> {
                 self.size = bytes;
             }
             self.cluster = cluster;
+            self.subcluster = if is_extended { cluster / 32 } else { cluster };
             let over = format!("layer{layer}.qcow2");
             let whose = self.whose();
             self.line(&format!(
@@ -100,14 +106,18 @@ impl Writer<'_> {
 
     /// A range: aligned to something, sometimes past the end.
     fn range(&mut self) -> (usize, usize) {
-        let unit = match self.random.below(5) {
+        let unit = match self.random.below(6) {
             0 => 1,
             1 => 512,
             2 => 4 * KIB,
+            3 => self.subcluster,
             _ => self.cluster,
         };
         let offset = self.random.below(self.size) / unit * unit;
-        let most = (4 * self.cluster).min(512 * KIB);
+        let most = match self.random.below(2) {
+            0 => (4 * self.cluster).min(512 * KIB),
+            _ => 4 * self.subcluster,
+        };
         let bytes = ((1 + self.random.below(most)) / unit * unit).max(unit);
         match self.random.below(25) {
             0 => (offset, bytes),
@@ -230,6 +240,7 @@ fn random_scripts_print_the_same_on_both_sides() {
             text: String::new(),
             size: 0,
             cluster: 0,
+            subcluster: 0,
         };
         let text = writer.script(seed);
         let bench = Bench::new();

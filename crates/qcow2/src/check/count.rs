@@ -115,14 +115,14 @@ impl Checker<'_> {
         self.count_extensions().await
     }
 
-    /// One more reference to each cluster that a range touches. Counters go on where refcounts can't.
+    /// One more reference to each cluster that a range touches. Counters go on where refcounts can't. `as_what` is empty where nothing is lost without it.
     pub(super) fn count(&mut self, offset: u64, bytes: u64, as_what: Use) {
         if bytes == 0 {
             return;
         }
         let end = offset.saturating_add(bytes);
         if end >= self.file.length() + self.cluster {
-            if as_what != Use::REFCOUNTS {
+            if !as_what.is_empty() && as_what != Use::REFCOUNTS {
                 self.lost += 1;
                 self.note_beyond(offset, end);
             }
@@ -251,6 +251,7 @@ impl Checker<'_> {
             }
             *next_contiguous = host + self.cluster;
         }
+        let mut as_what = Use::DATA;
         if host & (self.cluster - 1) != 0 {
             // Nothing is read from there: the entry can do without.
             let holds_no_data = match has_subclusters {
@@ -259,13 +260,14 @@ impl Checker<'_> {
             };
             if holds_no_data {
                 self.mendable.push(l2.at);
+                as_what = Use::empty();
             } else {
                 self.lost += 1;
             }
             self.corruption(format!("ERROR {}", unaligned_line(host, holds_no_data)));
         }
         if !self.has_data_file() {
-            self.count(host, self.cluster, Use::DATA);
+            self.count(host, self.cluster, as_what);
         }
     }
 

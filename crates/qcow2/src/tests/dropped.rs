@@ -20,8 +20,11 @@ fn write(first: usize, count: usize, value: u8) -> Op {
     Op::Write(first..first + count, value)
 }
 
+/// Its name, what comes before it, and the request.
+type Kind = (&'static str, Vec<Op>, Op);
+
 /// Every kind of request, and what comes before it, so that it finds what its name says. The disk is that of [`plan`].
-fn kinds() -> Vec<(&'static str, Vec<Op>, Op)> {
+fn kinds() -> Vec<Kind> {
     vec![
         ("read of data", vec![], Op::Read(0..8)),
         ("read of backing data", vec![], Op::Read(40..90)),
@@ -115,6 +118,96 @@ fn kinds() -> Vec<(&'static str, Vec<Op>, Op)> {
     ]
 }
 
+/// As [`kinds`], on the disk of [`plan_of_subclusters`].
+fn kinds_of_subclusters() -> Vec<Kind> {
+    let none = WriteFlags::empty();
+    let mixed = vec![
+        write(130, 4, 1),
+        Op::Zero(136..138, none),
+        write(140, 1, 2),
+        Op::Flush,
+    ];
+    vec![
+        (
+            "read of subclusters of all kinds",
+            mixed.clone(),
+            Op::Read(120..170),
+        ),
+        (
+            "write to subclusters of a cluster that is there",
+            vec![write(130, 4, 1), Op::Flush],
+            write(137, 3, 2),
+        ),
+        (
+            "write to subclusters of all kinds",
+            mixed.clone(),
+            write(131, 40, 3),
+        ),
+        (
+            "write that moves shared subclusters",
+            vec![],
+            write(20, 2, 3),
+        ),
+        (
+            "zero write of some subclusters",
+            mixed.clone(),
+            Op::Zero(132..139, UNMAP),
+        ),
+        (
+            "zero write over clusters' edges",
+            mixed.clone(),
+            Op::Zero(131..201, UNMAP),
+        ),
+        (
+            "zero write of shared subclusters",
+            vec![],
+            Op::Zero(3..7, none),
+        ),
+        (
+            "discard of parts of clusters",
+            mixed.clone(),
+            Op::Discard(120..170),
+        ),
+        (
+            "growth from the middle of a cluster",
+            mixed,
+            Op::Resize(840),
+        ),
+        (
+            "shrinking to the middle of one",
+            vec![write(20, 40, 1)],
+            Op::Resize(41),
+        ),
+        (
+            "taking a snapshot of subclusters",
+            vec![write(130, 4, 1)],
+            Op::Snapshot(1),
+        ),
+        (
+            "going back to a snapshot of subclusters",
+            vec![Op::Snapshot(1), write(4, 20, 1), Op::Zero(22..30, none)],
+            Op::Goto(1),
+        ),
+    ]
+}
+
+/// The disks, and the kinds of requests that each is for.
+fn disks() -> Vec<(Plan, Vec<Kind>)> {
+    vec![
+        (plan(), kinds()),
+        (plan_of_subclusters(), kinds_of_subclusters()),
+    ]
+}
+
+/// As [`plan`], with clusters of 32 sectors, each of them a subcluster.
+fn plan_of_subclusters() -> Plan {
+    Plan {
+        shape: Shape::extended(802 * 512),
+        compressed: vec![(12, 110), (13, 111)],
+        ..plan()
+    }
+}
+
 /// Data, compressed clusters, a snapshot of both, a backing disk that is a bit longer than half of it; clusters of 2 KiB.
 fn plan() -> Plan {
     let shape = Shape {
@@ -188,9 +281,12 @@ async fn a_request_may_be_dropped_at_every_await_point() {
     let step = std::env::var("BLOCKLAYER_DROP_STEP").ok();
     let step: u64 = step.and_then(|n| n.parse().ok()).unwrap_or(150);
     let mut lines = String::new();
-    let mut disk = plan();
-    disk.prepare().await;
-    for (name, before, target) in kinds() {
+    let mut all = Vec::new();
+    for (mut disk, kinds) in disks() {
+        disk.prepare().await;
+        all.extend(kinds.into_iter().map(|kind| (disk.clone(), kind)));
+    }
+    for (disk, (name, before, target)) in all {
         let mut points = Vec::new();
         for company in [Company::None, Company::After, Company::Beside] {
             for delays in [None, Some(1)] {
@@ -232,11 +328,13 @@ async fn a_request_may_be_dropped_at_every_await_point() {
 #[test]
 fn a_runtime_may_end_at_every_request_to_the_file() {
     let mut lines = String::new();
-    for (name, before, target) in kinds() {
+    let disks = disks().into_iter();
+    let all = disks.flat_map(|(disk, kinds)| kinds.into_iter().map(move |k| (disk.clone(), k)));
+    for (disk, (name, before, target)) in all {
         for company in [Company::None, Company::Beside] {
             let plan = Plan {
                 sessions: vec![with_company(&before, Step::new(target.clone()), company)],
-                ..plan()
+                ..disk.clone()
             };
             let mut nth = 0;
             while plan

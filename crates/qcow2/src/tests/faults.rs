@@ -166,6 +166,61 @@ fn parts() -> Plan {
     }
 }
 
+/// Comes by every point that has to do with subclusters.
+fn subclusters() -> Plan {
+    let none = WriteFlags::empty();
+    let write = |first: usize, count: usize, value: u8| Op::Write(first..first + count, value);
+    let steps = [
+        Op::Read(0..802),
+        // New clusters, and further subclusters of them: of nothing, of backing data, of zeroes.
+        write(130, 4, 1),
+        write(140, 3, 2),
+        Op::Flush,
+        write(132, 12, 3),
+        Op::Zero(134..150, none),
+        write(145, 2, 4),
+        Op::Flush,
+        // Over shared ones, and a compressed cluster.
+        write(20, 2, 5),
+        Op::Zero(3..5, none),
+        write(390, 1, 6),
+        Op::Zero(420..430, none),
+        Op::Flush,
+        Op::Zero(131..201, WriteFlags::MAY_UNMAP),
+        Op::Discard(0..96),
+        Op::Flush,
+        Op::Flush,
+        // Clusters that were freed are used again, in part.
+        write(520, 2, 7),
+        write(620, 40, 8),
+        Op::Snapshot(1),
+        write(525, 1, 9),
+        Op::Goto(1),
+        write(526, 1, 10),
+        Op::Delete(1),
+        Op::Resize(401),
+        Op::Resize(1000),
+        write(410, 2, 11),
+        Op::Flush,
+        Op::Read(0..1000),
+    ];
+    Plan {
+        shape: Shape::extended(802 * 512),
+        compressed: vec![(12, 110), (13, 111)],
+        sessions: vec![steps.into_iter().map(Step::new).collect()],
+        ..parts()
+    }
+}
+
+/// All plans, by name.
+fn plans() -> [(&'static str, Plan); 3] {
+    [
+        ("tables", tables()),
+        ("parts", parts()),
+        ("subclusters", subclusters()),
+    ]
+}
+
 fn from_env(name: &str, default: u64) -> u64 {
     let value = std::env::var(name).ok();
     value.and_then(|n| n.parse().ok()).unwrap_or(default)
@@ -191,7 +246,7 @@ async fn with_fault(plan: &Plan, rule: Rule, what: &str) -> usize {
 async fn errors_at_any_point_harm_nothing() {
     let mut never = DebugEvent::ALL.to_vec();
     let mut lines = String::new();
-    for (name, mut plan) in [("tables", tables()), ("parts", parts())] {
+    for (name, mut plan) in plans() {
         plan.prepare().await;
         let seen = plan.run(cuts(), &mut Rng::new(1)).await.unwrap();
         let passed: BTreeMap<DebugEvent, u32> = seen.faults.passed();
@@ -221,7 +276,7 @@ async fn errors_at_any_point_harm_nothing() {
 async fn an_error_of_any_single_request_harms_nothing() {
     // The quick run looks at some of them.
     let every = from_env("BLOCKLAYER_FAULT_EVERY", 23);
-    for (name, mut plan) in [("tables", tables()), ("parts", parts())] {
+    for (name, mut plan) in plans() {
         plan.prepare().await;
         let seen = plan.run(0, &mut Rng::new(1)).await.unwrap();
         let requests = seen.faults.requests();

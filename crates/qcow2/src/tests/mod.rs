@@ -14,8 +14,10 @@ mod kept;
 mod model;
 mod parked;
 mod repair;
+mod repair_live;
 mod rules;
 mod stress;
+mod subclusters;
 mod torture;
 
 use std::sync::Arc;

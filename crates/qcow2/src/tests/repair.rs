@@ -42,14 +42,14 @@ fn put(image: &mut [u8], at: u64, bytes: &[u8]) {
 
 /// An image, and what lies below it.
 #[derive(Clone)]
-struct Subject {
-    shape: Shape,
-    backing: Backing,
-    bytes: Vec<u8>,
+pub(super) struct Subject {
+    pub shape: Shape,
+    pub backing: Backing,
+    pub bytes: Vec<u8>,
 }
 
 impl Subject {
-    async fn new(rng: &mut Rng) -> Subject {
+    pub async fn new(rng: &mut Rng) -> Subject {
         let version = if rng.chance(25) { 2 } else { 3 };
         let shape = Shape {
             size: (24 + rng.below(200)) * 512,
@@ -88,7 +88,7 @@ impl Subject {
         }
     }
 
-    fn cluster(&self) -> u64 {
+    pub fn cluster(&self) -> u64 {
         1 << self.shape.cluster_bits
     }
 
@@ -118,7 +118,7 @@ impl Subject {
     }
 
     /// Changes some words of metadata, or cuts the file short.
-    fn damage(&mut self, rng: &mut Rng) {
+    pub fn damage(&mut self, rng: &mut Rng) {
         let cluster = self.cluster();
         for _ in 0..1 + rng.below(4) {
             let at = self.some_word(rng);
@@ -241,7 +241,7 @@ async fn repair_disk(disk: CrashDriver, fix: CheckFix) -> Result<CheckResult> {
     check_file(file, fix).await
 }
 
-async fn check_bytes(bytes: Vec<u8>) -> Result<CheckResult> {
+pub(super) async fn check_bytes(bytes: Vec<u8>) -> Result<CheckResult> {
     let file = MemoryDriver::new(bytes).into_node(READ_ONLY).await.unwrap();
     check_file(file, CheckFix::None).await
 }

@@ -93,12 +93,14 @@ async fn own_sectors(node: Arc<Node>, owner: u64, seed: u64) -> Vec<(u64, u8)> {
 async fn run(seed: u64) {
     println!("seed {seed}");
     let mut rng = Rng::new(seed);
+    let extended_l2 = rng.chance(40);
+    let smallest = if extended_l2 { 14 } else { 10 };
     let shape = Shape {
         size: 2 * HALF,
-        cluster_bits: 10 + rng.below(5) as u32,
+        cluster_bits: smallest + rng.below(5) as u32,
         version: 3,
         refcount_order: 4,
-        extended_l2: false,
+        extended_l2,
     };
     let backing = rng.chance(50).then(|| vec![0u8; (HALF / 2) as usize]);
     let disk = CrashDriver::new(fresh_image(shape));

@@ -1,0 +1,270 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Repairs of an image that is in use. The rule: what is in memory is right afterwards, so that the image can be used on; or it says that it has to be opened
+//! again. The method: the damaged images of `repair`, opened for writing as far as that goes, repaired, written to and read back; errors in the middle;
+//! writers that don't stop for it; readers that still look at what was freed.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use blockcore::testing::fault::Rule;
+use blockcore::testing::{CrashDriver, FaultDriver, MemoryDriver, Rng};
+use blockcore::{CheckFix, ErrorKind, IoBufMut, Node, NodeFlags, Result, WriteFlags};
+
+use super::repair::{Subject, check_bytes};
+use super::{READ_ONLY, Shape, findings, fresh_image, image_over, node_over, open_on, open_over};
+use super::{read_all, write};
+use crate::format::OFLAG_COPIED;
+use crate::image::{Image, Intent};
+
+/// What the disk holds, sector by sector; nothing where it can't be read.
+async fn sectors(node: &Node) -> Vec<Option<Vec<u8>>> {
+    let mut all = Vec::new();
+    for at in (0..node.length()).step_by(512) {
+        let read = node.preadv(at, IoBufMut::zeroed(512), Default::default());
+        all.push(read.await.ok().map(|b| b.to_vec()));
+    }
+    all
+}
+
+/// Writes here and there, and notes it. What says that the image can't be written any more ends it.
+async fn use_it(node: &Node, model: &mut [Option<Vec<u8>>], rng: &mut Rng) -> Result<()> {
+    for value in 1..20u8 {
+        let first = rng.below(model.len() as u64) as usize;
+        let count = (1 + rng.below(20) as usize).min(model.len() - first);
+        let (offset, bytes) = (first as u64 * 512, count as u64 * 512);
+        let (result, value) = match rng.below(4) {
+            0 => {
+                let zeroes = node.pwrite_zeroes(offset, bytes, WriteFlags::MAY_UNMAP);
+                (zeroes.await, 0)
+            }
+            _ => (write(node, offset, bytes as usize, value).await, value),
+        };
+        // What failed may have been done in part.
+        let sector_is = result.is_ok().then(|| vec![value; 512]);
+        for sector in &mut model[first..first + count] {
+            *sector = sector_is.clone();
+        }
+        result?;
+    }
+    Ok(())
+}
+
+/// Guest data that is metadata, too, changes with it.
+async fn forget_metadata(image: &Arc<Image>, model: &mut [Option<Vec<u8>>]) {
+    let sectors = (image.cluster_size() / 512) as usize;
+    for (cluster, model) in model.chunks_mut(sectors).enumerate() {
+        let mapping = image.mapping(cluster as u64, Intent::Read).await;
+        let place = mapping
+            .ok()
+            .and_then(|m| m.referenced(image.cluster_size()));
+        if place.is_some_and(|(host, bytes)| image.owner_in(host, bytes).is_some()) {
+            model.fill(None);
+        }
+    }
+}
+
+fn assert_reads_as(node: &[Option<Vec<u8>>], model: &[Option<Vec<u8>>], story: &str) {
+    for (i, (is, was)) in node.iter().zip(model).enumerate() {
+        assert!(was.is_none() || is == was, "{story}: sector {i}");
+    }
+}
+
+#[tokio::test]
+async fn an_image_in_use_is_repaired_and_used_on() {
+    let seed = Rng::seed_from_env();
+    let (mut used, mut refused) = (0, 0);
+    for i in 0..150 {
+        let seed = seed.wrapping_add(i);
+        let story = format!("seed {seed}");
+        let mut rng = Rng::new(seed);
+        let mut subject = Subject::new(&mut rng).await;
+        subject.damage(&mut rng);
+        let mut disk = MemoryDriver::new(subject.bytes.clone());
+        // Damaged entries name places far away.
+        disk.room = Some(64 << 20);
+        let driver = FaultDriver::new(Box::new(disk.clone()));
+        let faults = driver.faults();
+        let file = driver.into_node(NodeFlags::default()).await.unwrap();
+        let Ok((node, image)) = open_over(file, &subject.backing).await else {
+            refused += 1;
+            continue;
+        };
+        if node.length() == 0 {
+            continue;
+        }
+        let mut model = sectors(&node).await;
+        if rng.chance(50) {
+            let rule = Rule::fail_all(libc::EIO);
+            let nth = rng.below(40) as u32;
+            faults.add(match rng.chance(50) {
+                true => rule.only(nth),
+                false => rule.not_before(nth),
+            });
+        }
+        let result = node.check(CheckFix::All).await;
+        faults.clear();
+        assert_reads_as(&sectors(&node).await, &model, &story);
+        let is_sound = matches!(&result, Ok(r) if r.corruptions + r.check_errors == 0);
+        forget_metadata(&image, &mut model).await;
+        let usage = use_it(&node, &mut model, &mut rng).await;
+        let closed = node.driver().close().await;
+        if !is_sound || image.uncertain.load(Ordering::Acquire) {
+            // What is still damaged may show at any time.
+            continue;
+        }
+        used += 1;
+        // A cluster with two references may be a table and guest data, or compressed and not: no check says which is wrong, but neither is written, and it
+        // is said.
+        if let Err(e) = &usage {
+            assert_eq!(e.kind(), ErrorKind::Corrupt, "{story}: {result:?}");
+            continue;
+        }
+        if let Err(e) = &closed {
+            assert_eq!(e.kind(), ErrorKind::Corrupt, "{story}: {result:?}");
+            continue;
+        }
+        // What two tables share may be found again, and what was counted behind the end of the file. What the disk holds is right.
+        let file = MemoryDriver::new(disk.snapshot());
+        let file = file.into_node(READ_ONLY).await.unwrap();
+        let again = image_over(file, subject.backing.clone().open().await).await;
+        let node = node_over(again.unwrap(), READ_ONLY).await;
+        assert_reads_as(&sectors(&node).await, &model, &story);
+    }
+    println!("{used} used on after a repair, {refused} not opened for writing");
+    assert!(used > 20, "only {used} were of any use");
+}
+
+/// An image with one leak, one cluster that two entries share, and a wrong flag; its guest clusters 0 to 2 hold 1, 1, 3.
+async fn with_faults_of_three_kinds() -> CrashDriver {
+    let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
+    let (node, image) = open_on(disk.clone(), None).await;
+    for i in 0..4 {
+        write(&node, 4096 * i, 4096, 1 + i as u8).await.unwrap();
+    }
+    let first = image.l2.entry_now(0).unwrap();
+    let mut meta = image.meta.lock().await;
+    image.set_entry(&mut meta, 1, first).await.unwrap();
+    let mut third = image.l2.entry_now(2).unwrap();
+    third.word &= !OFLAG_COPIED;
+    image.set_entry(&mut meta, 2, third).await.unwrap();
+    drop(meta);
+    node.driver().close().await.unwrap();
+    assert_eq!(findings(disk.snapshot()).await.len(), 3);
+    disk
+}
+
+#[tokio::test]
+async fn what_is_in_memory_is_right_after_a_repair() {
+    let disk = with_faults_of_three_kinds().await;
+    let (node, _image) = open_on(disk.clone(), None).await;
+    assert_eq!(
+        read_all(&node).await[4096],
+        1,
+        "and the tables are in memory"
+    );
+    let found = node.check(CheckFix::All).await.unwrap();
+    assert_eq!((found.leaks_fixed, found.corruptions_fixed), (1, 4));
+    // The flags that were in memory said that this is a write in place.
+    write(&node, 0, 4096, 9).await.unwrap();
+    assert_eq!(read_all(&node).await[4096], 1, "the neighbour was written");
+    node.driver().close().await.unwrap();
+    let left = check_bytes(disk.snapshot()).await.unwrap();
+    assert_eq!(left.leaks, 0, "{:?}", left.messages);
+}
+
+#[tokio::test]
+async fn writers_need_not_stop_for_a_repair() {
+    let seed = Rng::seed_from_env();
+    let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
+    let (node, _image) = open_on(disk.clone(), None).await;
+    let writer = |task: u64, node: Arc<Node>| async move {
+        let mut rng = Rng::new(seed ^ task);
+        // Each has every fourth cluster.
+        let mut model = vec![0u8; 64];
+        for value in 1..60u8 {
+            let slot = rng.below(64);
+            let offset = (slot * 4 + task) * 4096;
+            if rng.chance(25) {
+                node.pdiscard(offset, 4096).await.unwrap();
+                model[slot as usize] = 0;
+            } else {
+                write(&node, offset, 4096, value).await.unwrap();
+                model[slot as usize] = value;
+            }
+        }
+        model
+    };
+    let writers: Vec<_> = (0..4)
+        .map(|t| tokio::spawn(writer(t, node.clone())))
+        .collect();
+    let checker = tokio::spawn({
+        let node = node.clone();
+        async move {
+            for i in 0..20 {
+                let fix = [CheckFix::None, CheckFix::Leaks, CheckFix::All][i % 3];
+                let found = node.check(fix).await.unwrap();
+                assert_eq!(found.messages, [""; 0], "{fix:?}");
+            }
+        }
+    });
+    checker.await.unwrap();
+    let mut models = Vec::new();
+    for writer in writers {
+        models.push(writer.await.unwrap());
+    }
+    let all = read_all(&node).await;
+    for (task, model) in models.iter().enumerate() {
+        for (slot, value) in model.iter().enumerate() {
+            assert_eq!(all[(slot * 4 + task) * 4096], *value);
+        }
+    }
+    node.driver().close().await.unwrap();
+    assert_eq!(findings(disk.snapshot()).await, [""; 0]);
+}
+
+// INV QCOW2-ORD-4: a cluster that a reader may still look at is not freed because no table refers to it.
+#[tokio::test]
+async fn a_repair_leaves_freed_clusters_to_their_readers() {
+    let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
+    let (node, image) = open_on(disk.clone(), None).await;
+    write(&node, 0, 4096, 1).await.unwrap();
+    write(&node, 4096, 4096, 2).await.unwrap();
+    node.flush().await.unwrap();
+    let host = image.l2.entry_now(0).unwrap().word & !OFLAG_COPIED;
+    let reader = image.epochs.enter();
+    node.pdiscard(0, 4096).await.unwrap();
+    node.flush().await.unwrap();
+    let found = node.check(CheckFix::All).await.unwrap();
+    assert_eq!(found.messages, [""; 0]);
+    for i in 2..8 {
+        write(&node, 4096 * i, 4096, 7).await.unwrap();
+    }
+    node.flush().await.unwrap();
+    let byte = disk.snapshot()[host as usize];
+    assert_eq!(byte, 1, "somebody else's data lies there now");
+    drop(reader);
+    node.flush().await.unwrap();
+    node.driver().close().await.unwrap();
+    assert_eq!(findings(disk.snapshot()).await, [""; 0]);
+}
+
+#[tokio::test]
+async fn what_can_not_be_repaired_in_use_says_so() {
+    let disk = with_faults_of_three_kinds().await;
+    let file = MemoryDriver::new(disk.snapshot())
+        .into_node(READ_ONLY)
+        .await;
+    let image = image_over(file.unwrap(), None).await.unwrap();
+    let node = node_over(image, READ_ONLY).await;
+    let error = node.check(CheckFix::Leaks).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ReadOnly);
+    assert_eq!(node.check(CheckFix::None).await.unwrap().leaks, 1);
+    // One that was found corrupt while it was open has to be closed: what it has in memory can't be trusted.
+    let (node, image) = open_on(disk.clone(), None).await;
+    image.signal_corruption("as a test says", 0);
+    let before = disk.snapshot();
+    let error = node.check(CheckFix::All).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    assert_eq!(node.check(CheckFix::None).await.unwrap().leaks, 1);
+    assert!(disk.snapshot() == before);
+}
