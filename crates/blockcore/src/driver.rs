@@ -253,6 +253,11 @@ pub trait BlockDriver: Send + Sync + 'static {
         false
     }
 
+    /// Whether what the node reads as lies encrypted in what is below it. `QEMU: BlockDriverState::encrypted`. *If omitted*: no.
+    fn is_encrypted(&self) -> bool {
+        false
+    }
+
     /// The nodes that this one is composed of: first the primary child, a backing node last.
     fn children(&self) -> Vec<&Child> {
         Vec::new()

@@ -4,8 +4,9 @@
 use crate::node::Node;
 use crate::options::OptionValue;
 
-/// Options come in this order in a `json:` name; the rest follows.
-const ORDER: [&str; 3] = ["read-zeroes", "offset", "driver"];
+/// Options come in this order in a `json:` name; the rest follows, and then [`LAST`].
+const ORDER: [&str; 4] = ["read-zeroes", "offset", "encrypt.key-secret", "driver"];
+const LAST: &str = "key-secret";
 
 impl Node {
     /// A name under which the same can be opened again: the file's, where that and the format say all, else `json:{...}` with the options that matter for
@@ -53,7 +54,11 @@ impl Node {
             }
             _ => {}
         }
-        let place = |key: &str| ORDER.iter().position(|k| *k == key).unwrap_or(ORDER.len());
+        let behind = |key: &str| ORDER.len() + usize::from(key == LAST);
+        let place = |key: &str| {
+            let found = ORDER.iter().position(|k| *k == key);
+            found.unwrap_or_else(|| behind(key))
+        };
         members.sort_by_key(|(key, _)| place(key));
         let members: Vec<String> = members
             .iter()

@@ -21,6 +21,10 @@ use crate::perm::Permissions;
 use crate::policy::OpenPolicy;
 use crate::registry::{Diagnostics, Registry};
 
+mod create;
+
+pub use create::CreateContext;
+
 /// How many bytes of an image the drivers see to recognise it: the first sector. `raw` refuses writes there that would make a guessed image look like
 /// another format's, and what it can't see must not count.
 pub const PROBE_BYTES: usize = SECTOR_BYTES as usize;
@@ -51,6 +55,7 @@ pub struct OpenOptions {
     policy: OpenPolicy,
     probe: bool,
     no_backing: bool,
+    no_io: bool,
     no_share: bool,
     for_check: bool,
     diagnostics: Diagnostics,
@@ -142,6 +147,12 @@ impl OpenOptions {
         self
     }
 
+    /// Opens an image to look at it, and never at what it holds: encrypted ones are opened without their keys, and guest data can't be read. Read-only images only.
+    pub fn no_io(mut self, on: bool) -> Self {
+        self.no_io = on;
+        self
+    }
+
     /// Opens the disk for [`Node::check`] and nothing else, so that images can be checked and repaired that are too damaged for any other use. Its driver
     /// may refuse to read and write.
     pub fn for_check(mut self, on: bool) -> Self {
@@ -183,6 +194,10 @@ impl OpenOptions {
                 "Without its backing files an image can only be opened read-only",
             ));
         }
+        if self.no_io && !self.flags.read_only {
+            let text = "Without guest data an image can only be opened read-only";
+            return Err(BlockError::invalid(text));
+        }
         if let Some(format) = self.format {
             self.options.set("driver", format);
         }
@@ -190,6 +205,7 @@ impl OpenOptions {
             registry: registry.clone(),
             probe: self.probe,
             no_backing: self.no_backing,
+            no_io: self.no_io,
             policy: self.policy,
             diagnostics: self.diagnostics,
         });
@@ -240,6 +256,7 @@ struct Shared {
     registry: Registry,
     probe: bool,
     no_backing: bool,
+    no_io: bool,
     policy: OpenPolicy,
     diagnostics: Diagnostics,
 }
@@ -295,6 +312,11 @@ impl OpenContext<'_> {
     /// Whether the format was guessed.
     pub fn probed(&self) -> bool {
         self.probed
+    }
+
+    /// Whether the image is only looked at, so that no key is wanted: see [`OpenOptions::no_io`].
+    pub fn no_io(&self) -> bool {
+        self.shared.no_io
     }
 
     /// Whether nothing but a check follows ([`OpenOptions::for_check`]).
@@ -716,78 +738,4 @@ fn take_node_flags(options: &mut Options, mut flags: NodeFlags) -> Result<NodeFl
         ));
     }
     Ok(flags)
-}
-
-/// What a driver's `create` gets to know, and how it makes and opens the file it writes to.
-pub struct CreateContext<'a> {
-    registry: &'a Registry,
-    diagnostics: Diagnostics,
-}
-
-impl<'a> CreateContext<'a> {
-    pub(crate) fn new(registry: &'a Registry, diagnostics: Diagnostics) -> CreateContext<'a> {
-        CreateContext {
-            registry,
-            diagnostics,
-        }
-    }
-}
-
-impl CreateContext<'_> {
-    /// Makes the protocol-level file, `bytes` long, and opens it for writing.
-    ///
-    /// # Errors
-    /// The protocol driver's.
-    pub async fn create_file(&self, filename: &str, options: Options) -> Result<Backend> {
-        let protocol = self.registry.find_protocol(filename).await?;
-        protocol.create(self, filename, options).await?;
-        let shared = Arc::new(Shared {
-            registry: self.registry.clone(),
-            probe: false,
-            no_backing: false,
-            policy: OpenPolicy::Deny,
-            diagnostics: self.diagnostics.clone(),
-        });
-        let request = NodeRequest {
-            filename: Some(filename.to_owned()),
-            options: Options::new(),
-            // A half-made image is of no use after a crash: nothing of it needs to be durable before it is whole.
-            flags: NodeFlags {
-                no_flush: true,
-                ..NodeFlags::default()
-            },
-            kind: NodeKind::Protocol,
-            permissions: Permissions::storage(true),
-            ancestors: Vec::new(),
-            by_image: false,
-            for_check: false,
-        };
-        let node = open_node(&shared, request).await?;
-        node.driver()
-            .set_permissions(Permissions::storage(true))
-            .await?;
-        Ok(Backend::new(node, false))
-    }
-
-    /// Takes away a file that [`create_file`](CreateContext::create_file) has made and that is closed again, since no image has come of it. A driver
-    /// that can't leaves it.
-    pub async fn delete_file(&self, filename: &str) {
-        let deleted = match self.registry.find_protocol(filename).await {
-            Ok(protocol) => protocol.delete(filename).await,
-            Err(e) => Err(e),
-        };
-        if let Err(e) = deleted {
-            tracing::debug!("the half-made image {filename} stays: {e}");
-        }
-    }
-
-    /// The drivers at hand.
-    pub fn registry(&self) -> &Registry {
-        self.registry
-    }
-
-    /// Where warnings go.
-    pub fn diagnostics(&self) -> &Diagnostics {
-        &self.diagnostics
-    }
 }

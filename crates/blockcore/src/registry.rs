@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The [`Registry`] of drivers that a program works with, and [`Diagnostics`]: where warnings go that are no errors.
+//! The [`Registry`] of drivers (and secrets) that a program works with, and [`Diagnostics`]: where warnings go that are no errors.
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,6 +9,7 @@ use crate::error::{BlockError, ErrorKind, Result};
 use crate::name::protocol_of;
 use crate::open::CreateContext;
 use crate::options::Options;
+use crate::secret::Secrets;
 
 /// Where warnings go that are no errors: lines for people, without a program's prefix.
 #[derive(Clone)]
@@ -38,10 +39,11 @@ impl fmt::Debug for Diagnostics {
     }
 }
 
-/// The drivers that a program works with. A value, not a global: two registries can differ.
+/// The drivers that a program works with, and the secrets that they may ask for. A value, not a global: two registries can differ.
 #[derive(Clone, Default)]
 pub struct Registry {
     drivers: Vec<Arc<dyn DriverFactory>>,
+    secrets: Secrets,
 }
 
 impl fmt::Debug for Registry {
@@ -71,6 +73,17 @@ impl Registry {
     /// The drivers, in the order they were added.
     pub fn drivers(&self) -> impl Iterator<Item = &Arc<dyn DriverFactory>> {
         self.drivers.iter()
+    }
+
+    /// The passwords and keys that options name by id. Clones of a registry share them.
+    pub fn secrets(&self) -> &Secrets {
+        &self.secrets
+    }
+
+    /// The same drivers with other secrets: for a program whose disks must not see each other's.
+    pub fn with_secrets(mut self, secrets: Secrets) -> Registry {
+        self.secrets = secrets;
+        self
     }
 
     /// The driver of a name.

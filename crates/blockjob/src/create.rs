@@ -271,6 +271,7 @@ async fn check_backing(
     }
     let mut open = OpenOptions::new()
         .read_only(true)
+        .no_io(true)
         .probe(true)
         .policy(OpenPolicy::Everything)
         .diagnostics(diagnostics.clone());

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What an application depends on: the standard drivers in one [`registry()`], and the block layer's interface.
 //!
-//! Drivers are feature flags (`raw`, `qcow2`, `filters`; all on by default), so that a program carries only what it uses.
+//! Drivers are feature flags (`raw`, `qcow2`, `luks`, `filters`; all on by default), so that a program carries only what it uses.
 
 pub use blockcore::*;
 
@@ -9,6 +9,8 @@ pub use blockcore::*;
 pub use blockjob as job;
 #[cfg(feature = "filters")]
 pub use filters;
+#[cfg(feature = "luks")]
+pub use luks;
 #[cfg(feature = "qcow2")]
 pub use qcow2;
 #[cfg(feature = "raw")]
@@ -26,6 +28,8 @@ pub fn registry() -> Registry {
     }
     #[cfg(feature = "qcow2")]
     registry.register(qcow2::Qcow2Factory);
+    #[cfg(feature = "luks")]
+    registry.register(luks::LuksFactory);
     #[cfg(feature = "filters")]
     {
         registry.register(filters::NullFactory::CO);

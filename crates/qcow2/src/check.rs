@@ -54,6 +54,7 @@ use cluster_map::ClusterMap;
 use count::Use;
 use snapshots::Snapshots;
 
+pub(crate) use extensions::encryption_header;
 pub(crate) use only::open;
 
 /// The most clusters that a check counts: a gigabyte of counters, if all of them are in use.

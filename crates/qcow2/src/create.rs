@@ -10,7 +10,9 @@ use blockcore::{
     MAX_LENGTH_BYTES, OptionKind, Options, Preallocation, Result, SECTOR_BYTES, TruncateRequest,
     WriteFlags,
 };
+use luks::MadeVolume;
 
+use crate::crypto::{CryptMethod, Crypto, NewCrypto};
 use crate::data_file::DataFile;
 use crate::extension::{self, Extension};
 use crate::format::{
@@ -41,6 +43,60 @@ pub(crate) const fn option(
 /// What `create` knows, in the order in which tools show it.
 pub fn create_options() -> &'static [CreateOption] {
     const OPTIONS: &[CreateOption] = &[
+        option(
+            "encryption",
+            OptionKind::Bool,
+            "As encrypt.format=aes (deprecated)",
+            None,
+        ),
+        option(
+            "encrypt.format",
+            OptionKind::String,
+            "How to encrypt: luks, or aes, which is easily broken",
+            None,
+        ),
+        option(
+            "encrypt.key-secret",
+            OptionKind::String,
+            "Id of the secret that is the password",
+            None,
+        ),
+        option(
+            "encrypt.cipher-alg",
+            OptionKind::String,
+            "Cipher with its key length: aes-256 if not given",
+            None,
+        ),
+        option(
+            "encrypt.cipher-mode",
+            OptionKind::String,
+            "How the blocks of a sector are chained: xts if not given",
+            None,
+        ),
+        option(
+            "encrypt.ivgen-alg",
+            OptionKind::String,
+            "Where initialisation vectors come from: plain64 if not given",
+            None,
+        ),
+        option(
+            "encrypt.ivgen-hash-alg",
+            OptionKind::String,
+            "Hash of the key for essiv: sha256 if not given",
+            None,
+        ),
+        option(
+            "encrypt.hash-alg",
+            OptionKind::String,
+            "Hash that passwords go through: sha256 if not given",
+            None,
+        ),
+        option(
+            "encrypt.iter-time",
+            OptionKind::Number,
+            "Milliseconds that it takes to try a password: 2000 if not given",
+            None,
+        ),
         option(
             "cluster_size",
             OptionKind::Size,
@@ -108,18 +164,6 @@ pub fn create_options() -> &'static [CreateOption] {
             "Bits in a refcount",
             Some("16"),
         ),
-        option(
-            "encryption",
-            OptionKind::Bool,
-            "Legacy encryption (not supported yet)",
-            None,
-        ),
-        option(
-            "encrypt.format",
-            OptionKind::String,
-            "Encryption format (not supported yet)",
-            None,
-        ),
     ];
     OPTIONS
 }
@@ -130,16 +174,11 @@ struct Request {
     preallocation: Preallocation,
     header: Header,
     data_file: Option<String>,
+    crypto: Option<NewCrypto>,
 }
 
 fn invalid<T>(text: impl Into<String>) -> Result<T> {
     Err(BlockError::invalid(text))
-}
-
-fn not_yet<T>(what: &str) -> Result<T> {
-    Err(BlockError::unsupported(format!(
-        "{what} is not supported yet"
-    )))
 }
 
 /// Makes an image.
@@ -147,11 +186,15 @@ fn not_yet<T>(what: &str) -> Result<T> {
 /// # Errors
 /// `InvalidArgument` for options that make no sense, `Unsupported` for those of later releases, both before anything is written; those of the file.
 pub async fn create(ctx: &CreateContext<'_>, filename: &str, mut options: Options) -> Result<()> {
-    let request = check_options(&mut options)?;
+    let mut request = check_options(&mut options)?;
+    let volume = match request.crypto.take() {
+        Some(crypto) => crypto.make(ctx.registry()).await?,
+        None => None,
+    };
     // What is left is the file's (`nocow` ...); it refuses what it doesn't know.
     options.set("size", "0");
     let file = ctx.create_file(filename, options).await?;
-    let written = write_both(&file, &request, ctx).await;
+    let written = write_both(&file, &request, volume.as_ref(), ctx).await;
     let closed = file.close().await;
     let created = written.and(closed);
     if created.is_err() {
@@ -162,9 +205,6 @@ pub async fn create(ctx: &CreateContext<'_>, filename: &str, mut options: Option
 
 /// Reads all options and then checks them; that order, and the order within, decides which of several mistakes is told.
 fn check_options(options: &mut Options) -> Result<Request> {
-    if options.take_bool("encryption")?.unwrap_or(false) || options.has_subtree("encrypt") {
-        return not_yet("Encryption");
-    }
     let cluster_size = options.take_size("cluster_size")?.unwrap_or(65536);
     let extended_l2 = options.take_bool("extended_l2")?.unwrap_or(false);
     let lazy = options.take_bool("lazy_refcounts")?.unwrap_or(false);
@@ -179,6 +219,7 @@ fn check_options(options: &mut Options) -> Result<Request> {
     };
     let backing = options.take_str("backing_file").filter(|b| !b.is_empty());
     let backing_format = options.take_str("backing_fmt");
+    let crypto = NewCrypto::take(options)?;
     let preallocation = match options.take_str("preallocation") {
         None => Preallocation::Off,
         Some(name) => match Preallocation::from_name(&name) {
@@ -257,6 +298,9 @@ fn check_options(options: &mut Options) -> Result<Request> {
         }),
     )?;
     let mut header = header;
+    if let Some(crypto) = &crypto {
+        header.set_crypt_method(crypto.method());
+    }
     if let Some(name) = &data_file {
         header.set_data_file(name, data_file_raw);
     }
@@ -265,6 +309,7 @@ fn check_options(options: &mut Options) -> Result<Request> {
         preallocation,
         header,
         data_file,
+        crypto,
     })
 }
 
@@ -341,6 +386,7 @@ fn fresh_header(
         refcount_order: geometry.refcount_order,
         header_length: V3_HEADER_BYTES,
         compression_type,
+        crypt_method: CryptMethod::None,
         backing,
         extensions,
     };
@@ -371,15 +417,16 @@ fn fresh_header(
 async fn write_both(
     file: &blockcore::Backend,
     request: &Request,
+    volume: Option<&MadeVolume>,
     ctx: &CreateContext<'_>,
 ) -> Result<()> {
     let Some(name) = &request.data_file else {
-        return write_image(file, None, request, ctx).await;
+        return write_image(file, None, request, volume, ctx).await;
     };
     let mut options = Options::new();
     options.set("size", "0");
     let data = ctx.create_file(name, options).await?;
-    let written = write_image(file, Some(&data), request, ctx).await;
+    let written = write_image(file, Some(&data), request, volume, ctx).await;
     written.and(data.close().await)
 }
 
@@ -387,6 +434,7 @@ async fn write_image(
     file: &blockcore::Backend,
     data: Option<&blockcore::Backend>,
     request: &Request,
+    volume: Option<&MadeVolume>,
     ctx: &CreateContext<'_>,
 ) -> Result<()> {
     let header = &request.header;
@@ -400,7 +448,7 @@ async fn write_image(
     file.root()
         .pwritev(0, IoBuf::from(bytes), WriteFlags::empty())
         .await?;
-    if request.size == 0 {
+    if request.size == 0 && volume.is_none() {
         return Ok(());
     }
     let child = Child::new("file", ChildRole::File, file.root().clone());
@@ -409,6 +457,7 @@ async fn write_image(
         let child = Child::new("data-file", ChildRole::Data, data.root().clone());
         image.data = DataFile::Outside(child);
     }
+    image.crypto = Crypto::without_key(header.crypt_method);
     let image = Arc::new(image);
     image.prepare_writing().await?;
     image.writable.store(true, Ordering::Release);
@@ -417,7 +466,10 @@ async fn write_image(
         preallocation: request.preallocation,
         ..Default::default()
     };
-    let grown = image.truncate(grow).await;
+    let mut grown = image.truncate(grow).await;
+    if let (Ok(()), Some(volume)) = (&grown, volume) {
+        grown = image.write_encryption_header(volume).await;
+    }
     image.tasks.wait_idle().await;
     let closed = match image.data.child() {
         Some(data) => data.close().await,

@@ -49,7 +49,11 @@ impl Header {
             kind: extension::DATA_FILE,
             data: name.as_bytes().to_vec(),
         };
-        // Names of features come last: they may be left out.
+        self.insert_before_feature_names(extension);
+    }
+
+    /// Adds an extension. Names of features come last: they may be left out.
+    pub(crate) fn insert_before_feature_names(&mut self, extension: Extension) {
         let names = |e: &Extension| e.kind == extension::FEATURE_NAMES;
         let at = self.extensions.iter().position(names);
         let at = at.unwrap_or(self.extensions.len());

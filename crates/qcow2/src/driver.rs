@@ -8,14 +8,17 @@ use async_trait::async_trait;
 use blockcore::{
     BackingName, BlockDriver, BlockError, BlockLimits, BlockStatus, CheckFix, CheckResult, Child,
     DriverInfo, ErrorKind, IoBuf, IoBufMut, Options, PreparedReopen, ReadFlags, ReopenRequest,
-    Result, SnapshotInfo, SnapshotRequest, SnapshotSelector, SpecificInfo, StatusMode,
-    TruncateRequest, WriteFlags,
+    Result, SECTOR_BYTES, SnapshotInfo, SnapshotRequest, SnapshotSelector, SpecificInfo,
+    StatusMode, TruncateRequest, WriteFlags,
 };
 
 use crate::header::{Header, Incompatible};
 use crate::image::Image;
 use crate::runtime::RuntimeOptions;
 use crate::{info, snapshot};
+
+/// The longest request to an encrypted image, in bytes: each write makes a copy.
+const ENCRYPTED_BYTES_MAX: u64 = 2 << 20;
 
 /// An open qcow2 image.
 pub struct Qcow2 {
@@ -46,6 +49,14 @@ impl BlockDriver for Qcow2 {
         true
     }
 
+    fn is_encrypted(&self) -> bool {
+        self.image.is_encrypted()
+    }
+
+    fn strong_options(&self) -> &'static [&'static str] {
+        &["encrypt.key-secret"]
+    }
+
     fn children(&self) -> Vec<&Child> {
         std::iter::once(&self.image.file)
             .chain(self.image.data.child())
@@ -58,7 +69,13 @@ impl BlockDriver for Qcow2 {
     }
 
     fn limits(&self) -> BlockLimits {
+        let (request_alignment, max_transfer) = match self.image.is_encrypted() {
+            true => (SECTOR_BYTES as u32, ENCRYPTED_BYTES_MAX),
+            false => (1, 0),
+        };
         BlockLimits {
+            request_alignment,
+            max_transfer,
             pwrite_zeroes_alignment: self.image.subcluster_size() as u32,
             // As QEMU: subclusters are not discarded.
             pdiscard_alignment: self.image.cluster_size() as u32,
@@ -147,7 +164,10 @@ impl BlockDriver for Qcow2 {
 
     async fn specific_info(&self) -> Result<Option<SpecificInfo>> {
         let header = self.header();
-        Ok(Some(info::specific_info(&header)))
+        Ok(Some(info::specific_info(
+            &header,
+            self.image.crypto.as_ref(),
+        )))
     }
 
     async fn snapshots(&self) -> Result<Vec<SnapshotInfo>> {

@@ -8,6 +8,7 @@ use blockcore::{BackingName, BlockError, Child, ErrorKind, IoBufMut, ReadFlags, 
 use zerocopy::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use crate::crypto::CryptMethod;
 use crate::extension::{self, Extension};
 use crate::format::{
     Geometry, MAGIC, MAX_BACKING_NAME_BYTES, MAX_CLUSTER_BITS, MAX_L1_BYTES,
@@ -142,6 +143,8 @@ pub struct Header {
     pub header_length: u32,
     /// How compressed clusters are compressed.
     pub compression_type: CompressionType,
+    /// How guest data is encrypted.
+    pub crypt_method: CryptMethod,
     /// The backing file, and its format from the header extension.
     pub backing: Option<BackingName>,
     /// The header extensions, all of them.
@@ -267,16 +270,19 @@ impl Header {
             refcount_order,
             header_length,
             compression_type,
+            crypt_method: CryptMethod::None,
             backing: None,
             extensions: Vec::new(),
         };
         header.check_tables(purpose)?;
         header.extensions = extension::parse(area)?;
-        match raw.crypt_method.get() {
-            0 => {}
-            1 | 2 if purpose == Purpose::Check => {}
-            1 | 2 => return not_yet("Encrypted images are not supported yet"),
-            n => return bad(format!("Unsupported encryption method {}", n as i32)),
+        let method = raw.crypt_method.get();
+        header.crypt_method = match CryptMethod::from_number(method) {
+            Some(method) => method,
+            None => return bad(format!("Unsupported encryption method {}", method as i32)),
+        };
+        if purpose == Purpose::Use {
+            header.check_encryption()?;
         }
         let name_bytes = raw.backing_file_size.get();
         header.backing = read_backing(head, backing_at, name_bytes, &header.extensions)?;
@@ -391,7 +397,7 @@ impl Header {
             backing_file_size: U32::ZERO,
             cluster_bits: U32::new(self.cluster_bits),
             size: U64::new(self.size),
-            crypt_method: U32::ZERO,
+            crypt_method: U32::new(self.crypt_method.number()),
             l1_size: U32::new(self.l1_size),
             l1_table_offset: U64::new(self.l1_table_offset),
             refcount_table_offset: U64::new(self.refcount_table_offset),

@@ -23,6 +23,7 @@ use blockcore::{
 
 use crate::alloc::Meta;
 use crate::commit::CommitState;
+use crate::crypto::Crypto;
 use crate::data_file::DataFile;
 use crate::epoch::Epochs;
 use crate::format::{L1E_OFFSET_MASK, L2E_OFFSET_MASK, OFLAG_ZERO};
@@ -78,6 +79,7 @@ pub(crate) enum Owner {
     SnapshotTable,
     InactiveL1,
     InactiveL2,
+    EncryptionHeader,
     /// Two structures claim it: nothing may be written there.
     Disputed,
 }
@@ -93,6 +95,7 @@ impl Owner {
             Owner::SnapshotTable => "snapshot table",
             Owner::InactiveL1 => "inactive L1 table",
             Owner::InactiveL2 => "inactive L2 table",
+            Owner::EncryptionHeader => "encryption header",
             Owner::Disputed => "disputed metadata",
         }
     }
@@ -103,6 +106,8 @@ pub(crate) struct Image {
     pub file: Child,
     pub backing: Option<Child>,
     pub data: DataFile,
+    /// How guest data is encrypted, if it is.
+    pub crypto: Option<Crypto>,
     pub header: Mutex<Header>,
     /// 2 or 3; `amend` changes it.
     pub format_version: AtomicU32,

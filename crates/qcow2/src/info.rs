@@ -4,10 +4,11 @@
 use blockcore::SpecificInfo;
 use serde_json::{Map, Value};
 
+use crate::crypto::Crypto;
 use crate::header::{Compatible, Header};
 
 /// The facts of a header, in the order and the words of the tools.
-pub fn specific_info(header: &Header) -> SpecificInfo {
+pub fn specific_info(header: &Header, crypto: Option<&Crypto>) -> SpecificInfo {
     let mut data = Map::new();
     let mut put = |key: &str, value: Value| data.insert(key.to_owned(), value);
     put(
@@ -28,6 +29,9 @@ pub fn specific_info(header: &Header) -> SpecificInfo {
     if let Some(name) = header.data_file_name().filter(|_| header.has_data_file()) {
         put("data-file", name.into());
         put("data-file-raw", header.is_data_file_raw().into());
+    }
+    if let Some(crypto) = crypto {
+        put("encrypt", crypto.info().into());
     }
     if header.version >= 3 {
         put("corrupt", header.is_corrupt().into());

@@ -13,6 +13,7 @@ mod check;
 mod commit;
 mod compressed;
 mod create;
+mod crypto;
 mod data_file;
 mod driver;
 mod epoch;

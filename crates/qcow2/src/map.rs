@@ -28,15 +28,16 @@ impl Image {
             None => self.file.node().clone(),
         };
         let within = self.in_cluster(offset);
+        let mapped = |flags, host: u64| match self.is_encrypted() {
+            // What lies there is not what the guest reads.
+            true => BlockStatus::new(flags, covered),
+            false => BlockStatus::mapped(flags, covered, host + within, file()),
+        };
         Ok(match mapping {
             Mapping::Unallocated => BlockStatus::new(StatusFlags::empty(), covered),
-            Mapping::Reserved { host, .. } => {
-                BlockStatus::mapped(StatusFlags::empty(), covered, host + within, file())
-            }
+            Mapping::Reserved { host, .. } => mapped(StatusFlags::empty(), host),
             Mapping::ZeroPlain => BlockStatus::new(StatusFlags::ZERO, covered),
-            Mapping::ZeroAllocated { host, .. } => {
-                BlockStatus::mapped(StatusFlags::ZERO, covered, host + within, file())
-            }
+            Mapping::ZeroAllocated { host, .. } => mapped(StatusFlags::ZERO, host),
             Mapping::Compressed(_) => {
                 BlockStatus::new(StatusFlags::DATA | StatusFlags::COMPRESSED, covered)
             }
@@ -46,7 +47,7 @@ impl Image {
                     // Clusters that were allocated and never written: the host knows that they are holes.
                     flags |= StatusFlags::RECURSE;
                 }
-                BlockStatus::mapped(flags, covered, host + within, file())
+                mapped(flags, host)
             }
         })
     }
@@ -57,7 +58,8 @@ impl Image {
         if let Some(&known) = self.metadata_preallocated.get() {
             return Ok(known);
         }
-        if self.has_data_file() {
+        // Where data is encrypted, a hole of the host is noise.
+        if self.has_data_file() || self.is_encrypted() {
             return Ok(false);
         }
         let found = match self.file.driver().allocated_size().await? {

@@ -15,6 +15,7 @@ use blockcore::{
 
 use crate::alloc::Meta;
 use crate::commit::CommitState;
+use crate::crypto::Crypto;
 use crate::data_file::DataFile;
 use crate::driver::Qcow2;
 use crate::format::{L1E_OFFSET_MASK, MAGIC};
@@ -67,11 +68,13 @@ impl DriverFactory for Qcow2Factory {
         }
         let mut runtime = RuntimeOptions::new(header.cluster_bits);
         runtime.take(options, &header)?;
+        let encrypt = options.take_subtree("encrypt");
         let backing = ctx.open_backing(options, header.backing.as_ref()).await?;
         let data = DataFile::open(ctx, options, &header).await?;
         let diagnostics = ctx.diagnostics().clone();
         let mut image = open_with(file, backing, header, runtime, diagnostics).await?;
         image.data = data;
+        image.crypto = Crypto::open(ctx, encrypt, &image).await?;
         if writable {
             image.prepare_writing().await?;
             image.writable.store(true, Ordering::Release);
@@ -161,6 +164,7 @@ async fn open_with(
         file,
         backing,
         data: DataFile::Inside,
+        crypto: None,
         format_version: AtomicU32::new(header.version),
         cluster_bits: bits,
         entry_format: entries,
@@ -263,6 +267,7 @@ impl Image {
         for &offset in meta.refcounts.table().iter().filter(|&&o| aligned(o)) {
             self.own(offset, cluster, Owner::RefcountBlock);
         }
+        self.own_encryption_header(header)?;
         if header.nb_snapshots > 0 {
             let table = snapshot::read_table(header, &self.file).await?;
             self.own(header.snapshots_offset, table.bytes, Owner::SnapshotTable);

@@ -30,9 +30,11 @@ impl Image {
             };
             let (part, rest) = left.split_at_mut(bytes as usize);
             let served = match mapping {
-                Mapping::Data { host, .. } => self
-                    .storage()
-                    .is_ok_and(|s| s.read_nowait(host + self.in_cluster(at), part)),
+                Mapping::Data { host, .. } => {
+                    let host = host + self.in_cluster(at);
+                    self.storage().is_ok_and(|s| s.read_nowait(host, part))
+                        && self.decrypt_nowait(at, host, part)
+                }
                 Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => {
                     part.fill(0);
                     true
@@ -133,9 +135,12 @@ impl Image {
         match mapping {
             Mapping::Data { host, .. } => {
                 self.file.debug_event(DebugEvent::ReadAio).await;
-                self.storage()?
-                    .preadv(host + self.in_cluster(offset), buf, ReadFlags::empty())
-                    .await
+                let host = host + self.in_cluster(offset);
+                let read = self
+                    .storage()?
+                    .preadv(host, buf, ReadFlags::empty())
+                    .await?;
+                self.decrypt(offset, host, read).await
             }
             Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => {
                 buf.fill(0);

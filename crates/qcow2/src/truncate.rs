@@ -207,6 +207,10 @@ impl Image {
 
     /// Gives every cluster of `old..new` a host cluster that reads as zero. The caller holds `changing` and an epoch.
     async fn preallocate(self: &Arc<Self>, old: u64, new: u64, mode: Preallocation) -> Result<()> {
+        if self.is_encrypted() && self.version() < 3 {
+            let text = "Preallocation of encrypted images needs compatibility level 1.1 and above";
+            return Err(BlockError::unsupported(text));
+        }
         let mut at = old.div_ceil(self.cluster_size());
         let end = new.div_ceil(self.cluster_size());
         if self.entries().is_extended && self.in_cluster(old) != 0 {
@@ -306,7 +310,11 @@ impl Image {
             let host = (run.cluster + i) << self.cluster_bits;
             let old = self.entry(first + i).await?;
             // Subclusters stay what they are: only their place is kept.
-            let new = self.entries().written(old, host, 0..0);
+            let mut new = self.entries().written(old, host, 0..0);
+            if self.is_encrypted() && !self.entries().is_extended {
+                // What was never written is noise.
+                new = self.entries().zeroed(new);
+            }
             let old = self.set_entry(meta, first + i, new).await?;
             self.free_mapping(meta, &old, false)?;
         }

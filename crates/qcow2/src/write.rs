@@ -49,7 +49,7 @@ impl Image {
         if !self.orphans.any() {
             let epoch = self.epochs.enter();
             if let Some(runs) = self.runs_in_place(offset, buf.len() as u64).await? {
-                return self.write_in_place(&runs, buf).await;
+                return self.write_in_place(offset, &runs, buf).await;
             }
             drop(epoch);
         }
@@ -158,29 +158,34 @@ impl Image {
         Ok(Some(runs))
     }
 
-    async fn write_in_place(&self, runs: &[(u64, u64)], buf: IoBuf) -> Result<()> {
+    async fn write_in_place(&self, offset: u64, runs: &[(u64, u64)], buf: IoBuf) -> Result<()> {
         if let [(host, bytes)] = *runs {
             self.check_data_write(host, bytes)?;
             self.file.debug_event(DebugEvent::WriteAio).await;
-            return self
-                .storage()?
-                .pwritev(host, buf, WriteFlags::empty())
-                .await;
+            return self.write_data(offset, host, buf).await;
         }
         let mut writes = FuturesUnordered::new();
         let mut done = 0;
         for &(host, bytes) in runs {
             self.check_data_write(host, bytes)?;
             let part = buf.slice(done..done + bytes as usize);
-            done += bytes as usize;
             self.file.debug_event(DebugEvent::WriteAio).await;
-            writes.push(self.storage()?.pwritev(host, part, WriteFlags::empty()));
+            writes.push(self.write_data(offset + done as u64, host, part));
+            done += bytes as usize;
         }
         let mut result = Ok(());
         while let Some(one) = writes.next().await {
             result = result.and(one);
         }
         result
+    }
+
+    /// Writes guest data to where it lies, encrypted if it has to be.
+    async fn write_data(&self, offset: u64, host: u64, buf: IoBuf) -> Result<()> {
+        let data = self.encrypt(offset, host, buf).await?;
+        self.storage()?
+            .pwritev(host, data, WriteFlags::empty())
+            .await
     }
 
     /// As [`write`](Image::write), whatever the clusters are. The caller holds `changing`.
@@ -201,6 +206,7 @@ impl Image {
         match mapping {
             Mapping::Data { host, copied: true } => {
                 self.write_in_place(
+                    at,
                     &[(host + self.in_cluster(at), bytes)],
                     buf.slice(..bytes as usize),
                 )
@@ -279,8 +285,8 @@ impl Image {
                 .await?;
             self.alloc_data(&mut meta, first, count).await?
         };
-        // Subclusters are small enough to be written whole, and the file has to reach no further.
-        run.fresh &= !self.entries().is_extended;
+        // Subclusters are small enough to be written whole, and the file has to reach no further. Where data is encrypted, what is not written is noise.
+        run.fresh &= !self.entries().is_extended && !self.is_encrypted();
         let sparse = run.fresh && (self.in_cluster(at) | bytes) & (self.cluster_size() - 1) != 0;
         let filled = async {
             self.fill_run(at, buf, run, &written).await?;
@@ -315,7 +321,7 @@ impl Image {
         }
         let host = (run.cluster << self.cluster_bits) + self.in_cluster(written.start);
         self.check_data_write(host, written.end - written.start)?;
-        let may_skip = run.fresh || self.entries().is_extended;
+        let may_skip = run.fresh || (self.entries().is_extended && !self.is_encrypted());
         let mut head = self.cow_part(written.start..at, may_skip).await?;
         let mut tail = self.cow_part(end..written.end, may_skip).await?;
         if !run.fresh && may_skip {
@@ -332,9 +338,7 @@ impl Image {
         all.append(buf);
         all.append(tail.unwrap_or_default());
         self.file.debug_event(DebugEvent::WriteAio).await;
-        self.storage()?
-            .pwritev(start, all, WriteFlags::empty())
-            .await
+        self.write_data(from, start, all).await
     }
 
     /// Has the host make zeroes of all that is going to be written, if there are enough of them `around` the data, and it can.

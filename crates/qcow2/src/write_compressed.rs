@@ -35,8 +35,12 @@ impl Image {
     /// Writes whole clusters, compressed. What doesn't get shorter is written as it is.
     ///
     /// # Errors
-    /// `InvalidArgument` for parts of clusters; `Io` where a cluster is allocated already, as QEMU has it; otherwise as [`write`](Image::write).
+    /// `InvalidArgument` for parts of clusters; `Unsupported` in encrypted images; `Io` where a cluster is allocated already, as QEMU has it; otherwise as [`write`](Image::write).
     pub async fn write_compressed(self: &Arc<Self>, offset: u64, buf: IoBuf) -> Result<()> {
+        if self.is_encrypted() {
+            // Nobody would decrypt it: it would have to lie there for everybody to read.
+            return Err(BlockError::from_errno(libc::ENOTSUP));
+        }
         self.check_sound()?;
         self.check_no_data_file()?;
         let end = offset + buf.len() as u64;

@@ -10,7 +10,7 @@ use crate::Tool;
 use crate::console::Outcome;
 use crate::image::Image;
 use crate::number::{INT_MAX, MAX};
-use crate::options::{IMAGE_OPTS, OBJECT, OWN, Words};
+use crate::options::{IMAGE_OPTS, OWN, Words};
 
 const PATTERN: char = OWN as char;
 const FLUSH_INTERVAL: char = (OWN + 1) as char;
@@ -34,7 +34,6 @@ const LONG: &[Long] = &[
     long("aio", Arg::Required, 'i'),
     long("native", Arg::No, 'n'),
     long("force-share", Arg::No, 'U'),
-    long("object", Arg::Required, OBJECT),
 ];
 
 impl Tool {

@@ -25,6 +25,8 @@ pub(crate) struct Image {
     pub cache: CacheMode,
     pub force_share: bool,
     pub no_backing: bool,
+    /// It is only looked at, so that no key is wanted.
+    pub no_io: bool,
     /// Nobody else may write to it meanwhile.
     pub no_share: bool,
     /// It is opened for a check and nothing else.
@@ -44,6 +46,7 @@ impl Image {
             cache: WRITEBACK,
             force_share: false,
             no_backing: false,
+            no_io: false,
             no_share: false,
             for_check: false,
             options: Options::new(),
@@ -86,6 +89,7 @@ impl Tool {
             .probe(true)
             .policy(OpenPolicy::Everything)
             .no_backing(image.no_backing)
+            .no_io(image.no_io)
             .no_share(image.no_share)
             .for_check(image.for_check)
             .diagnostics(self.console.diagnostics());

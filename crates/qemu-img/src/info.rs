@@ -34,6 +34,7 @@ struct NodeInfo {
     length: u64,
     allocated: Option<u64>,
     cluster_size: u64,
+    is_encrypted: bool,
     is_dirty: bool,
     backing: Option<BackingName>,
     full_backing: Option<String>,
@@ -61,6 +62,7 @@ impl Tool {
         let image = Image {
             force_share,
             no_backing: true,
+            no_io: true,
             ..Image::new(name, format, image_opts)
         };
         let layers = self.collect(image, chain).await?;
@@ -107,6 +109,7 @@ impl Tool {
                     image = Image {
                         force_share: image.force_share,
                         no_backing: true,
+                        no_io: true,
                         ..Image::new(next, next_format, false)
                     };
                 }
@@ -135,6 +138,9 @@ impl Tool {
         ));
         let on_disk = info.allocated.map_or("unavailable".to_owned(), human_size);
         print(format!("disk size: {on_disk}"));
+        if info.is_encrypted {
+            print("encrypted: yes".to_owned());
+        }
         if info.cluster_size > 0 {
             print(format!("cluster_size: {}", info.cluster_size));
         }
@@ -190,6 +196,7 @@ async fn node_info(node: &Node) -> Result<NodeInfo> {
         // Without a number there still is all the rest to say.
         allocated: driver.allocated_size().await.unwrap_or_default(),
         cluster_size: general.cluster_size,
+        is_encrypted: driver.is_encrypted(),
         is_dirty: general.is_dirty,
         full_backing: backing
             .as_ref()
@@ -235,6 +242,9 @@ fn json_node(info: &NodeInfo) -> Value {
     }
     if let Some(full) = &info.full_backing {
         put("full-backing-filename", full.as_str().into());
+    }
+    if info.is_encrypted {
+        put("encrypted", true.into());
     }
     if let Some(backing) = &info.backing {
         put("backing-filename", backing.filename.as_str().into());

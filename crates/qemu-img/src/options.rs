@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! [`Words`]: a command's options, taken one by one; and the kinds of argument that several commands have.
 
+use blocklayer::luks::secret_object::{self, Defined};
 use toolkit::cache::CacheMode;
 use toolkit::getopt::{Getopt, Long, Opt};
 
@@ -8,7 +9,7 @@ use crate::Tool;
 use crate::console::{Failed, Outcome};
 use crate::help;
 
-/// `--object`, which no command has yet.
+/// `--object`: a secret is defined.
 pub(crate) const OBJECT: char = '\u{1}';
 /// `--image-opts`.
 pub(crate) const IMAGE_OPTS: char = '\u{2}';
@@ -47,7 +48,7 @@ impl<'a> Words<'a> {
         }
     }
 
-    /// The next option. `--help` is answered here, and ends the command well.
+    /// The next option. `--help` is answered here, and ends the command well; `--object` is, too, and the option behind it is the next.
     pub fn next(&mut self) -> Outcome<Option<Opt>> {
         let console = &self.tool.console;
         match self.getopt.next() {
@@ -57,7 +58,10 @@ impl<'a> Words<'a> {
                 help::print(self.tool, self.command);
                 Err(Failed(0))
             }
-            Some(Ok(o)) if o.value == OBJECT => Err(console.fail("--object is not supported yet")),
+            Some(Ok(o)) if o.value == OBJECT => {
+                self.tool.define_object(&o.arg)?;
+                self.next()
+            }
             Some(Ok(o)) => Ok(Some(o)),
         }
     }
@@ -93,6 +97,18 @@ impl<'a> Words<'a> {
 }
 
 impl Tool {
+    /// Defines what `--object` describes. Asking for help ends the command well.
+    fn define_object(&self, text: &str) -> Outcome {
+        match secret_object::define(text, self.registry.secrets()) {
+            Ok(Defined::Added) => Ok(()),
+            Ok(Defined::Help(text)) => {
+                self.console.print(&text);
+                Err(Failed(0))
+            }
+            Err(e) => Err(self.console.block_error("", &e)),
+        }
+    }
+
     /// The cache mode of a name; `message` says what is wrong with it.
     pub(crate) fn cache_mode(&self, name: &str, message: &str) -> Outcome<CacheMode> {
         toolkit::cache::parse(name).ok_or_else(|| self.console.fail(message))

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The command line of the program.
 
+use blocklayer::Registry;
+use blocklayer::luks::secret_object::{self, Defined};
 use toolkit::getopt::{Arg, Getopt, Long, long};
 
 use crate::admin::OpenRequest;
@@ -37,6 +39,7 @@ struct Plan {
     open: OpenRequest,
     misalign: bool,
     image_opts: bool,
+    registry: Registry,
 }
 
 /// The end of the program before any command: its exit status.
@@ -53,7 +56,7 @@ pub async fn main(argv: Vec<String>) -> i32 {
         Ok(plan) => plan,
         Err(Exit(status)) => return status,
     };
-    let mut session = Session::for_process(blocklayer::registry(), &prog);
+    let mut session = Session::for_process(plan.registry, &prog);
     session.misalign = plan.misalign;
     session.image_opts = plan.image_opts;
     let mut failed = false;
@@ -82,6 +85,7 @@ fn parse(argv0: &str, prog: &str, words: &[String]) -> Result<Plan, Exit> {
         open: OpenRequest::default(),
         misalign: false,
         image_opts: false,
+        registry: blocklayer::registry(),
     };
     let complain = |text: &str| {
         print_error(&format!("{prog}: {text}"));
@@ -123,7 +127,14 @@ fn parse(argv0: &str, prog: &str, words: &[String]) -> Result<Plan, Exit> {
             't' => plan.open.set_cache(arg).map_err(|e| complain(&e))?,
             'T' => return Err(complain("--trace is not supported yet")),
             'U' => plan.open.force_share = true,
-            OBJECT => return Err(complain("--object is not supported yet")),
+            OBJECT => match secret_object::define(arg, plan.registry.secrets()) {
+                Ok(Defined::Added) => {}
+                Ok(Defined::Help(text)) => {
+                    show(&text);
+                    return Err(Exit(0));
+                }
+                Err(e) => return Err(complain(&toolkit::error_lines(&e))),
+            },
             IMAGE_OPTS => plan.image_opts = true,
             other => unreachable!("getopt gave {other}"),
         }
@@ -152,7 +163,7 @@ fn usage(prog: &str) -> String {
         "Usage: {prog} [OPTIONS]... [-c STRING]... [file]
 Reads and writes disk images, command by command
 
-  --object OBJECTDEF   make an object, such as a secret (not supported yet)
+  --object OBJECTDEF   define a secret: secret,id=ID,data=TEXT or file=NAME
   --image-opts         the file argument is a list of options
   -c, --cmd STRING     run this command; may be given several times
   -f, --format FMT     the format of the image

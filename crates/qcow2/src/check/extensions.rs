@@ -74,7 +74,7 @@ fn find(header: &Header, kind: u32) -> Option<&[u8]> {
 ///
 /// # Errors
 /// `InvalidImage` for an extension that makes no sense.
-pub(super) fn encryption_header(header: &Header) -> Result<Option<(u64, u64)>> {
+pub(crate) fn encryption_header(header: &Header) -> Result<Option<(u64, u64)>> {
     let Some(data) = find(header, extension::ENCRYPTION) else {
         return Ok(None);
     };

@@ -31,6 +31,8 @@ pub(crate) async fn open(
     let header = Header::read_for_check(&file).await?;
     extensions::encryption_header(&header)?;
     extensions::check_loadable(&header, &file).await?;
+    // Metadata is not encrypted.
+    let _of_no_use = options.take_subtree("encrypt");
     let backing = ctx.open_backing(options, header.backing.as_ref()).await?;
     Ok(Box::new(CheckOnly {
         file,
