@@ -2,13 +2,14 @@
 //! Interoperation with the installed QEMU tools, both ways round: images made by one side and changed by the other must be sound
 //! to both and hold what a byte-vector model says (`random_chain`), a real file system survives a chain of ours
 //! (`file_system`), random scripts print the same on both (`twin`), the two sides shut each other out of an open image (`locks`), what we cannot use is refused (`refused`), and images of a feature change
-//! hands (`subclusters`).
+//! hands (`subclusters`), and so do those of all features and pairs of them (`matrix`).
 //!
 //! The tests drive binaries. Without a QEMU 10 they are skipped with a line that says so. `BLOCKLAYER_SEED` sets the seed of
 //! the random ones, which print the one they used.
 
 mod file_system;
 mod locks;
+mod matrix;
 mod random_chain;
 mod refused;
 mod subclusters;
