@@ -13,6 +13,7 @@ use blockcore::testing::Rng;
 
 use super::torture::{Drop, Op, Plan, Step};
 use super::{Backing, Shape};
+use crate::crypto::CryptMethod;
 
 const UNMAP: WriteFlags = WriteFlags::MAY_UNMAP;
 
@@ -196,7 +197,24 @@ fn disks() -> Vec<(Plan, Vec<Kind>)> {
     vec![
         (plan(), kinds()),
         (plan_of_subclusters(), kinds_of_subclusters()),
+        (plan().encrypted(CryptMethod::Luks), kinds_of_encrypted()),
     ]
+}
+
+/// As [`kinds`], on an encrypted disk: those that come by the cipher, or write the header.
+fn kinds_of_encrypted() -> Vec<Kind> {
+    let names = [
+        "read of everything",
+        "write in place, in many pieces",
+        "write to parts of clusters over backing data",
+        "write to shared clusters",
+        "zero write of parts of clusters",
+        "growth with a longer L1 table",
+        "taking a snapshot",
+    ];
+    let mut kinds = kinds();
+    kinds.retain(|(name, _, _)| names.contains(name));
+    kinds
 }
 
 /// As [`plan`], with clusters of 32 sectors, each of them a subcluster.
@@ -216,6 +234,7 @@ fn plan() -> Plan {
         version: 3,
         refcount_order: 4,
         extended_l2: false,
+        encryption: CryptMethod::None,
     };
     let raw = (0..450).flat_map(|s| [200 + (s % 50) as u8; 512]);
     Plan {

@@ -28,6 +28,7 @@ use super::history::{History, SECTOR};
 use super::kept::{self, Snapshots};
 use super::{Backing, corruptions, findings, forge, fresh_image, open_on, open_over, read_all};
 use super::{Shape, try_read_all, write};
+use crate::crypto::CryptMethod;
 use crate::image::Image;
 
 /// How long a slow disk's request waits at most, before it takes effect and again after.
@@ -133,6 +134,18 @@ impl Plan {
             sessions: Vec::new(),
             start: None,
         }
+    }
+
+    /// The same in an encrypted image, which has no compressed clusters.
+    pub fn encrypted(mut self, method: CryptMethod) -> Plan {
+        self.shape.encryption = method;
+        self.compressed.clear();
+        for step in self.sessions.iter_mut().flatten() {
+            if let Op::Pack(range, value) = &step.op {
+                step.op = Op::Write(range.clone(), *value);
+            }
+        }
+        self
     }
 
     /// Makes the image, once for many runs: from here on only what is done to it may be changed.
@@ -626,6 +639,7 @@ impl Disk {
         }
         node.driver().close().await.map_err(told)?;
         let image = self.disk.snapshot();
+        self.check_secrecy(&image)?;
         let found = match leaks {
             true => corruptions(image.clone()).await,
             false => findings(image.clone()).await,
@@ -661,6 +675,20 @@ impl Disk {
         Ok(())
     }
 
+    /// Where the image is encrypted, no sector of the file is what a sector of the disk is: one value all over.
+    fn check_secrecy(&self, image: &[u8]) -> Result<(), String> {
+        let shape = &self.plan.shape;
+        // Narrow refcounts that are all alike look the same.
+        if shape.encryption == CryptMethod::None || shape.refcount_order < 4 {
+            return Ok(());
+        }
+        let mut sectors = image.chunks(SECTOR);
+        match sectors.position(|s| uniform(s).is_some_and(|v| v != 0)) {
+            Some(at) => Err(format!("sector {at} of the file is not encrypted")),
+            None => Ok(()),
+        }
+    }
+
     async fn check_snapshot(&self, image: Vec<u8>) -> Result<(), String> {
         let Some(before) = &self.start.snapshot else {
             return Ok(());
@@ -675,6 +703,7 @@ impl Disk {
     /// Cuts the power after so many entries of the log, and looks at what is left.
     async fn cut(&self, cut: usize, keep: u64, rng: &mut Rng) -> Result<(), String> {
         let image = self.disk.image_after(cut, keep, rng);
+        self.check_secrecy(&image)?;
         let found = corruptions(image.clone()).await;
         if !found.is_empty() {
             return Err(format!("check says {found:?}"));
