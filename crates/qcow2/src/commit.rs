@@ -26,6 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use blockcore::{DebugEvent, IoBuf, Result, WriteFlags};
 
 use crate::alloc::{Freed, Meta};
+use crate::crypto::CryptMethod;
 use crate::image::{Image, Owner, cancelled};
 use crate::l2_cache::PinnedSlice;
 use crate::refcount::BlockWrite;
@@ -144,11 +145,10 @@ struct PlannedGrowth {
 }
 
 impl PlannedGrowth {
-    /// The header from the field `size` to the L1 table's offset.
-    fn header_bytes(&self) -> Vec<u8> {
+    /// The header from the field `size` to the L1 table's offset; how the image is encrypted lies between them.
+    fn header_bytes(&self, crypt_method: CryptMethod) -> Vec<u8> {
         let mut bytes = self.size.to_be_bytes().to_vec();
-        let crypt_method = 0u32;
-        bytes.extend(crypt_method.to_be_bytes());
+        bytes.extend(crypt_method.number().to_be_bytes());
         bytes.extend(self.l1_entries.to_be_bytes());
         bytes.extend(self.l1_offset.to_be_bytes());
         bytes
@@ -380,7 +380,8 @@ impl Image {
         self.file.flush().await?;
         if let Some(growth) = &plan.growth {
             self.file.debug_event(DebugEvent::L1GrowActivateTable).await;
-            self.write_metadata(Owner::Header, SIZE_FIELD, growth.header_bytes())
+            let crypt_method = self.header().crypt_method;
+            self.write_metadata(Owner::Header, SIZE_FIELD, growth.header_bytes(crypt_method))
                 .await?;
             self.file.flush().await?;
         }

@@ -138,6 +138,15 @@ impl Crypto {
         })
     }
 
+    /// With a key that no password was needed for.
+    #[cfg(test)]
+    pub fn with_cipher(self, cipher: SectorCipher) -> Crypto {
+        Crypto {
+            cipher: Some(Arc::new(cipher)),
+            ..self
+        }
+    }
+
     async fn unlock(&mut self, image: &Image, password: &Secret) -> Result<()> {
         let cipher = match &self.header {
             Some(header) => {
@@ -211,14 +220,20 @@ impl Image {
         crypto.cipher()?.decrypt_buf(sector, data).await
     }
 
-    /// As [`decrypt`](Image::decrypt), if that takes no time worth mentioning.
-    pub fn decrypt_nowait(&self, guest: u64, host: u64, data: &mut [u8]) -> bool {
+    /// As [`decrypt`](Image::decrypt), with `read` to fetch what the host offset holds, if that takes no time worth mentioning.
+    pub fn decrypt_nowait(
+        &self,
+        guest: u64,
+        host: u64,
+        data: &mut [u8],
+        read: impl FnOnce(&mut [u8]) -> bool,
+    ) -> bool {
         let Some(crypto) = &self.crypto else {
-            return true;
+            return read(data);
         };
         let sector = crypto.sector(guest, host, data.len());
         match (sector, &crypto.cipher) {
-            (Ok(sector), Some(cipher)) if data.len() <= INLINE_BYTES_MAX => {
+            (Ok(sector), Some(cipher)) if data.len() <= INLINE_BYTES_MAX && read(data) => {
                 cipher.decrypt(sector, data);
                 true
             }

@@ -32,8 +32,9 @@ impl Image {
             let served = match mapping {
                 Mapping::Data { host, .. } => {
                     let host = host + self.in_cluster(at);
-                    self.storage().is_ok_and(|s| s.read_nowait(host, part))
-                        && self.decrypt_nowait(at, host, part)
+                    self.decrypt_nowait(at, host, part, |part| {
+                        self.storage().is_ok_and(|s| s.read_nowait(host, part))
+                    })
                 }
                 Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => {
                     part.fill(0);

@@ -8,6 +8,7 @@ use blockcore::{SnapshotRequest, SnapshotSelector, TruncateRequest, WriteFlags};
 use super::{
     Shape, corruptions, findings, fresh_image, open_on, open_with_faults, read_all, write,
 };
+use crate::crypto::CryptMethod;
 
 const CLUSTER: u64 = 4096;
 
@@ -62,6 +63,7 @@ async fn an_allocation_that_fails_leaves_no_block_uncounted() {
         version: 3,
         refcount_order: 6,
         extended_l2: false,
+        encryption: CryptMethod::None,
     };
     let (_node, image) = open_on(CrashDriver::new(fresh_image(shape)), None).await;
     // The last block that fits into the longest refcount table counts 64 clusters; behind them nothing can be counted.
@@ -167,6 +169,7 @@ async fn the_place_of_a_dropped_refcount_block_waits_for_the_commit() {
         version: 3,
         refcount_order: 6,
         extended_l2: false,
+        encryption: CryptMethod::None,
     };
     for yields in (0..400).step_by(20) {
         let disk = CrashDriver::new(fresh_image(shape));

@@ -17,6 +17,7 @@ use blockcore::testing::fault::{Event, Rule};
 
 use super::torture::{Drop, Op, Plan, Step};
 use super::{Backing, DataFileKind, Shape};
+use crate::crypto::CryptMethod;
 
 /// How many tasks change the disk at the same time, beside one that flushes.
 const WRITERS: u64 = 3;
@@ -28,6 +29,14 @@ fn some_range(rng: &mut Rng, sectors: usize, most: u64) -> Range<usize> {
     first..(first + count).min(sectors)
 }
 
+fn some_encryption(rng: &mut Rng) -> CryptMethod {
+    match rng.below(8) {
+        0 => CryptMethod::Aes,
+        1 => CryptMethod::Luks,
+        _ => CryptMethod::None,
+    }
+}
+
 /// A shape of at least some sectors.
 fn some_shape(rng: &mut Rng, least: u64) -> Shape {
     let version = if rng.chance(20) { 2 } else { 3 };
@@ -35,6 +44,7 @@ fn some_shape(rng: &mut Rng, least: u64) -> Shape {
         return Shape {
             refcount_order: rng.below(7) as u32,
             cluster_bits: 14 + rng.below(2) as u32,
+            encryption: some_encryption(rng),
             ..Shape::extended((least + rng.below(250)) * 512)
         };
     }
@@ -44,6 +54,7 @@ fn some_shape(rng: &mut Rng, least: u64) -> Shape {
         version,
         refcount_order: if version == 2 { 4 } else { rng.below(7) as u32 },
         extended_l2: false,
+        encryption: some_encryption(rng),
     }
 }
 
@@ -88,9 +99,10 @@ async fn some_plan(rng: &mut Rng) -> Plan {
     let cluster_sectors = 1u64 << (shape.cluster_bits - 9);
     let clusters = sectors as u64 / cluster_sectors;
     let mut compressed: Vec<(u64, u8)> = Vec::new();
+    let is_encrypted = shape.encryption != CryptMethod::None;
     for value in 150..150 + rng.below(3) as u8 {
         let cluster = rng.below(clusters.max(1));
-        if cluster < clusters && compressed.iter().all(|c| c.0 != cluster) {
+        if !is_encrypted && cluster < clusters && compressed.iter().all(|c| c.0 != cluster) {
             compressed.push((cluster, value));
         }
     }
@@ -138,7 +150,7 @@ async fn some_plan(rng: &mut Rng) -> Plan {
                     0..10 => {
                         value = value % 119 + 1;
                         match rng.below(5) {
-                            0 if is_inside => Op::Pack(range, value),
+                            0 if is_inside && !is_encrypted => Op::Pack(range, value),
                             _ => Op::Write(range, value),
                         }
                     }

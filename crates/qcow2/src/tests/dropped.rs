@@ -13,6 +13,7 @@ use blockcore::testing::Rng;
 
 use super::torture::{Drop, Op, Plan, Step};
 use super::{Backing, DataFileKind, Shape};
+use crate::crypto::CryptMethod;
 
 const UNMAP: WriteFlags = WriteFlags::MAY_UNMAP;
 
@@ -197,6 +198,7 @@ fn disks() -> Vec<(Plan, Vec<Kind>)> {
         (plan(), kinds()),
         (plan_of_subclusters(), kinds_of_subclusters()),
         (plan_with_data_file(), kinds_with_data_file()),
+        (plan().encrypted(CryptMethod::Luks), kinds_of_encrypted()),
     ]
 }
 
@@ -248,6 +250,22 @@ fn plan_with_data_file() -> Plan {
     }
 }
 
+/// As [`kinds`], on an encrypted disk: those that come by the cipher, or write the header.
+fn kinds_of_encrypted() -> Vec<Kind> {
+    let names = [
+        "read of everything",
+        "write in place, in many pieces",
+        "write to parts of clusters over backing data",
+        "write to shared clusters",
+        "zero write of parts of clusters",
+        "growth with a longer L1 table",
+        "taking a snapshot",
+    ];
+    let mut kinds = kinds();
+    kinds.retain(|(name, _, _)| names.contains(name));
+    kinds
+}
+
 /// As [`plan`], with clusters of 32 sectors, each of them a subcluster.
 fn plan_of_subclusters() -> Plan {
     Plan {
@@ -265,6 +283,7 @@ fn plan() -> Plan {
         version: 3,
         refcount_order: 4,
         extended_l2: false,
+        encryption: CryptMethod::None,
     };
     let raw = (0..450).flat_map(|s| [200 + (s % 50) as u8; 512]);
     Plan {

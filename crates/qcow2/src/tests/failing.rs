@@ -8,6 +8,7 @@ use blockcore::{Node, TruncateRequest};
 use super::{
     Shape, corruptions, findings, fresh_image, open_on, open_with_faults, read_all, write,
 };
+use crate::crypto::CryptMethod;
 
 /// Clusters of 512 bytes with refcounts of 64 bits: a refcount table of one cluster counts 4096 clusters, so that it soon has to move.
 const MANY_BLOCKS: Shape = Shape {
@@ -16,6 +17,7 @@ const MANY_BLOCKS: Shape = Shape {
     version: 3,
     refcount_order: 6,
     extended_l2: false,
+    encryption: CryptMethod::None,
 };
 
 // INV QCOW2-ORD-1, INV QCOW2-ORD-3, INV QCOW2-ORD-5: a commit that failed anywhere has lost nothing, and may be tried again without harm.

@@ -13,6 +13,7 @@ use blockcore::{DebugEvent, WriteFlags};
 
 use super::torture::{Op, Plan, Step};
 use super::{Backing, DataFileKind, Shape};
+use crate::crypto::CryptMethod;
 
 /// The points that no request passes here: what they stand for is not done (yet), or is a part of another step.
 const NOT_PASSED: &[DebugEvent] = &[
@@ -41,6 +42,7 @@ fn tables() -> Plan {
         version: 3,
         refcount_order: 6,
         extended_l2: false,
+        encryption: CryptMethod::None,
     };
     let step = |op: Op| vec![Step::new(op)];
     let write = |first: usize, count: usize, value: u8| Op::Write(first..first + count, value);
@@ -121,6 +123,7 @@ fn parts() -> Plan {
         version: 3,
         refcount_order: 3,
         extended_l2: false,
+        encryption: CryptMethod::None,
     };
     let write = |first: usize, count: usize, value: u8| Op::Write(first..first + count, value);
     let steps = [
@@ -237,7 +240,7 @@ fn data_file(kind: DataFileKind, of: Plan) -> Plan {
 }
 
 /// All plans, by name.
-fn plans() -> [(&'static str, Plan); 5] {
+fn plans() -> [(&'static str, Plan); 6] {
     use DataFileKind::{Outside, Raw};
     [
         ("tables", tables()),
@@ -245,6 +248,7 @@ fn plans() -> [(&'static str, Plan); 5] {
         ("subclusters", subclusters()),
         ("data file", data_file(Outside, parts())),
         ("raw data file, subclusters", data_file(Raw, subclusters())),
+        ("encrypted", parts().encrypted(CryptMethod::Luks)),
     ]
 }
 

@@ -25,11 +25,14 @@ use std::sync::Arc;
 use blockcore::testing::{CrashDriver, FaultDriver, Faults, MemoryDriver};
 use blockcore::{
     CheckFix, CheckResult, Child, ChildRole, Diagnostics, Node, NodeConfig, NodeFlags, Result,
-    WriteFlags,
+    Secret, WriteFlags,
 };
+use luks::SectorCipher;
 
+use crate::crypto::{CryptMethod, Crypto};
 use crate::data_file::DataFile;
 use crate::driver::Qcow2;
+use crate::extension;
 use crate::format::{MIN_EXTENDED_CLUSTER_BITS, SUBCLUSTERS_BITS};
 use crate::header::Header;
 use crate::image::Image;
@@ -43,6 +46,7 @@ pub(crate) struct Shape {
     pub version: u32,
     pub refcount_order: u32,
     pub extended_l2: bool,
+    pub encryption: CryptMethod,
 }
 
 impl Shape {
@@ -54,6 +58,7 @@ impl Shape {
             version: 3,
             refcount_order: 4,
             extended_l2: false,
+            encryption: CryptMethod::None,
         }
     }
 
@@ -76,19 +81,23 @@ impl Shape {
     }
 }
 
-/// An empty image: header, refcount table, refcount block, L1 table, one cluster each (the L1 table as many as it needs).
+/// An empty image: header, refcount table, refcount block, L1 table, one cluster each (the L1 table as many as it needs), and one that is called the LUKS header
+/// where the shape wants it: there are no keys in it, [`image_over`] has one.
 pub(crate) fn fresh_image(shape: Shape) -> Vec<u8> {
     let cluster = 1usize << shape.cluster_bits;
     let entry_bytes = 8 << u32::from(shape.extended_l2);
     let table_bytes = (cluster / entry_bytes * cluster) as u64;
     let l1_entries = shape.size.div_ceil(table_bytes).max(1);
     let l1_clusters = (l1_entries as usize * 8).div_ceil(cluster);
-    let mut image = vec![0; cluster * (3 + l1_clusters)];
+    let luks_at = cluster * (3 + l1_clusters);
+    let is_luks = shape.encryption == CryptMethod::Luks;
+    let mut image = vec![0; luks_at + cluster * usize::from(is_luks)];
     let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
     put(0, b"QFI\xfb");
     put(4, &shape.version.to_be_bytes());
     put(20, &shape.cluster_bits.to_be_bytes());
     put(24, &shape.size.to_be_bytes());
+    put(32, &shape.encryption.number().to_be_bytes());
     put(36, &(l1_entries as u32).to_be_bytes());
     put(40, &(3 * cluster as u64).to_be_bytes());
     put(48, &(cluster as u64).to_be_bytes());
@@ -98,9 +107,18 @@ pub(crate) fn fresh_image(shape: Shape) -> Vec<u8> {
         put(96, &shape.refcount_order.to_be_bytes());
         put(100, &104u32.to_be_bytes());
     }
+    if is_luks {
+        let at = if shape.version >= 3 { 104 } else { 72 };
+        put(at, &extension::ENCRYPTION.to_be_bytes());
+        put(at + 4, &16u32.to_be_bytes());
+        put(at + 8, &(luks_at as u64).to_be_bytes());
+        put(at + 16, &(cluster as u64).to_be_bytes());
+        put(luks_at, b"LUKS\xba\xbe\0\x01");
+    }
     put(cluster, &(2 * cluster as u64).to_be_bytes());
+    let image_clusters = image.len() / cluster;
     let block = &mut image[2 * cluster..3 * cluster];
-    for i in 0..3 + l1_clusters as u64 {
+    for i in 0..(image_clusters as u64) {
         crate::refcount::set_refcount(block, shape.refcount_order, i, 1);
     }
     image
@@ -246,8 +264,11 @@ async fn image_with(file: Arc<Node>, backing: Option<Child>, data: DataFile) -> 
     let file = Child::new("file", ChildRole::File, file);
     let header = Header::read(&file).await?;
     let diagnostics = Diagnostics::new(|line| println!("{line}"));
+    let method = header.crypt_method;
     let mut image = open_image(file, backing, header, diagnostics).await?;
     image.data = data;
+    let cipher = SectorCipher::legacy(&Secret::new("a password"))?;
+    image.crypto = Crypto::without_key(method).map(|c| c.with_cipher(cipher));
     Ok(Arc::new(image))
 }
 

@@ -6,6 +6,7 @@ use blockcore::testing::{CrashDriver, Rng};
 use blockcore::{Preallocation, TruncateRequest, WriteFlags};
 
 use super::{Shape, findings, fresh_image, open_on, read_all};
+use crate::crypto::CryptMethod;
 
 /// One run of a seed.
 async fn run(seed: u64) {
@@ -24,6 +25,7 @@ async fn run(seed: u64) {
         version,
         refcount_order,
         extended_l2,
+        encryption: CryptMethod::None,
     };
     let backing: Option<Vec<u8>> = rng.chance(60).then(|| {
         let len = (rng.below(size / 512 + 20) * 512) as usize;

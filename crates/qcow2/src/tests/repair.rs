@@ -15,6 +15,7 @@ use blockcore::{CheckFix, CheckResult, Child, ChildRole, IoBufMut, Node, NodeFla
 use super::torture::Plan;
 use super::{Backing, READ_ONLY, Shape, image_over, node_over};
 use crate::check::check;
+use crate::crypto::CryptMethod;
 use crate::format::{L1E_OFFSET_MASK, OFLAG_COMPRESSED, OFLAG_COPIED, REFT_OFFSET_MASK};
 use crate::header::Header;
 use crate::snapshot::{self, Snapshot};
@@ -57,6 +58,7 @@ impl Subject {
             version,
             refcount_order: if version == 2 { 4 } else { rng.below(7) as u32 },
             extended_l2: false,
+            encryption: CryptMethod::None,
         };
         let sectors = shape.size / 512;
         let mut plan = Plan {

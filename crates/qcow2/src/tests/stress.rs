@@ -12,6 +12,7 @@ use blockcore::testing::{CrashDriver, Rng};
 use blockcore::{IoBufMut, Node, WriteFlags};
 
 use super::{Shape, findings, fresh_image, open_on, read_all};
+use crate::crypto::CryptMethod;
 
 const OWNERS: u64 = 7;
 const SECTOR: u64 = 512;
@@ -101,6 +102,7 @@ async fn run(seed: u64) {
         version: 3,
         refcount_order: 4,
         extended_l2,
+        encryption: CryptMethod::None,
     };
     let backing = rng.chance(50).then(|| vec![0u8; (HALF / 2) as usize]);
     let disk = CrashDriver::new(fresh_image(shape));

@@ -30,6 +30,7 @@ use super::{
     Backing, DataFileKind, corruptions, findings, forge, fresh_image, open_on, open_over, read_all,
 };
 use super::{Shape, set_data_file, try_read_all, write};
+use crate::crypto::CryptMethod;
 use crate::image::Image;
 
 /// How long a slow disk's request waits at most, before it takes effect and again after.
@@ -142,6 +143,18 @@ impl Plan {
         }
     }
 
+    /// The same in an encrypted image, which has no compressed clusters.
+    pub fn encrypted(mut self, method: CryptMethod) -> Plan {
+        self.shape.encryption = method;
+        self.compressed.clear();
+        for step in self.sessions.iter_mut().flatten() {
+            if let Op::Pack(range, value) = &step.op {
+                step.op = Op::Write(range.clone(), *value);
+            }
+        }
+        self
+    }
+
     /// Makes the image, once for many runs: from here on only what is done to it may be changed.
     pub async fn prepare(&mut self) {
         self.start = Some(Arc::new(self.begin().await));
@@ -175,6 +188,11 @@ impl Plan {
     fn shrinks(&self) -> bool {
         let mut steps = self.sessions.iter().flatten();
         steps.any(|s| matches!(s.op, Op::Resize(n) if n < 1000))
+    }
+
+    /// Whether the data file reads as the disk does.
+    fn reads_raw(&self) -> bool {
+        self.data_file == DataFileKind::Raw && self.shape.encryption == CryptMethod::None
     }
 
     /// The image before all else.
@@ -660,6 +678,8 @@ impl Disk {
         }
         node.driver().close().await.map_err(told)?;
         let image = self.disk.snapshot();
+        self.check_secrecy(&image)?;
+        self.check_secrecy(&self.plan.backing.data().unwrap_or_default())?;
         let found = match leaks {
             true => corruptions(image.clone()).await,
             false => findings(image.clone()).await,
@@ -670,8 +690,7 @@ impl Disk {
         let (again, _image) = self.open().await.map_err(told)?;
         let contents = all(&again).await?;
         self.check_contents(&contents, |s, base| self.history.allowed_now(s, base))?;
-        if let (Some(mut data), DataFileKind::Raw) = (self.plan.backing.data(), self.plan.data_file)
-        {
+        if let (Some(mut data), true) = (self.plan.backing.data(), self.plan.reads_raw()) {
             // After a growth that failed it may be longer than the disk.
             data.resize(contents.len(), 0);
             if data != contents {
@@ -702,6 +721,20 @@ impl Disk {
         Ok(())
     }
 
+    /// Where the image is encrypted, no sector of the file is what a sector of the disk is: one value all over.
+    fn check_secrecy(&self, image: &[u8]) -> Result<(), String> {
+        let shape = &self.plan.shape;
+        // Narrow refcounts that are all alike look the same.
+        if shape.encryption == CryptMethod::None || shape.refcount_order < 4 {
+            return Ok(());
+        }
+        let mut sectors = image.chunks(SECTOR);
+        match sectors.position(|s| uniform(s).is_some_and(|v| v != 0)) {
+            Some(at) => Err(format!("sector {at} of the file is not encrypted")),
+            None => Ok(()),
+        }
+    }
+
     async fn check_snapshot(&self, image: Vec<u8>) -> Result<(), String> {
         let Some(before) = &self.start.snapshot else {
             return Ok(());
@@ -716,6 +749,8 @@ impl Disk {
     /// Cuts the power after so many entries of the log, and looks at what is left.
     async fn cut(&self, cut: usize, keep: u64, rng: &mut Rng) -> Result<(), String> {
         let image = self.disk.image_after(cut, keep, rng);
+        self.check_secrecy(&image)?;
+        self.check_secrecy(&self.plan.backing.data().unwrap_or_default())?;
         let found = corruptions(image.clone()).await;
         if !found.is_empty() {
             return Err(format!("check says {found:?}"));
@@ -735,7 +770,7 @@ impl Disk {
         self.check_contents(&all(&node).await?, |s, base| {
             self.history.allowed_after_cut(s, base, cut)
         })?;
-        if let (Some(mut data), DataFileKind::Raw) = (data, self.plan.data_file) {
+        if let (Some(mut data), true) = (data, self.plan.reads_raw()) {
             data.resize(node.length() as usize, 0);
             let allowed = |s, base| self.history.allowed_after_cut(s, base, cut);
             let raw = self.check_contents(&data, allowed);
