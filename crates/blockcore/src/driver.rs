@@ -463,6 +463,11 @@ pub trait BlockDriver: Send + Sync + 'static {
         None
     }
 
+    /// Whether the image can store dirty bitmaps. *If omitted*: no.
+    fn supports_persistent_bitmaps(&self) -> bool {
+        false
+    }
+
     /// Whether a new persistent bitmap could be stored. *If omitted*: as far as this driver knows.
     async fn check_bitmap(&self, name: &str, granularity: u64) -> Result<()> {
         let _nothing = (name, granularity);

@@ -6,10 +6,10 @@ use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
 use blockcore::{
-    BackingName, BlockDriver, BlockLimits, BlockStatus, CheckFix, CheckResult, Child, DriverInfo,
-    ErrorKind, IoBuf, IoBufMut, Options, PreparedReopen, ReadFlags, ReopenRequest, Result,
-    SnapshotInfo, SnapshotRequest, SnapshotSelector, SpecificInfo, StatusMode, TruncateRequest,
-    WriteFlags,
+    BackingName, BlockDriver, BlockLimits, BlockStatus, CheckFix, CheckResult, Child, DirtyBitmaps,
+    DriverInfo, ErrorKind, IoBuf, IoBufMut, Options, PreparedReopen, ReadFlags, ReopenRequest,
+    Result, SnapshotInfo, SnapshotRequest, SnapshotSelector, SpecificInfo, StatusMode,
+    TruncateRequest, WriteFlags,
 };
 
 use crate::header::{Header, Incompatible};
@@ -147,7 +147,9 @@ impl BlockDriver for Qcow2 {
 
     async fn specific_info(&self) -> Result<Option<SpecificInfo>> {
         let header = self.header();
-        Ok(Some(info::specific_info(&header)))
+        let bitmaps = self.image.bitmaps.set.list();
+        let in_use = self.image.writable.load(Ordering::Acquire);
+        Ok(Some(info::specific_info(&header, &bitmaps, in_use)))
     }
 
     async fn snapshots(&self) -> Result<Vec<SnapshotInfo>> {
@@ -198,6 +200,22 @@ impl BlockDriver for Qcow2 {
         self.settle(result).await
     }
 
+    fn dirty_bitmaps(&self) -> Option<Arc<DirtyBitmaps>> {
+        Some(self.image.bitmaps.set.clone())
+    }
+
+    fn supports_persistent_bitmaps(&self) -> bool {
+        self.image.version() >= 3
+    }
+
+    async fn check_bitmap(&self, name: &str, granularity: u64) -> Result<()> {
+        self.image.check_bitmap(name, granularity)
+    }
+
+    async fn outdate_bitmaps(&self) -> Result<()> {
+        self.image.outdate_bitmaps().await
+    }
+
     fn backing_name(&self) -> Option<BackingName> {
         self.header().backing
     }
@@ -224,6 +242,7 @@ impl BlockDriver for Qcow2 {
         }
         if !writable && self.image.writable.load(Ordering::Acquire) {
             self.image.tasks.wait_idle().await;
+            self.image.store_bitmaps().await?;
             self.image.commit().await?;
             // Once more for what the first has freed: a reader may have ended since, and later nothing can be written.
             self.image.commit().await?;
@@ -240,7 +259,8 @@ impl BlockDriver for Qcow2 {
             // What is not written yet stays so: it was made from metadata that can't be trusted.
             return self.image.mark_corrupt_on_disk().await;
         }
-        self.image.commit().await
+        let stored = self.image.store_bitmaps().await;
+        self.image.commit().await.and(stored)
     }
 
     fn as_any(&self) -> &dyn std::any::Any {

@@ -363,17 +363,13 @@ impl Header {
     /// Whether the image may be written.
     ///
     /// # Errors
-    /// `Corrupt` for an image that says it is; `Unsupported` for one with persistent bitmaps, which a write would make wrong.
+    /// `Corrupt` for an image that says it is.
     pub fn check_writable(&self) -> Result<()> {
         if self.is_corrupt() {
             return Err(BlockError::corrupt(
                 "qcow2: Image is corrupt; cannot be opened read/write",
             )
             .errno_is(libc::EACCES));
-        }
-        let has_bitmaps = self.extensions.iter().any(|e| e.kind == extension::BITMAPS);
-        if has_bitmaps && self.autoclear & AUTOCLEAR_BITMAPS != 0 {
-            return not_yet("Writing to images with persistent dirty bitmaps is not supported yet");
         }
         Ok(())
     }

@@ -22,6 +22,7 @@ use blockcore::{
 };
 
 use crate::alloc::Meta;
+use crate::bitmap_load::Bitmaps;
 use crate::commit::CommitState;
 use crate::data_file::DataFile;
 use crate::epoch::Epochs;
@@ -78,6 +79,9 @@ pub(crate) enum Owner {
     SnapshotTable,
     InactiveL1,
     InactiveL2,
+    BitmapDirectory,
+    BitmapTable,
+    BitmapData,
     /// Two structures claim it: nothing may be written there.
     Disputed,
 }
@@ -93,6 +97,9 @@ impl Owner {
             Owner::SnapshotTable => "snapshot table",
             Owner::InactiveL1 => "inactive L1 table",
             Owner::InactiveL2 => "inactive L2 table",
+            Owner::BitmapDirectory => "bitmap directory",
+            Owner::BitmapTable => "bitmap table",
+            Owner::BitmapData => "bitmap",
             Owner::Disputed => "disputed metadata",
         }
     }
@@ -135,6 +142,7 @@ pub(crate) struct Image {
     pub uncertain: AtomicBool,
     pub diagnostics: Diagnostics,
     pub compression: CompressionType,
+    pub bitmaps: Bitmaps,
     /// See `map`.
     pub metadata_preallocated: OnceLock<bool>,
     /// Host clusters from this offset on were not in the file when it was opened, and read as zero until written.

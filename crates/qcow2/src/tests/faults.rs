@@ -160,6 +160,7 @@ fn parts() -> Plan {
         filled: vec![(0..10, 100), (64..80, 101)],
         compressed: vec![(100, 110), (101, 111)],
         snapshot: true,
+        bitmap: true,
         file_alignment: 512,
         sessions: vec![steps.into_iter().map(Step::new).collect()],
         ..Plan::over(shape)

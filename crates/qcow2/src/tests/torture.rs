@@ -24,12 +24,15 @@ use blockcore::{
 };
 use futures::FutureExt;
 
+use super::bitmaps::{covers, with_bitmap};
 use super::history::{History, SECTOR};
 use super::kept::{self, Snapshots};
 use super::{Backing, corruptions, findings, forge, fresh_image, open_on, open_over, read_all};
 use super::{Shape, try_read_all, write};
 use crate::image::Image;
 
+/// The name of the dirty bitmap.
+const BITMAP: &str = "b";
 /// How long a slow disk's request waits at most, before it takes effect and again after.
 const DELAY_MILLIS: u64 = 100;
 
@@ -97,6 +100,8 @@ pub(crate) struct Plan {
     /// Guest clusters that are compressed ones, and their values.
     pub compressed: Vec<(u64, u8)>,
     pub snapshot: bool,
+    /// It has a dirty bitmap, which is empty before all else.
+    pub bitmap: bool,
     /// Requests to the file take random times, from this seed.
     pub delays: Option<u64>,
     /// What requests to the file have to be aligned to, in bytes.
@@ -127,6 +132,7 @@ impl Plan {
             filled: Vec::new(),
             compressed: Vec::new(),
             snapshot: false,
+            bitmap: false,
             delays: None,
             file_alignment: 1,
             faults: Vec::new(),
@@ -180,9 +186,13 @@ impl Plan {
             write(&node, offset as u64, length, *value).await.unwrap();
         }
         node.driver().close().await.unwrap();
-        match self.snapshot {
+        let bytes = match self.snapshot {
             true => forge::snapshot(disk.snapshot()).await,
             false => disk.snapshot(),
+        };
+        match self.bitmap {
+            true => with_bitmap(bytes, &self.backing, BITMAP).await,
+            false => bytes,
         }
     }
 
@@ -634,9 +644,11 @@ impl Disk {
             return Err(format!("check says {found:?}"));
         }
         let (again, _image) = self.open().await.map_err(told)?;
-        self.check_contents(&all(&again).await?, |s, base| {
-            self.history.allowed_now(s, base)
-        })?;
+        let contents = all(&again).await?;
+        self.check_contents(&contents, |s, base| self.history.allowed_now(s, base))?;
+        if !self.check_bitmap(&again, &contents)? && self.faults.failed().is_empty() {
+            return Err("the bitmap is in use in an image that was closed".to_owned());
+        }
         self.snapshots
             .check(&image, &self.plan.backing, self.log_len())
             .await?;
@@ -659,6 +671,17 @@ impl Disk {
             }
         }
         Ok(())
+    }
+
+    /// Says whether the bitmap can be used; what it says is right then.
+    fn check_bitmap(&self, node: &Node, contents: &[u8]) -> Result<bool, String> {
+        match self.plan.bitmap {
+            true => {
+                let base: Vec<u8> = self.start.base.iter().flat_map(|v| [*v; SECTOR]).collect();
+                covers(node, BITMAP, &base, contents)
+            }
+            false => Ok(true),
+        }
     }
 
     async fn check_snapshot(&self, image: Vec<u8>) -> Result<(), String> {
@@ -688,9 +711,11 @@ impl Disk {
         if !lengths.contains(&sectors) {
             return Err(format!("{sectors} sectors long, and may be {lengths:?}"));
         }
-        self.check_contents(&all(&node).await?, |s, base| {
+        let contents = all(&node).await?;
+        self.check_contents(&contents, |s, base| {
             self.history.allowed_after_cut(s, base, cut)
         })?;
+        self.check_bitmap(&node, &contents)?;
         self.snapshots
             .check(&image, &self.plan.backing, cut)
             .await?;
