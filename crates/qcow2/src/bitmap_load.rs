@@ -6,7 +6,7 @@
 //!
 //! An image that was changed by a program that doesn't know bitmaps has the autoclear bit cleared: then they are worth nothing, and are not even looked at.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use blockcore::{
     BlockError, Child, Diagnostics, DirtyBitmap, DirtyBitmaps, ErrorKind, HBitmap, IoBufMut,
@@ -41,8 +41,19 @@ pub(crate) struct Stored {
 pub(crate) struct Bitmaps {
     /// Shared with the node.
     pub set: Arc<DirtyBitmaps>,
-    /// Held while copies are marked or written.
-    pub stored: tokio::sync::Mutex<Stored>,
+    /// Held while copies are marked or written. Comes before the metadata lock.
+    pub storing: tokio::sync::Mutex<()>,
+    /// Changed by who holds `storing`. Not held over an await.
+    stored: Mutex<Stored>,
+}
+
+impl Bitmaps {
+    /// What the image holds.
+    pub fn stored(&self) -> MutexGuard<'_, Stored> {
+        self.stored
+            .lock()
+            .expect("no code panics while it holds this lock")
+    }
 }
 
 /// The extension's bytes, where there is one that counts.
@@ -104,7 +115,8 @@ pub(crate) async fn load(
     }
     Ok(Bitmaps {
         set: Arc::new(DirtyBitmaps::loaded(loaded)),
-        stored: tokio::sync::Mutex::new(Stored {
+        storing: tokio::sync::Mutex::default(),
+        stored: Mutex::new(Stored {
             directory: Some(stored.0),
             bitmaps: all,
         }),
@@ -238,8 +250,8 @@ impl StoredBitmap {
 
 impl Image {
     /// Notes where bitmaps lie, for INV QCOW2-META-1.
-    pub async fn own_bitmaps(&self) {
-        for (host, bytes, owner) in self.bitmaps.stored.lock().await.places() {
+    pub fn own_bitmaps(&self) {
+        for (host, bytes, owner) in self.bitmaps.stored().places() {
             self.own(host, bytes, owner);
         }
     }

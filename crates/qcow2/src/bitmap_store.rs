@@ -97,25 +97,23 @@ impl Image {
     }
 
     async fn outdate_bitmaps_now(&self) -> Result<()> {
-        let mut stored = self.bitmaps.stored.lock().await;
+        let _one = self.bitmaps.storing.lock().await;
         if !self.bitmaps.set.copies_are_current() {
             return Ok(());
         }
-        let Some((offset, _)) = stored.directory else {
+        let mut outdated = self.bitmaps.stored().clone();
+        let Some((offset, _)) = outdated.directory else {
             unreachable!("copies are named by a directory");
         };
-        let entries = stored.bitmaps.iter().map(|b| DirectoryEntry {
-            flags: b.entry.flags | BitmapFlags::IN_USE,
-            ..b.entry.clone()
-        });
-        let entries: Vec<DirectoryEntry> = entries.collect();
-        let bytes = bitmap::encode_directory(&entries);
+        for stored in &mut outdated.bitmaps {
+            stored.entry.flags |= BitmapFlags::IN_USE;
+        }
+        let entries = outdated.bitmaps.iter().map(|b| &b.entry);
+        let bytes = bitmap::encode_directory(entries);
         self.write_metadata(Owner::BitmapDirectory, offset, bytes)
             .await?;
         self.file.flush().await?;
-        for (stored, entry) in stored.bitmaps.iter_mut().zip(entries) {
-            stored.entry = entry;
-        }
+        *self.bitmaps.stored() = outdated;
         self.bitmaps.set.set_copies_are_current(false);
         Ok(())
     }
@@ -130,7 +128,8 @@ impl Image {
     }
 
     async fn store_bitmaps_now(self: Arc<Self>) -> Result<()> {
-        let mut stored = self.bitmaps.stored.lock().await;
+        let _one = self.bitmaps.storing.lock().await;
+        let stored = self.bitmaps.stored().clone();
         let wanted = self.bitmaps_to_store(&stored);
         if self.is_stored(&stored, &wanted) {
             return Ok(());
@@ -152,12 +151,10 @@ impl Image {
             }
             return Err(e.context("Failed to update bitmap extension"));
         }
-        let old = std::mem::replace(&mut *stored, new);
-        self.free_bitmaps(&old, &stored).await;
-        let all = stored.bitmaps.iter();
-        let is_current = all.clone().any(|b| !b.entry.is_in_use());
+        self.free_bitmaps(&stored, &new).await;
+        let is_current = new.bitmaps.iter().any(|b| !b.entry.is_in_use());
+        *self.bitmaps.stored() = new;
         self.bitmaps.set.set_copies_are_current(is_current);
-        drop(stored);
         self.commit().await
     }
 

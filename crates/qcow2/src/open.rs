@@ -265,7 +265,7 @@ impl Image {
         {
             self.own(offset, cluster, Owner::L2);
         }
-        self.own_bitmaps().await;
+        self.own_bitmaps();
         for &offset in meta.refcounts.table().iter().filter(|&&o| aligned(o)) {
             self.own(offset, cluster, Owner::RefcountBlock);
         }

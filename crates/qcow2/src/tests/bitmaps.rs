@@ -288,10 +288,9 @@ async fn long_bitmaps_have_clusters_of_zeroes_ones_and_bits() {
         dirty(&node, "b"),
         [(32 << 20, 52 << 20), (size - 1536, size)]
     );
-    let stored = image.bitmaps.stored.lock().await;
+    let stored = image.bitmaps.stored().clone();
     assert_eq!(stored.bitmaps[0].entry.table_size, 9);
     assert_eq!(stored.bitmaps[0].data.len(), 2, "the rest is uniform");
-    drop(stored);
     assert_eq!(findings(disk.snapshot()).await, Vec::<String>::new());
 }
 
@@ -456,7 +455,7 @@ async fn opened(bytes: Vec<u8>) -> Result<Arc<Image>, BlockError> {
 /// Byte offsets of directory and table of the only bitmap of an image.
 async fn places(bytes: &[u8]) -> (usize, usize) {
     let image = opened(bytes.to_vec()).await.unwrap();
-    let stored = image.bitmaps.stored.lock().await;
+    let stored = image.bitmaps.stored();
     let table = stored.bitmaps[0].entry.table_offset as usize;
     (stored.directory.unwrap().0 as usize, table)
 }
@@ -518,7 +517,7 @@ async fn metadata_that_a_table_names_is_not_freed_with_the_bitmap() {
     // And data is never written over a bitmap.
     let disk = CrashDriver::new(image_with_bitmap().await);
     let (_, image) = open_on(disk.clone(), None).await;
-    for (host, bytes, _) in image.bitmaps.stored.lock().await.places() {
+    for (host, bytes, _) in image.bitmaps.stored().places() {
         assert!(image.check_data_write(host, bytes).is_err());
     }
 }
