@@ -10,7 +10,7 @@ use crate::name::protocol_of;
 use crate::open::CreateContext;
 use crate::options::Options;
 
-/// Where warnings go that are no errors: lines for people, without a program's prefix.
+/// Where warnings go that are no errors: lines for people, without a program's name, which a program may put in front of those that begin with `warning: `.
 #[derive(Clone)]
 pub struct Diagnostics(Arc<dyn Fn(&str) + Send + Sync>);
 

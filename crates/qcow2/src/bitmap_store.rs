@@ -15,11 +15,10 @@
 //! directory to directory until somebody removes them.
 
 use std::collections::HashMap;
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use blockcore::{BlockError, DirtyBitmap, Result};
+use blockcore::{BlockError, DirtyBitmap, Result, SECTOR_BYTES};
 
 use crate::alloc::Run;
 use crate::bitmap::{
@@ -233,11 +232,15 @@ impl Image {
             .take_clusters(mixed.len() as u64, Owner::BitmapData, made)
             .await;
         let run = run.map_err(|e| failed(e, "allocate clusters for"))?;
-        let data: Vec<u64> = run.map(|c| c << self.cluster_bits).collect();
-        for (&i, &host) in mixed.iter().zip(&data) {
-            let bytes = bits.to_bytes(bits_of(i).start, cluster as usize);
-            let written = self.write_metadata(Owner::BitmapData, host, bytes).await;
+        let mut data = Vec::new();
+        for (&i, place) in mixed.iter().zip(run.cluster..) {
+            let host = place << self.cluster_bits;
+            let end = bits_of(i).end.min(bits.len());
+            let bytes = (end - bits_of(i).start).div_ceil(8);
+            let bytes = bits.to_bytes(bits_of(i).start, bytes as usize);
+            let written = self.write_filled(Owner::BitmapData, host, bytes, run).await;
             written.map_err(|e| failed(e, "write"))?;
+            data.push(host);
         }
         let mut hosts = data.iter();
         let entries = (0..clusters).map(|i| match bits.uniform(bits_of(i)) {
@@ -264,32 +267,46 @@ impl Image {
     }
 
     /// Takes so many consecutive clusters.
-    async fn take_clusters(&self, count: u64, owner: Owner, made: &mut Made) -> Result<Range<u64>> {
+    async fn take_clusters(&self, count: u64, owner: Owner, made: &mut Made) -> Result<Run> {
         if count == 0 {
-            return Ok(0..0);
+            return Ok(Run {
+                cluster: 0,
+                count: 0,
+                fresh: true,
+            });
         }
-        let run = self.alloc_run(&mut *self.meta.lock().await, count).await?;
+        let mut meta = self.meta.lock().await;
+        let run = self.alloc_run(&mut meta, count).await?;
+        meta.needs_file_to(run, self.cluster_bits);
         made.0.push(run);
         let bits = self.cluster_bits;
         self.own(run.cluster << bits, run.count << bits, owner);
-        Ok(run.cluster..run.cluster + run.count)
+        Ok(run)
     }
 
-    /// Writes something to clusters of its own, the last of them filled up with zeroes.
-    async fn write_clusters(
+    /// Writes something to clusters of its own.
+    async fn write_clusters(&self, owner: Owner, bytes: Vec<u8>, made: &mut Made) -> Result<u64> {
+        let clusters = (bytes.len() as u64).div_ceil(self.cluster_size());
+        let run = self.take_clusters(clusters, owner, made).await?;
+        let host = run.cluster << self.cluster_bits;
+        self.write_filled(owner, host, bytes, run).await?;
+        Ok(host)
+    }
+
+    /// Writes something to where a cluster of `run` begins. What it leaves of the last cluster is zero.
+    async fn write_filled(
         &self,
         owner: Owner,
+        host: u64,
         mut bytes: Vec<u8>,
-        made: &mut Made,
-    ) -> Result<u64> {
-        let cluster = self.cluster_size();
-        bytes.resize(bytes.len().next_multiple_of(cluster as usize), 0);
-        let run = self
-            .take_clusters(bytes.len() as u64 / cluster, owner, made)
-            .await?;
-        let host = run.start << self.cluster_bits;
-        self.write_metadata(owner, host, bytes).await?;
-        Ok(host)
+        run: Run,
+    ) -> Result<()> {
+        let unit = match run.fresh {
+            true => SECTOR_BYTES,
+            false => self.cluster_size(),
+        };
+        bytes.resize(bytes.len().next_multiple_of(unit as usize), 0);
+        self.write_metadata(owner, host, bytes).await
     }
 
     /// Gives back what nothing names.

@@ -343,6 +343,7 @@ fn fresh_header(
         compression_type,
         backing,
         extensions,
+        unknown_fields: Vec::new(),
     };
     let Some(backing) = &header.backing else {
         return Ok(header);

@@ -146,6 +146,8 @@ pub struct Header {
     pub backing: Option<BackingName>,
     /// The header extensions, all of them.
     pub extensions: Vec<Extension>,
+    /// Header fields of later releases, which are kept.
+    pub unknown_fields: Vec<u8>,
 }
 
 fn bad<T>(text: impl Into<String>) -> Result<T> {
@@ -269,6 +271,9 @@ impl Header {
             compression_type,
             backing: None,
             extensions: Vec::new(),
+            unknown_fields: (head.get(RAW_HEADER_BYTES..header_length as usize))
+                .unwrap_or_default()
+                .to_vec(),
         };
         header.check_tables(purpose)?;
         header.extensions = extension::parse(area)?;
@@ -398,7 +403,7 @@ impl Header {
             compatible_features: U64::new(self.compatible.bits()),
             autoclear_features: U64::new(self.autoclear),
             refcount_order: U32::new(self.refcount_order),
-            header_length: U32::new(RAW_HEADER_BYTES as u32),
+            header_length: U32::new((RAW_HEADER_BYTES + self.unknown_fields.len()) as u32),
             compression_type: compression,
             padding: [0; 7],
         }
@@ -420,11 +425,11 @@ impl Header {
     /// `InvalidArgument` if it doesn't fit.
     pub fn encode(&self) -> Result<Vec<u8>> {
         let mut raw = self.raw();
-        let header_bytes = if self.version >= 3 {
-            RAW_HEADER_BYTES
-        } else {
-            V2_HEADER_BYTES as usize
+        let (fields, more) = match self.version {
+            2 => (V2_HEADER_BYTES as usize, &[][..]),
+            _ => (RAW_HEADER_BYTES, &self.unknown_fields[..]),
         };
+        let header_bytes = fields + more.len();
         let name = self
             .backing
             .as_ref()
@@ -450,7 +455,8 @@ impl Header {
             raw.backing_file_offset = U64::new(name_at as u64);
             raw.backing_file_size = U32::new(name.len() as u32);
         }
-        let mut out = raw.as_bytes()[..header_bytes].to_vec();
+        let mut out = raw.as_bytes()[..fields].to_vec();
+        out.extend(more);
         out.extend(extensions);
         out.extend(name);
         Ok(out)
