@@ -277,7 +277,6 @@ impl Image {
         }
         let mut meta = self.meta.lock().await;
         let run = self.alloc_run(&mut meta, count).await?;
-        meta.needs_file_to(run, self.cluster_bits);
         made.0.push(run);
         let bits = self.cluster_bits;
         self.own(run.cluster << bits, run.count << bits, owner);
