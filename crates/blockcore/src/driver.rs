@@ -14,6 +14,7 @@
 //!   good, and `flush` and `close` wait for what is still going on.
 
 use std::fmt;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use bitflags::bitflags;
@@ -21,6 +22,7 @@ use bitflags::bitflags;
 use crate::buffer::{IoBuf, IoBufMut};
 use crate::child::Child;
 use crate::debug::DebugEvent;
+use crate::dirty_bitmap::DirtyBitmaps;
 use crate::error::{BlockError, Result};
 use crate::limits::BlockLimits;
 use crate::open::{CreateContext, OpenContext};
@@ -456,6 +458,33 @@ pub trait BlockDriver: Send + Sync + 'static {
     async fn snapshot_load(&self, which: &SnapshotSelector) -> Result<()> {
         let _nothing = which;
         Err(BlockError::from_errno(libc::ENOTSUP))
+    }
+
+    /// The dirty bitmaps of a driver that can keep them in its image, those that are there already among them. The node shares the set.
+    ///
+    /// *Called* after open. *The driver must* store those that are persistent when it is closed or becomes read-only, and say with
+    /// [`set_copies_are_current`](DirtyBitmaps::set_copies_are_current) whether the copies claim to be right. *If omitted*: bitmaps are never stored.
+    fn dirty_bitmaps(&self) -> Option<Arc<DirtyBitmaps>> {
+        None
+    }
+
+    /// Whether the image can store dirty bitmaps. *If omitted*: no.
+    fn supports_persistent_bitmaps(&self) -> bool {
+        false
+    }
+
+    /// Whether a new persistent bitmap could be stored. *If omitted*: as far as this driver knows.
+    async fn check_bitmap(&self, name: &str, granularity: u64) -> Result<()> {
+        let _nothing = (name, granularity);
+        Ok(())
+    }
+
+    /// Makes it durable that the copies of bitmaps in the image are outdated.
+    ///
+    /// *Called* before the first change of the node, or of a bitmap, while the copies claim to be right; often by many at the same time. *Errors*: the
+    /// change isn't made. *If dropped*: it may go on, and holds up nobody. *If omitted*: there are no copies.
+    async fn outdate_bitmaps(&self) -> Result<()> {
+        Ok(())
     }
 
     /// The backing file that the image names. *If omitted*: none.

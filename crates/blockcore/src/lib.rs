@@ -22,13 +22,16 @@
 //! ```
 
 pub mod backend;
+mod bitmap_ops;
 pub mod buffer;
 mod check;
 pub mod child;
 pub mod debug;
+pub mod dirty_bitmap;
 pub mod driver;
 pub mod error;
 mod full_name;
+mod hbitmap;
 pub mod limits;
 pub mod name;
 pub mod node;
@@ -49,16 +52,19 @@ pub mod walk;
 mod zeroes;
 
 pub use backend::{Backend, InFlight, InFlightGuard, OwnedInFlightGuard};
+pub use bitmap_ops::NewBitmap;
 pub use buffer::{IoBuf, IoBufMut};
 pub use check::CheckAborted;
 pub use child::{Child, ChildRole};
 pub use debug::DebugEvent;
+pub use dirty_bitmap::{DirtyBitmap, DirtyBitmaps, FrozenBitmap};
 pub use driver::{
     BackingName, BlockDriver, CheckFix, CheckResult, CreateOption, DriverFactory, DriverInfo,
     OptionKind, Preallocation, PreparedReopen, ReadFlags, ReopenRequest, SnapshotInfo,
     SpecificInfo, TruncateRequest, WriteFlags,
 };
 pub use error::{BlockError, ErrorKind, Op, Result, strerror};
+pub use hbitmap::HBitmap;
 pub use limits::{BlockLimits, MAX_LENGTH_BYTES, MAX_REQUEST_BYTES};
 pub use node::{Node, NodeConfig, NodeFlags, SECTOR_BYTES};
 pub use open::{CreateContext, OpenContext, OpenOptions};

@@ -13,6 +13,7 @@ use std::sync::{Arc, RwLock};
 use crate::backend::InFlight;
 use crate::child::Child;
 use crate::debug::DebugEvent;
+use crate::dirty_bitmap::DirtyBitmaps;
 use crate::driver::{BlockDriver, ReopenRequest, TruncateRequest};
 use crate::error::{BlockError, ErrorKind, Op, Result};
 use crate::limits::{BlockLimits, MAX_LENGTH_BYTES};
@@ -69,6 +70,7 @@ pub struct Node {
     pub(crate) tracked: TrackedRequests,
     /// Changes of the whole node whose future was dropped, and that go on: later reads wait for them.
     pub(crate) orphans: Orphans,
+    pub(crate) bitmaps: Arc<DirtyBitmaps>,
     /// Changes of length that go on when their future is dropped.
     pub(crate) tasks: Arc<InFlight>,
     /// Counts changes that are done, given up or failed. Two flushes without a step in between are one.
@@ -105,6 +107,7 @@ impl Node {
         let number = NEXT_NODE_NUMBER.fetch_add(1, Ordering::Relaxed);
         let f = config.flags;
         let debug_events = driver.wants_debug_events();
+        let bitmaps = driver.dirty_bitmaps().unwrap_or_default();
         let node = Node {
             name: config.name.unwrap_or_else(|| format!("#block{number}")),
             filename: config.filename,
@@ -120,6 +123,7 @@ impl Node {
             debug_events,
             tracked: TrackedRequests::default(),
             orphans: Orphans::default(),
+            bitmaps,
             tasks: Arc::default(),
             write_generation: AtomicU64::new(0),
             flushed_generation: AtomicU64::new(0),
@@ -341,9 +345,17 @@ impl Node {
             let Some(request) = request(node.length()) else {
                 return Ok(());
             };
-            let result = node.driver.truncate(request).await;
+            let result = async {
+                if request.bytes != node.length() {
+                    node.check_bitmaps_resizable()?;
+                    node.outdate_copies().await?;
+                }
+                node.driver.truncate(request).await
+            };
+            let result = result.await;
             node.mark_written();
             let refreshed = node.refresh_length().await;
+            node.bitmaps.set_length(node.length());
             drop(tracked);
             result
                 .map_err(|e| e.during(Op::Truncate).on_node(&node.name))

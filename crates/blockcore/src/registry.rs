@@ -11,7 +11,7 @@ use crate::open::CreateContext;
 use crate::options::Options;
 use crate::secret::Secrets;
 
-/// Where warnings go that are no errors: lines for people, without a program's prefix.
+/// Where warnings go that are no errors: lines for people, without a program's name, which a program may put in front of those that begin with `warning: `.
 #[derive(Clone)]
 pub struct Diagnostics(Arc<dyn Fn(&str) + Send + Sync>);
 

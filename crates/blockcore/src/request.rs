@@ -195,6 +195,7 @@ impl Node {
         let _tracked = self.tracked.begin(start, end, !padding.is_none()).await;
         let _written = WrittenOnDrop(self);
         let result = async {
+            self.note_change(offset, bytes).await?;
             let buf = if padding.is_none() {
                 buf
             } else {
@@ -306,6 +307,7 @@ impl Node {
         let end = offset + buf.len() as u64;
         let _tracked = self.tracked.begin(offset, end, false).await;
         let _written = WrittenOnDrop(self);
+        self.note_change(offset, end - offset).await?;
         self.driver()
             .pwritev(offset, buf, WriteFlags::COMPRESSED)
             .await

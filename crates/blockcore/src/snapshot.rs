@@ -112,8 +112,12 @@ impl Node {
     /// Makes the node what it was when the snapshot was taken, its length included. What was written since is gone. Durable when it returns.
     ///
     /// # Errors
-    /// `NotFound` where there is no such snapshot; as [`snapshot_create`](Node::snapshot_create).
+    /// `NotFound` where there is no such snapshot; EBUSY where there are dirty bitmaps, which would miss it; as [`snapshot_create`](Node::snapshot_create).
     pub async fn snapshot_goto(self: &Arc<Self>, which: SnapshotSelector) -> Result<()> {
+        if !self.bitmaps.list().is_empty() {
+            let text = "Device has active dirty bitmaps";
+            return Err(BlockError::from_errno(libc::EBUSY).message(text));
+        }
         self.change_all(Change::Goto(which)).await
     }
 
@@ -165,10 +169,11 @@ impl Node {
                 Change::Create(request) => driver.snapshot_create(request).await,
                 Change::Goto(which) => driver.snapshot_goto(&which).await,
                 Change::Delete(which) => driver.snapshot_delete(&which).await,
-                Change::Amend(options) => driver.amend(options).await,
+                Change::Amend(options) => node.amend_alone(options).await,
             };
             node.mark_written();
             let refreshed = node.refresh_length().await;
+            node.bitmaps.set_length(node.length());
             drop(tracked);
             result
                 .map_err(|e| e.during(op).on_node(node.name()))
@@ -176,6 +181,15 @@ impl Node {
         });
         let cancelled = |_| Err(BlockError::from_errno(libc::ECANCELED).during(op));
         task.await.unwrap_or_else(cancelled)
+    }
+
+    /// The length may change, and with it what bitmaps cover.
+    async fn amend_alone(&self, options: Options) -> Result<()> {
+        if options.contains("size") {
+            self.check_bitmaps_resizable()?;
+        }
+        self.outdate_copies().await?;
+        self.driver().amend(options).await
     }
 }
 

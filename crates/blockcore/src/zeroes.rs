@@ -66,7 +66,11 @@ impl Node {
         let (start, end) = (offset - padding.head, offset + bytes + padding.tail);
         let _tracked = self.tracked.begin(start, end, !padding.is_none()).await;
         let _written = WrittenOnDrop(self);
-        self.zero_padded(offset, bytes, flags, align)
+        let zeroed = async {
+            self.note_change(offset, bytes).await?;
+            self.zero_padded(offset, bytes, flags, align).await
+        };
+        zeroed
             .await
             .map_err(|e| e.during(Op::WriteZeroes).on_node(self.name()).at(offset))
     }
@@ -192,6 +196,7 @@ impl Node {
         let align = self.align();
         let _tracked = self.tracked.begin(offset, offset + bytes, false).await;
         let _written = WrittenOnDrop(self);
+        self.note_change(offset, bytes).await?;
         for (at, n) in pieces(
             offset,
             bytes,

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 
 use blockcore::{
     BlockError, CreateOption, ErrorKind, IoBuf, MAX_LENGTH_BYTES, OptionKind, Options, Result,
-    SECTOR_BYTES, TruncateRequest, WriteFlags,
+    TruncateRequest,
 };
 
 use crate::create::option;
@@ -207,17 +207,18 @@ impl Image {
                 _ => image.complete_snapshots().await?,
             }
             image.commit().await?;
-            let mut header = image.header().clone();
-            header.version = version;
-            let names = |e: &Extension| e.kind == extension::FEATURE_NAMES;
-            if version < 3 {
-                header.compatible = Compatible::empty();
-                header.autoclear = 0;
-                header.extensions.retain(|e| !names(e));
-            } else if !header.extensions.iter().any(names) {
-                header.extensions.push(extension::feature_names());
-            }
-            image.rewrite_header(header).await?;
+            let change = |header: &mut Header| {
+                header.version = version;
+                let names = |e: &Extension| e.kind == extension::FEATURE_NAMES;
+                if version < 3 {
+                    header.compatible = Compatible::empty();
+                    header.autoclear = 0;
+                    header.extensions.retain(|e| !names(e));
+                } else if !header.extensions.iter().any(names) {
+                    header.extensions.push(extension::feature_names());
+                }
+            };
+            image.rewrite_header(change).await?;
             image.format_version.store(version, Ordering::Release);
             Ok(())
         };
@@ -290,39 +291,6 @@ impl Image {
             }
             at += bytes;
         }
-        Ok(())
-    }
-
-    /// Writes the whole header: what it is long for first, to places that the old one doesn't use, then its first sector, which is there or not.
-    ///
-    /// # Errors
-    /// `Unsupported` for a header that needs more than that; those of the file.
-    async fn rewrite_header(&self, mut header: Header) -> Result<()> {
-        let _no_commits = self.commits.none().await;
-        let old_end = self.header().encode()?.len();
-        if header.encode()?.len() > SECTOR_BYTES as usize {
-            // Names of features are for people.
-            header
-                .extensions
-                .retain(|e| e.kind != extension::FEATURE_NAMES);
-        }
-        let name_at = old_end.next_multiple_of(SECTOR_BYTES as usize);
-        let (mut head, name) = header.encode_apart(name_at)?;
-        if head.len() > SECTOR_BYTES as usize {
-            let text =
-                "The header extensions of the image are too long for a change of its version";
-            return Err(BlockError::new(ErrorKind::Unsupported, text));
-        }
-        head.resize(SECTOR_BYTES as usize, 0);
-        if let Some(name) = name {
-            self.file
-                .pwritev(name_at as u64, IoBuf::from(name), WriteFlags::empty())
-                .await?;
-            self.file.flush().await?;
-        }
-        // INV QCOW2-ORD-6
-        self.write_header_bytes(0, head).await?;
-        *self.header() = header;
         Ok(())
     }
 

@@ -389,6 +389,7 @@ fn fresh_header(
         crypt_method: CryptMethod::None,
         backing,
         extensions,
+        unknown_fields: Vec::new(),
     };
     let Some(backing) = &header.backing else {
         return Ok(header);

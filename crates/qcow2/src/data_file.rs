@@ -143,7 +143,8 @@ impl Image {
         bytes: u64,
         flags: WriteFlags,
     ) -> Result<()> {
-        if !self.header().is_data_file_raw() {
+        // Where data is encrypted the file never reads as the disk, and zeroes would be noise until the mapping is durable.
+        if !self.header().is_data_file_raw() || self.is_encrypted() {
             return Ok(());
         }
         let may_unmap = flags & WriteFlags::MAY_UNMAP;
@@ -153,9 +154,9 @@ impl Image {
     }
 
     /// Gives back what the data file has for clusters that don't use it any more. The caller holds `changing`. That the mapping may be durable only later is
-    /// no harm: the guest said that it needs nothing of this.
+    /// no harm: the guest said that it needs nothing of this, and what the file has there instead is zero; so where data is encrypted, nothing is given back.
     pub(crate) async fn discard_data(&self, offset: u64, bytes: u64) {
-        let Some(child) = self.data.child() else {
+        let Some(child) = self.data.child().filter(|_| !self.is_encrypted()) else {
             return;
         };
         if let Err(e) = child.pdiscard(offset, bytes).await {

@@ -7,9 +7,9 @@ use std::sync::atomic::Ordering;
 use async_trait::async_trait;
 use blockcore::{
     BackingName, BlockDriver, BlockError, BlockLimits, BlockStatus, CheckFix, CheckResult, Child,
-    DriverInfo, ErrorKind, IoBuf, IoBufMut, Options, PreparedReopen, ReadFlags, ReopenRequest,
-    Result, SECTOR_BYTES, SnapshotInfo, SnapshotRequest, SnapshotSelector, SpecificInfo,
-    StatusMode, TruncateRequest, WriteFlags,
+    DirtyBitmaps, DriverInfo, ErrorKind, IoBuf, IoBufMut, Options, PreparedReopen, ReadFlags,
+    ReopenRequest, Result, SECTOR_BYTES, SnapshotInfo, SnapshotRequest, SnapshotSelector,
+    SpecificInfo, StatusMode, TruncateRequest, WriteFlags,
 };
 
 use crate::header::{Header, Incompatible};
@@ -164,10 +164,10 @@ impl BlockDriver for Qcow2 {
 
     async fn specific_info(&self) -> Result<Option<SpecificInfo>> {
         let header = self.header();
-        Ok(Some(info::specific_info(
-            &header,
-            self.image.crypto.as_ref(),
-        )))
+        let crypto = self.image.crypto.as_ref();
+        let bitmaps = self.image.bitmaps.set.list();
+        let in_use = self.image.writable.load(Ordering::Acquire);
+        Ok(Some(info::specific_info(&header, crypto, &bitmaps, in_use)))
     }
 
     async fn snapshots(&self) -> Result<Vec<SnapshotInfo>> {
@@ -218,6 +218,22 @@ impl BlockDriver for Qcow2 {
         self.settle(result).await
     }
 
+    fn dirty_bitmaps(&self) -> Option<Arc<DirtyBitmaps>> {
+        Some(self.image.bitmaps.set.clone())
+    }
+
+    fn supports_persistent_bitmaps(&self) -> bool {
+        self.image.version() >= 3
+    }
+
+    async fn check_bitmap(&self, name: &str, granularity: u64) -> Result<()> {
+        self.image.check_bitmap(name, granularity)
+    }
+
+    async fn outdate_bitmaps(&self) -> Result<()> {
+        self.image.outdate_bitmaps().await
+    }
+
     fn backing_name(&self) -> Option<BackingName> {
         self.header().backing
     }
@@ -249,6 +265,7 @@ impl BlockDriver for Qcow2 {
         }
         if !writable && self.image.writable.load(Ordering::Acquire) {
             self.image.tasks.wait_idle().await;
+            self.image.store_bitmaps().await?;
             self.image.commit().await?;
             // Once more for what the first has freed: a reader may have ended since, and later nothing can be written.
             self.image.commit().await?;
@@ -265,7 +282,8 @@ impl BlockDriver for Qcow2 {
             // What is not written yet stays so: it was made from metadata that can't be trusted.
             return self.image.mark_corrupt_on_disk().await;
         }
-        self.image.commit().await
+        let stored = self.image.store_bitmaps().await;
+        self.image.commit().await.and(stored)
     }
 
     fn as_any(&self) -> &dyn std::any::Any {

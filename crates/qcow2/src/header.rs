@@ -149,6 +149,8 @@ pub struct Header {
     pub backing: Option<BackingName>,
     /// The header extensions, all of them.
     pub extensions: Vec<Extension>,
+    /// Header fields of later releases, which are kept.
+    pub unknown_fields: Vec<u8>,
 }
 
 fn bad<T>(text: impl Into<String>) -> Result<T> {
@@ -273,6 +275,9 @@ impl Header {
             crypt_method: CryptMethod::None,
             backing: None,
             extensions: Vec::new(),
+            unknown_fields: (head.get(RAW_HEADER_BYTES..header_length as usize))
+                .unwrap_or_default()
+                .to_vec(),
         };
         header.check_tables(purpose)?;
         header.extensions = extension::parse(area)?;
@@ -369,17 +374,13 @@ impl Header {
     /// Whether the image may be written.
     ///
     /// # Errors
-    /// `Corrupt` for an image that says it is; `Unsupported` for one with persistent bitmaps, which a write would make wrong.
+    /// `Corrupt` for an image that says it is.
     pub fn check_writable(&self) -> Result<()> {
         if self.is_corrupt() {
             return Err(BlockError::corrupt(
                 "qcow2: Image is corrupt; cannot be opened read/write",
             )
             .errno_is(libc::EACCES));
-        }
-        let has_bitmaps = self.extensions.iter().any(|e| e.kind == extension::BITMAPS);
-        if has_bitmaps && self.autoclear & AUTOCLEAR_BITMAPS != 0 {
-            return not_yet("Writing to images with persistent dirty bitmaps is not supported yet");
         }
         Ok(())
     }
@@ -408,7 +409,7 @@ impl Header {
             compatible_features: U64::new(self.compatible.bits()),
             autoclear_features: U64::new(self.autoclear),
             refcount_order: U32::new(self.refcount_order),
-            header_length: U32::new(RAW_HEADER_BYTES as u32),
+            header_length: U32::new((RAW_HEADER_BYTES + self.unknown_fields.len()) as u32),
             compression_type: compression,
             padding: [0; 7],
         }
@@ -430,11 +431,11 @@ impl Header {
     /// `InvalidArgument` if it doesn't fit.
     pub fn encode(&self) -> Result<Vec<u8>> {
         let mut raw = self.raw();
-        let header_bytes = if self.version >= 3 {
-            RAW_HEADER_BYTES
-        } else {
-            V2_HEADER_BYTES as usize
+        let (fields, more) = match self.version {
+            2 => (V2_HEADER_BYTES as usize, &[][..]),
+            _ => (RAW_HEADER_BYTES, &self.unknown_fields[..]),
         };
+        let header_bytes = fields + more.len();
         let name = self
             .backing
             .as_ref()
@@ -460,7 +461,8 @@ impl Header {
             raw.backing_file_offset = U64::new(name_at as u64);
             raw.backing_file_size = U32::new(name.len() as u32);
         }
-        let mut out = raw.as_bytes()[..header_bytes].to_vec();
+        let mut out = raw.as_bytes()[..fields].to_vec();
+        out.extend(more);
         out.extend(extensions);
         out.extend(name);
         Ok(out)

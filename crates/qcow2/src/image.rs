@@ -22,6 +22,7 @@ use blockcore::{
 };
 
 use crate::alloc::Meta;
+use crate::bitmap_load::Bitmaps;
 use crate::commit::CommitState;
 use crate::crypto::Crypto;
 use crate::data_file::DataFile;
@@ -80,6 +81,9 @@ pub(crate) enum Owner {
     InactiveL1,
     InactiveL2,
     EncryptionHeader,
+    BitmapDirectory,
+    BitmapTable,
+    BitmapData,
     /// Two structures claim it: nothing may be written there.
     Disputed,
 }
@@ -96,6 +100,9 @@ impl Owner {
             Owner::InactiveL1 => "inactive L1 table",
             Owner::InactiveL2 => "inactive L2 table",
             Owner::EncryptionHeader => "encryption header",
+            Owner::BitmapDirectory => "bitmap directory",
+            Owner::BitmapTable => "bitmap table",
+            Owner::BitmapData => "bitmap",
             Owner::Disputed => "disputed metadata",
         }
     }
@@ -142,6 +149,7 @@ pub(crate) struct Image {
     pub shows_snapshot: AtomicBool,
     pub diagnostics: Diagnostics,
     pub compression: CompressionType,
+    pub bitmaps: Bitmaps,
     /// See `map`.
     pub metadata_preallocated: OnceLock<bool>,
     /// Host clusters from this offset on were not in the file when it was opened, and read as zero until written.

@@ -9,6 +9,9 @@
 
 mod alloc;
 mod amend;
+mod bitmap;
+mod bitmap_load;
+mod bitmap_store;
 mod check;
 mod commit;
 mod compressed;
@@ -20,6 +23,7 @@ mod epoch;
 pub mod extension;
 pub mod format;
 pub mod header;
+mod header_rewrite;
 mod image;
 mod inflated;
 mod info;

@@ -19,14 +19,14 @@ use crate::crypto::Crypto;
 use crate::data_file::DataFile;
 use crate::driver::Qcow2;
 use crate::format::{L1E_OFFSET_MASK, MAGIC};
-use crate::header::{AUTOCLEAR_DATA_FILE_RAW, Header};
+use crate::header::{AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, Header};
 use crate::image::{Image, Owner, be_words};
 use crate::l2_cache::L2Cache;
 use crate::l2_entry::EntryFormat;
 use crate::l2_table::L1Table;
 use crate::refcount::Refcounts;
 use crate::runtime::{OverlapChecks, RuntimeOptions};
-use crate::{amend, check, create, snapshot};
+use crate::{amend, bitmap_load, check, create, snapshot};
 
 /// Byte offset of the autoclear feature bits in the header.
 const AUTOCLEAR_OFFSET: u64 = 88;
@@ -129,6 +129,7 @@ async fn open_with(
     file.debug_event(DebugEvent::ReftableLoad).await;
     let table_entries = (header.refcount_table_clusters as usize) << (bits - 3);
     let table = read_table(&file, header.refcount_table_offset, table_entries).await?;
+    let bitmaps = bitmap_load::load(&file, &header, &diagnostics).await?;
     let end = file.length().div_ceil(1 << bits);
     let entries = EntryFormat {
         version: header.version,
@@ -188,6 +189,7 @@ async fn open_with(
         runtime: RwLock::new(runtime),
         shows_snapshot: AtomicBool::new(false),
         diagnostics,
+        bitmaps,
         metadata_preallocated: OnceLock::new(),
         zero_from: end << bits,
         header: Mutex::new(header),
@@ -227,10 +229,14 @@ impl Image {
 
     /// Clears what a writer that doesn't know a feature has to clear.
     async fn update_features(&self, header: Header) -> Result<()> {
-        let known = match header.has_data_file() {
-            true => header.autoclear & AUTOCLEAR_DATA_FILE_RAW,
-            false => 0,
-        };
+        self.drop_stale_bitmaps().await?;
+        let mut known = 0;
+        if header.has_data_file() {
+            known |= header.autoclear & AUTOCLEAR_DATA_FILE_RAW;
+        }
+        if bitmap_load::extension_data(&header).is_some() {
+            known |= AUTOCLEAR_BITMAPS;
+        }
         if self.version() < 3 || header.autoclear == known {
             return Ok(());
         }
@@ -264,6 +270,7 @@ impl Image {
         {
             self.own(offset, cluster, Owner::L2);
         }
+        self.own_bitmaps();
         for &offset in meta.refcounts.table().iter().filter(|&&o| aligned(o)) {
             self.own(offset, cluster, Owner::RefcountBlock);
         }

@@ -100,6 +100,9 @@ impl OverlapChecks {
             Owner::SnapshotTable => OverlapChecks::SNAPSHOT_TABLE,
             Owner::InactiveL1 => OverlapChecks::INACTIVE_L1,
             Owner::InactiveL2 => OverlapChecks::INACTIVE_L2,
+            Owner::BitmapDirectory | Owner::BitmapTable | Owner::BitmapData => {
+                OverlapChecks::BITMAP_DIRECTORY
+            }
             Owner::EncryptionHeader | Owner::Disputed => {
                 return self != OverlapChecks::empty();
             }

@@ -159,6 +159,8 @@ impl Console {
     /// Where the block layer's warnings go.
     pub fn diagnostics(&self) -> Diagnostics {
         let console = self.clone();
-        Diagnostics::new(move |line| console.raw_error(line))
+        Diagnostics::new(move |line| {
+            console.raw_error(&toolkit::diagnostic_line(&console.0.name, line));
+        })
     }
 }

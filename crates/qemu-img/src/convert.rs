@@ -9,6 +9,7 @@ use toolkit::cache::CacheMode;
 use toolkit::getopt::{Arg, Long, long};
 
 use crate::Tool;
+use crate::bitmap::CopyBitmaps;
 use crate::console::Outcome;
 use crate::create::CreateOptions;
 use crate::image::Image;
@@ -67,6 +68,7 @@ struct Request {
     backing: Option<String>,
     backing_format: Option<String>,
     target_is_zero: bool,
+    bitmaps: CopyBitmaps,
     sparse_bytes: u64,
     compressed: bool,
     parallel: usize,
@@ -97,7 +99,7 @@ impl Tool {
         let (mut format, mut image_opts, mut force_share) = (None, false, false);
         let (mut source_cache, mut target_cache) = ("writeback".to_owned(), "unsafe".to_owned());
         let (mut offload, mut rate) = (false, false);
-        let (mut bitmaps, mut skip_broken, mut sparse_given) = (false, false, false);
+        let mut sparse_given = false;
         let mut request = Request {
             sources: Vec::new(),
             snapshot: None,
@@ -110,6 +112,7 @@ impl Tool {
             backing: None,
             backing_format: None,
             target_is_zero: false,
+            bitmaps: CopyBitmaps::default(),
             sparse_bytes: 4096,
             compressed: false,
             parallel: 8,
@@ -142,8 +145,8 @@ impl Tool {
                     request.sparse_bytes = self.sparse_size(&arg)?;
                     sparse_given = true;
                 }
-                BITMAPS => bitmaps = true,
-                SKIP_BROKEN_BITMAPS => skip_broken = true,
+                BITMAPS => request.bitmaps.copy = true,
+                SKIP_BROKEN_BITMAPS => request.bitmaps.skip_broken = true,
                 'U' => force_share = true,
                 'r' => {
                     self.number("rate limit", &arg, 0, i64::MAX as u64)?;
@@ -168,7 +171,7 @@ impl Tool {
             return Ok(None);
         }
         self.check_image_opts(image_opts, format.as_deref())?;
-        if skip_broken && !bitmaps {
+        if request.bitmaps.skip_broken && !request.bitmaps.copy {
             return Err(fail("Use of --skip-broken-bitmaps requires --bitmaps"));
         }
         if offload && request.compressed {
@@ -187,7 +190,6 @@ impl Tool {
             return Err(fail("--target-is-zero requires use of -n flag"));
         }
         let refused = [
-            (bitmaps, "--bitmaps"),
             (offload, "--copy-range-offloading (-C)"),
             (rate, "--rate (-r)"),
         ];
@@ -238,6 +240,11 @@ impl Tool {
         {
             return self.close_all(sources, Err(failed)).await;
         }
+        if request.bitmaps.copy
+            && let Err(failed) = self.check_source_bitmaps(&sources, request.bitmaps)
+        {
+            return self.close_all(sources, Err(failed)).await;
+        }
         let copied = self.convert_open(request, &sources, job).await;
         self.close_all(sources, copied).await
     }
@@ -277,9 +284,18 @@ impl Tool {
                 )
             })
             .await?;
-        let copied = self
-            .copy_to(request, sources, &target, total, backing.is_some(), job)
-            .await;
+        let copied = async {
+            if request.bitmaps.copy {
+                self.check_target_bitmaps(&target)?;
+            }
+            self.copy_to(request, sources, &target, total, backing.is_some(), job)
+                .await?;
+            match sources {
+                [source] if request.bitmaps.copy => self.copy_bitmaps(source, &target).await,
+                _ => Ok(()),
+            }
+        };
+        let copied = copied.await;
         let closed = self.close(target).await;
         copied.and(closed)
     }

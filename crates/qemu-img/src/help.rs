@@ -40,7 +40,7 @@ const FORCE_SHARE: (&str, &str) = (
 const OUTPUT: (&str, &str) = ("--output human|json", "how to print; human if not given");
 const FILENAME: (&str, &str) = ("FILENAME", "the image");
 
-const COMMANDS: [Help; 10] = [
+const COMMANDS: [Help; 11] = [
     Help {
         name: "amend",
         what: "Change what an image was created with",
@@ -110,6 +110,41 @@ const COMMANDS: [Help; 10] = [
             ("--no-drain", "flush while requests are in flight"),
             FORCE_SHARE,
             FILENAME,
+        ],
+    },
+    Help {
+        name: "bitmap",
+        what: "Change the persistent bitmaps of an image",
+        synopsis: "( --merge SOURCE | --add | --remove | --clear |
+                --enable | --disable ).. [-f FMT | --image-opts]
+        [ -b SRC_FILENAME [-F SOURCE_FMT]] [-g SIZE[KMGTPE]]
+        FILENAME BITMAP",
+        arguments: &[
+            HELP,
+            FORMAT,
+            IMAGE_OPTS,
+            ("--add", "make a new one, which changes are marked in"),
+            (
+                "-g, --granularity SIZE[KMGTPE]",
+                "how many bytes a bit of the new one stands for",
+            ),
+            ("--remove", "take it out of the image"),
+            ("--clear", "forget what is marked in it"),
+            (
+                "--enable, --disable",
+                "mark changes in it from now on, or no longer",
+            ),
+            ("--merge SOURCE", "mark in it what is marked in SOURCE"),
+            (
+                "-b, --source-file SRC_FILENAME",
+                "the image that has SOURCE; FILENAME if not given",
+            ),
+            (
+                "-F, --source-format SOURCE_FMT",
+                "format of SRC_FILENAME; guessed if not given",
+            ),
+            FILENAME,
+            ("BITMAP", "the name of the bitmap"),
         ],
     },
     Help {
@@ -227,7 +262,7 @@ const COMMANDS: [Help; 10] = [
                 "-S, --sparse-size SPARSE_SIZE",
                 "leave out runs of zeroes this long; 4k if not given, 0 writes everything",
             ),
-            ("--bitmaps", "copy persistent bitmaps (not supported yet)"),
+            ("--bitmaps", "copy persistent bitmaps, too"),
             (
                 "--skip-broken-bitmaps",
                 "leave out inconsistent ones; needs --bitmaps",

@@ -12,6 +12,7 @@
 
 mod amend;
 mod bench;
+mod bitmap;
 mod check;
 mod compare;
 pub mod console;
@@ -72,7 +73,7 @@ pub async fn run_async(args: &[String], registry: Registry, console: Console) ->
 }
 
 /// Commands that QEMU's tool has and this one has not yet.
-const LATER: [&str; 5] = ["bitmap", "commit", "dd", "measure", "rebase"];
+const LATER: [&str; 4] = ["commit", "dd", "measure", "rebase"];
 
 impl Tool {
     async fn command_line(&self, args: &[String]) -> Outcome {
@@ -114,6 +115,7 @@ impl Tool {
         };
         match command.as_str() {
             "bench" => self.bench(args).await,
+            "bitmap" => self.bitmap(args).await,
             "check" => self.check(args).await,
             "compare" => self.compare(args).await,
             "convert" => self.convert(args).await,

@@ -126,7 +126,10 @@ impl Session {
         let mut session = Session::captured(registry);
         session.prog = prog.to_owned();
         session.output = Output::process();
-        session.diagnostics = Diagnostics::new(output::print_error);
+        let program = prog.to_owned();
+        session.diagnostics = Diagnostics::new(move |line| {
+            output::print_error(&toolkit::diagnostic_line(&program, line));
+        });
         session
     }
 
@@ -344,7 +347,8 @@ impl Session {
                 .expect("no code panics while it holds this lock"),
         );
         for line in lines {
-            self.output.err(&line);
+            self.output
+                .err(&toolkit::diagnostic_line(&self.prog, &line));
         }
     }
 

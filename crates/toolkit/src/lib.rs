@@ -18,3 +18,11 @@ pub fn error_lines(error: &BlockError) -> String {
         None => error.text(),
     }
 }
+
+/// A line of the block layer as the tools print it: the program's name stands in front of a warning.
+pub fn diagnostic_line(program: &str, line: &str) -> String {
+    match line.starts_with("warning: ") {
+        true => format!("{program}: {line}"),
+        false => line.to_owned(),
+    }
+}

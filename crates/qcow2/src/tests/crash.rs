@@ -125,6 +125,7 @@ async fn some_plan(rng: &mut Rng) -> Plan {
         filled: some_writes(rng, sectors, 120),
         compressed,
         snapshot: is_inside && shape.refcount_order > 0 && rng.chance(40),
+        bitmap: shape.version > 2 && rng.chance(30),
         data_file,
         delays: rng.chance(50).then(|| rng.next_u64()),
         file_alignment: [1, 1, 512, 4096][rng.below(4) as usize],
@@ -160,7 +161,8 @@ async fn some_plan(rng: &mut Rng) -> Plan {
                     }
                     14 => Op::Discard(range),
                     15 if task < 2 && is_inside && shape.refcount_order > 3 => match rng.below(4) {
-                        0 => Op::Goto(1 + rng.below(snapshots.into()) as u32),
+                        // With a bitmap there is no way back.
+                        0 if !plan.bitmap => Op::Goto(1 + rng.below(snapshots.into()) as u32),
                         1 => Op::Delete(1 + rng.below(snapshots.into()) as u32),
                         _ => {
                             snapshots += 1;
@@ -172,7 +174,7 @@ async fn some_plan(rng: &mut Rng) -> Plan {
                     }
                     16 if task == 0 && shape.version > 2 => {
                         match rng.below(3) {
-                            0 => grown = 1 + rng.below(grown as u64) as usize,
+                            0 if !plan.bitmap => grown = 1 + rng.below(grown as u64) as usize,
                             _ => grown += rng.below(60) as usize,
                         }
                         Op::Resize(grown)
@@ -230,6 +232,9 @@ fn simpler(plan: &Plan) -> Vec<Plan> {
     }
     if plan.snapshot {
         with(&|p| p.snapshot = false);
+    }
+    if plan.bitmap {
+        with(&|p| p.bitmap = false);
     }
     if !plan.backing.layers.is_empty() || plan.backing.raw.is_some() {
         with(&|p| p.backing = Backing::default());

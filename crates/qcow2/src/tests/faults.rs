@@ -163,6 +163,7 @@ fn parts() -> Plan {
         filled: vec![(0..10, 100), (64..80, 101)],
         compressed: vec![(100, 110), (101, 111)],
         snapshot: true,
+        bitmap: true,
         file_alignment: 512,
         sessions: vec![steps.into_iter().map(Step::new).collect()],
         ..Plan::over(shape)
@@ -208,6 +209,8 @@ fn subclusters() -> Plan {
         Op::Read(0..1000),
     ];
     Plan {
+        // With one there is no way back to a snapshot.
+        bitmap: false,
         shape: Shape::extended(802 * 512),
         compressed: vec![(12, 110), (13, 111)],
         sessions: vec![steps.into_iter().map(Step::new).collect()],

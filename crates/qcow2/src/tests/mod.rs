@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Tests of the format over test disks: a model, power cuts, and the rules of docs/INVARIANTS.md one by one.
 
+mod bitmaps;
 mod corners;
 mod crash;
 mod dropped;

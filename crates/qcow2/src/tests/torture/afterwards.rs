@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What is left of a disk when a plan is done, or after a power cut: looks at it, and uses it on.
+
+use blockcore::testing::{CrashDriver, Rng};
+use blockcore::{BlockError, Node};
+
+use super::super::bitmaps::covers;
+use super::super::history::SECTOR;
+use super::super::{corruptions, findings, forge, open_on, write};
+use super::{BITMAP, Disk, Op, all, below, uniform};
+use crate::crypto::CryptMethod;
+
+impl Disk {
+    /// Uses the image, with no more errors, and looks at all of it.
+    pub(super) async fn use_and_check(&mut self, leaks: bool) -> Result<(), String> {
+        let told = |e: BlockError| format!("not usable afterwards: {e}");
+        let (node, _image) = self.open().await.map_err(told)?;
+        let sectors = node.length() as usize / SECTOR;
+        let lengths = self.history.lengths_now(self.start.base.len() as u64);
+        if !lengths.contains(&(sectors as u64)) {
+            return Err(format!("{sectors} sectors long, and may be {lengths:?}"));
+        }
+        self.check_contents(&all(&node).await?, |s, base| {
+            self.history.allowed_now(s, base)
+        })?;
+        let steps = [
+            Op::Write(0..sectors.min(3), 251),
+            Op::Write(sectors / 2..sectors, 252),
+            Op::Flush,
+        ];
+        for op in &steps {
+            self.request(&node, op).await.map_err(told)??;
+        }
+        node.driver().close().await.map_err(told)?;
+        let image = self.disk.snapshot();
+        self.check_secrecy(&image)?;
+        self.check_secrecy(&self.plan.backing.data().unwrap_or_default())?;
+        let found = match leaks {
+            true => corruptions(image.clone()).await,
+            false => findings(image.clone()).await,
+        };
+        if !found.is_empty() {
+            return Err(format!("check says {found:?}"));
+        }
+        let (again, _image) = self.open().await.map_err(told)?;
+        let contents = all(&again).await?;
+        self.check_contents(&contents, |s, base| self.history.allowed_now(s, base))?;
+        if let (Some(mut data), true) = (self.plan.backing.data(), self.plan.reads_raw()) {
+            // After a growth that failed it may be longer than the disk.
+            data.resize(contents.len(), 0);
+            if data != contents {
+                return Err("the raw data file reads otherwise".to_owned());
+            }
+        }
+        if !self.check_bitmap(&again, &contents)? && self.faults.failed().is_empty() {
+            return Err("the bitmap is in use in an image that was closed".to_owned());
+        }
+        self.snapshots
+            .check(&image, &self.plan.backing, self.log_len())
+            .await?;
+        self.check_snapshot(image).await?;
+        Ok(())
+    }
+
+    fn check_contents(
+        &self,
+        contents: &[u8],
+        allowed: impl Fn(usize, u8) -> std::collections::BTreeSet<u64>,
+    ) -> Result<(), String> {
+        for (sector, bytes) in contents.chunks(SECTOR).enumerate() {
+            let allowed = allowed(sector, self.base(sector));
+            if !uniform(bytes).is_some_and(|v| allowed.contains(&v)) {
+                let value = uniform(bytes);
+                return Err(format!(
+                    "sector {sector} holds {value:?} and may hold {allowed:?}"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the image is encrypted, no sector of the file is what a sector of the disk is: one value all over.
+    fn check_secrecy(&self, image: &[u8]) -> Result<(), String> {
+        let shape = &self.plan.shape;
+        // Narrow refcounts that are all alike look the same.
+        if shape.encryption == CryptMethod::None || shape.refcount_order < 4 {
+            return Ok(());
+        }
+        let mut sectors = image.chunks(SECTOR);
+        match sectors.position(|s| uniform(s).is_some_and(|v| v != 0)) {
+            Some(at) => Err(format!("sector {at} of the file is not encrypted")),
+            None => Ok(()),
+        }
+    }
+
+    /// Says whether the bitmap can be used; what it says is right then.
+    fn check_bitmap(&self, node: &Node, contents: &[u8]) -> Result<bool, String> {
+        match self.plan.bitmap {
+            true => {
+                let base: Vec<u8> = self.start.base.iter().flat_map(|v| [*v; SECTOR]).collect();
+                covers(node, BITMAP, &base, contents)
+            }
+            false => Ok(true),
+        }
+    }
+
+    async fn check_snapshot(&self, image: Vec<u8>) -> Result<(), String> {
+        let Some(before) = &self.start.snapshot else {
+            return Ok(());
+        };
+        let now = forge::snapshot_contents(image, &self.plan.backing).await;
+        match before.iter().zip(&now).position(|(a, b)| a != b) {
+            Some(at) => Err(format!("the snapshot has changed at {at:#x}")),
+            None => Ok(()),
+        }
+    }
+
+    /// Cuts the power after so many entries of the log, and looks at what is left.
+    pub(super) async fn cut(&self, cut: usize, keep: u64, rng: &mut Rng) -> Result<(), String> {
+        let image = self.disk.image_after(cut, keep, rng);
+        self.check_secrecy(&image)?;
+        self.check_secrecy(&self.plan.backing.data().unwrap_or_default())?;
+        let found = corruptions(image.clone()).await;
+        if !found.is_empty() {
+            return Err(format!("check says {found:?}"));
+        }
+        let left = CrashDriver::new(image.clone());
+        let data = self.plan.backing.data.as_ref();
+        let data = data.map(|(data, _)| data.image_after(cut, keep, rng));
+        let backing = below(&self.plan.backing, &left, data.clone());
+        let (node, _image) = open_on(left.clone(), &backing).await;
+        let sectors = node.length() / SECTOR as u64;
+        let lengths = self
+            .history
+            .lengths_after_cut(self.start.base.len() as u64, cut);
+        if !lengths.contains(&sectors) {
+            return Err(format!("{sectors} sectors long, and may be {lengths:?}"));
+        }
+        let contents = all(&node).await?;
+        self.check_contents(&contents, |s, base| {
+            self.history.allowed_after_cut(s, base, cut)
+        })?;
+        if let (Some(mut data), true) = (data, self.plan.reads_raw()) {
+            data.resize(node.length() as usize, 0);
+            let allowed = |s, base| self.history.allowed_after_cut(s, base, cut);
+            let raw = self.check_contents(&data, allowed);
+            raw.map_err(|why| format!("the raw data file: {why}"))?;
+        }
+        self.check_bitmap(&node, &contents)?;
+        self.snapshots
+            .check(&image, &self.plan.backing, cut)
+            .await?;
+        self.check_snapshot(image).await?;
+        // Now and then: what is left can be used.
+        if rng.chance(10) {
+            let length = node.length() as usize;
+            write(&node, 0, length, 253).await.unwrap();
+            node.driver().close().await.unwrap();
+            let found = corruptions(left.snapshot()).await;
+            if !found.is_empty() {
+                return Err(format!("used again, and check says {found:?}"));
+            }
+        }
+        Ok(())
+    }
+}
