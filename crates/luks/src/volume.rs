@@ -57,6 +57,26 @@ impl std::fmt::Debug for MasterKey {
     }
 }
 
+/// What a password has opened.
+#[derive(Clone, Debug)]
+pub struct Unlocked {
+    /// The cipher of the payload.
+    pub cipher: Arc<SectorCipher>,
+    /// The key, which further passwords are to open.
+    pub key: MasterKey,
+}
+
+impl Unlocked {
+    /// The cipher of a key.
+    ///
+    /// # Errors
+    /// As [`Header::cipher`].
+    pub fn new(header: &Header, key: MasterKey) -> Result<Unlocked> {
+        let cipher = Arc::new(header.cipher(&key)?);
+        Ok(Unlocked { cipher, key })
+    }
+}
+
 /// What a new volume is to be.
 #[derive(Clone, Debug)]
 pub struct NewVolume {
@@ -342,4 +362,4 @@ impl Header {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
