@@ -405,14 +405,14 @@ impl Tool {
 }
 
 /// Whether an image that was just made surely reads as zero. One that lies in a file does, preallocated or not; on a device, what is not told apart by the
-/// format is what the device held before.
+/// format is what the device held before. Where data is encrypted, holes of a file are noise.
 async fn new_image_reads_zero(target: &Backend) -> bool {
     let mut node = target.root().clone();
     while let Some(child) = node.driver().primary() {
         let below = child.node().clone();
         node = below;
     }
-    if node.format_name() == "file" {
+    if node.format_name() == "file" && !target.root().driver().is_encrypted() {
         return true;
     }
     // Without an answer, zeroes are written.
