@@ -4,7 +4,7 @@
 //! Data clusters are encrypted, sector by sector; metadata is not, nor are compressed clusters, and so this writer makes none in encrypted images. With LUKS
 //! a sector's number is that of its *host* offset, so that what is copied to another cluster is another ciphertext; with the old method that of its guest offset.
 //!
-//! Zeroes of the host are noise to a reader, so nothing is left out that has to read as zero: COW writes all of a cluster, and preallocated clusters are
+//! INV QCOW2-CRYPT-1: data goes out through [`Image::encrypt`] and comes in through [`Image::decrypt`]. Zeroes of the host are noise to a reader, so nothing is left out that has to read as zero: COW writes all of a cluster, and preallocated clusters are
 //! zero clusters.
 
 use std::sync::{Arc, Mutex};

@@ -174,7 +174,7 @@ fn pieces(offset: u64, data: &[u8]) -> Vec<(u64, &[u8])> {
 
 #[tokio::test]
 async fn a_power_cut_harms_no_other_password_and_activates_no_half_made_slot() {
-    // Slot 6 lies in two sectors.
+    // INV LUKS-SLOT-1. Slot 6 lies in two sectors.
     for slot in [1, 6] {
         let (store, mut header, key) =
             made(spec(CipherAlg::Aes128, CipherMode::Cbc), HashAlg::Sha1).await;
