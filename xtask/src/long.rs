@@ -36,18 +36,30 @@ pub fn drop(words: &[&str]) -> Result<(), String> {
 pub fn diff(words: &[&str]) -> Result<(), String> {
     let wishes = Wishes::parse(words, 500)?;
     build_tools()?;
-    let mut command = cargo();
-    command
-        .args([
-            "test",
-            "--quiet",
-            "-p",
-            "blocklayer-tests",
-            "--test",
-            "interop",
-        ])
-        .args(["--", "--nocapture", "twin"])
-        .env("BLOCKLAYER_TWIN_SCRIPTS", wishes.count.to_string());
+    let mut command = interop_test("twin");
+    command.env("BLOCKLAYER_TWIN_SCRIPTS", wishes.count.to_string());
+    wishes.run(command)
+}
+
+/// Images of every feature and pair of features change hands between our tools and the installed ones. `--only` leaves those whose name contains a word.
+pub fn interop(words: &[&str]) -> Result<(), String> {
+    let (mut numbers, mut only) = (Vec::new(), None);
+    for pair in words.chunks(2) {
+        match *pair {
+            ["--only", name] => only = Some(name),
+            _ => numbers.extend(pair),
+        }
+    }
+    if numbers.contains(&"--count") {
+        return Err("interop has no option --count".to_owned());
+    }
+    let wishes = Wishes::parse(&numbers, 0)?;
+    build_tools()?;
+    let mut command = interop_test("matrix");
+    command.env("BLOCKLAYER_MATRIX", "all");
+    if let Some(only) = only {
+        command.env("BLOCKLAYER_MATRIX_ONLY", only);
+    }
     wishes.run(command)
 }
 
@@ -180,6 +192,15 @@ impl Wishes {
         }
         run(&mut command)
     }
+}
+
+/// One of the tests that drive both tool sets.
+fn interop_test(name: &str) -> std::process::Command {
+    let mut command = cargo();
+    command
+        .args(["test", "--quiet", "-p", "blocklayer-tests"])
+        .args(["--test", "interop", "--", "--nocapture", name]);
+    command
 }
 
 /// One test with optimisation, in a target directory of its own, so that the ordinary one is not rebuilt.

@@ -27,6 +27,9 @@ Usage: cargo xtask VERB
                             drop requests at every await point, then at random in N runs on four threads
   diff [--seed N] [--count N]
                             run N random scripts on our tools and on the installed QEMU tools
+  interop [--seed N] [--only NAME]
+                            hand images of every feature and pair of features to and fro between our tools
+                            and the installed QEMU tools (those whose name contains NAME)
   fuzz [--seed N] [--count N]
                             N damaged images of each kind, in an ordinary process
   fuzz --target open|ops [--seconds N]
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         ["drop", rest @ ..] => long::drop(rest),
         ["fuzz", rest @ ..] => long::fuzz(rest),
         ["diff", rest @ ..] => long::diff(rest),
+        ["interop", rest @ ..] => long::interop(rest),
         ["bench", rest @ ..] => long::bench(rest),
         ["demo"] => demo::demo(false),
         ["demo", "--keep"] => demo::demo(true),

@@ -39,6 +39,17 @@ impl Bench {
         std::fs::write(self.path(name), bytes).unwrap_or_else(|e| panic!("{name}: {e}"));
     }
 
+    /// Takes the files here out of the host's page cache: which parts of a file that are reserved and not written count as data depends on it.
+    pub fn forget_cached(&self) {
+        for entry in std::fs::read_dir(self.dir.path()).expect("the directory is there") {
+            let path = entry.expect("its entries can be read").path();
+            let file = std::fs::File::open(path).expect("files here can be read");
+            file.sync_all().expect("they are on a disk");
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)
+                .expect("the kernel may be advised");
+        }
+    }
+
     /// Runs a program here and returns what it printed and how it ended. One that hangs is killed after two minutes.
     pub fn output(&self, program: &Path, arguments: &[&str]) -> Output {
         Command::new("timeout")

@@ -7,6 +7,7 @@
 //! * Of what was written since, any subset is there, in any order, each write torn at sector boundaries: every sector holds what one of the writes
 //!   to it put there, or what was there before.
 //! * A change of length behaves like a write: it may be there or not. What was never written reads as zero.
+//! * Disks that share a log ([`CrashDriver::beside`]) lose power together. A flush of one says nothing about the others.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -31,16 +32,21 @@ pub enum LogEntry {
     },
     /// The length became this many bytes.
     Length(u64),
-    /// A flush has ended: the first so many entries of the log are durable. What was written while it ran may not be.
+    /// A flush has ended: of the first so many entries of the log, those of this disk are durable. What was written while it ran may not be.
     Flush(usize),
 }
+
+/// What happened to which of the disks that share a log.
+type Log = Vec<(usize, LogEntry)>;
 
 /// A disk in memory with a log. Clones share both.
 #[derive(Clone, Debug)]
 pub struct CrashDriver {
     disk: MemoryDriver,
     base: Arc<Vec<u8>>,
-    log: Arc<Mutex<Vec<LogEntry>>>,
+    /// Which of the disks of the log this is.
+    number: usize,
+    log: Arc<Mutex<Log>>,
 }
 
 impl CrashDriver {
@@ -51,7 +57,17 @@ impl CrashDriver {
         CrashDriver {
             disk,
             base: Arc::new(bytes),
+            number: 0,
             log: Arc::default(),
+        }
+    }
+
+    /// Another disk that loses power at the same time: it shares the log. `number` is not 0, and no other disk's of this log.
+    pub fn beside(&self, bytes: Vec<u8>, number: usize) -> CrashDriver {
+        CrashDriver {
+            number,
+            log: self.log.clone(),
+            ..CrashDriver::new(bytes)
         }
     }
 
@@ -60,20 +76,19 @@ impl CrashDriver {
         self.disk.snapshot()
     }
 
-    /// A copy of the log.
-    pub fn log(&self) -> Vec<LogEntry> {
-        self.lock().clone()
-    }
-
-    /// The number of entries in the log: the places where the power can be cut are `0..=log_len()`.
+    /// The number of entries in the log, those of all its disks: the places where the power can be cut are `0..=log_len()`.
     pub fn log_len(&self) -> usize {
         self.lock().len()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<LogEntry>> {
+    fn lock(&self) -> MutexGuard<'_, Log> {
         self.log
             .lock()
             .expect("no code panics while it holds this lock")
+    }
+
+    fn note(&self, entry: LogEntry) {
+        self.lock().push((self.number, entry));
     }
 
     /// A node over this disk.
@@ -94,24 +109,25 @@ impl CrashDriver {
 
     /// Whether the log has a flush at this place.
     pub fn is_flush(&self, at: usize) -> bool {
-        matches!(self.lock().get(at), Some(LogEntry::Flush(_)))
+        matches!(self.lock().get(at), Some((_, LogEntry::Flush(_))))
     }
 
     /// What a power cut after the first `cut` log entries could leave, chosen by `rng`. `keep_percent` of the sectors that were not flushed survive.
     pub fn image_after(&self, cut: usize, keep_percent: u64, rng: &mut Rng) -> Vec<u8> {
         let log = self.lock();
-        let log = &log[..cut];
-        let covered = |e: &LogEntry| match e {
+        let own = || (log[..cut].iter().enumerate()).filter(|(_, (disk, _))| *disk == self.number);
+        let covered = |(_, (_, e)): (usize, &(usize, LogEntry))| match e {
             LogEntry::Flush(covered) => Some(*covered),
             _ => None,
         };
-        let flushed = log.iter().filter_map(covered).max().unwrap_or(0);
+        let flushed = own().filter_map(covered).max().unwrap_or(0);
         let mut image = (*self.base).clone();
-        for entry in &log[..flushed] {
+        for (_, (_, entry)) in own().take_while(|(at, _)| *at < flushed) {
             apply(&mut image, entry, |_| true);
         }
         // Any order: sectors are applied in the order of the log or against it, write by write.
-        let mut rest: Vec<&LogEntry> = log[flushed..].iter().collect();
+        let rest = own().skip_while(|(at, _)| *at < flushed);
+        let mut rest: Vec<&LogEntry> = rest.map(|(_, (_, entry))| entry).collect();
         for i in (1..rest.len()).rev() {
             if rng.chance(30) {
                 rest.swap(i, rng.below(i as u64 + 1) as usize);
@@ -176,7 +192,7 @@ impl BlockDriver for CrashDriver {
 
     async fn pwritev(&self, offset: u64, buf: IoBuf, flags: WriteFlags) -> Result<()> {
         tokio::task::yield_now().await;
-        self.lock().push(LogEntry::Write {
+        self.note(LogEntry::Write {
             offset,
             data: buf.to_vec(),
         });
@@ -209,12 +225,12 @@ impl BlockDriver for CrashDriver {
     async fn flush(&self) -> Result<()> {
         let begun = self.log_len();
         tokio::task::yield_now().await;
-        self.lock().push(LogEntry::Flush(begun));
+        self.note(LogEntry::Flush(begun));
         Ok(())
     }
 
     async fn truncate(&self, request: TruncateRequest) -> Result<()> {
-        self.lock().push(LogEntry::Length(request.bytes));
+        self.note(LogEntry::Length(request.bytes));
         self.disk.truncate(request).await
     }
 
@@ -246,5 +262,24 @@ mod tests {
             seen[usize::from(image[0] == 2) + 2 * usize::from(image[512] == 2)] = true;
         }
         assert_eq!(seen, [true; 4], "every mixture turns up");
+    }
+    #[tokio::test]
+    async fn a_flush_of_one_disk_says_nothing_about_another() {
+        let disk = CrashDriver::new(vec![0; 512]);
+        let other = disk.beside(vec![0; 512], 1);
+        let node = disk.clone().into_node(NodeFlags::default()).await.unwrap();
+        let other_node = other.clone().into_node(NodeFlags::default()).await;
+        let other_node = other_node.unwrap();
+        for node in [&node, &other_node] {
+            node.pwritev(0, vec![1; 512].into(), WriteFlags::empty())
+                .await
+                .unwrap();
+        }
+        node.flush().await.unwrap();
+        assert_eq!(disk.log_len(), 3, "one log of both");
+        let rng = &mut Rng::new(1);
+        assert_eq!(disk.image_after(3, 0, rng)[0], 1);
+        assert_eq!(other.image_after(3, 0, rng)[0], 0);
+        assert_eq!(other.image_after(3, 100, rng)[0], 1);
     }
 }

@@ -16,7 +16,7 @@ use blockcore::testing::Rng;
 use blockcore::testing::fault::{Event, Rule};
 
 use super::torture::{Drop, Op, Plan, Step};
-use super::{Backing, Shape};
+use super::{Backing, DataFileKind, Shape};
 use crate::crypto::CryptMethod;
 
 /// How many tasks change the disk at the same time, beside one that flushes.
@@ -106,11 +106,26 @@ async fn some_plan(rng: &mut Rng) -> Plan {
             compressed.push((cluster, value));
         }
     }
+    let data_file = match rng.below(6) {
+        0 if shape.version > 2 => DataFileKind::Outside,
+        1 if shape.version > 2 => DataFileKind::Raw,
+        _ => DataFileKind::Inside,
+    };
+    let is_inside = data_file == DataFileKind::Inside;
+    if !is_inside {
+        compressed.clear();
+    }
+    let backing = match data_file {
+        // What a backing disk shows would have to be in the file, too.
+        DataFileKind::Raw => Backing::default(),
+        _ => some_backing(rng, sectors as u64).await,
+    };
     let mut plan = Plan {
-        backing: some_backing(rng, sectors as u64).await,
+        backing,
         filled: some_writes(rng, sectors, 120),
         compressed,
-        snapshot: shape.refcount_order > 0 && rng.chance(40),
+        snapshot: is_inside && shape.refcount_order > 0 && rng.chance(40),
+        data_file,
         delays: rng.chance(50).then(|| rng.next_u64()),
         file_alignment: [1, 1, 512, 4096][rng.below(4) as usize],
         ..Plan::over(shape)
@@ -135,7 +150,7 @@ async fn some_plan(rng: &mut Rng) -> Plan {
                     0..10 => {
                         value = value % 119 + 1;
                         match rng.below(5) {
-                            0 if !is_encrypted => Op::Pack(range, value),
+                            0 if is_inside && !is_encrypted => Op::Pack(range, value),
                             _ => Op::Write(range, value),
                         }
                     }
@@ -144,7 +159,7 @@ async fn some_plan(rng: &mut Rng) -> Plan {
                         Op::Zero(range, flags[rng.below(2) as usize])
                     }
                     14 => Op::Discard(range),
-                    15 if task < 2 && shape.refcount_order > 3 => match rng.below(4) {
+                    15 if task < 2 && is_inside && shape.refcount_order > 3 => match rng.below(4) {
                         0 => Op::Goto(1 + rng.below(snapshots.into()) as u32),
                         1 => Op::Delete(1 + rng.below(snapshots.into()) as u32),
                         _ => {
@@ -209,6 +224,9 @@ fn simpler(plan: &Plan) -> Vec<Plan> {
     }
     if plan.delays.is_some() {
         with(&|p| p.delays = None);
+    }
+    if plan.data_file != DataFileKind::Inside {
+        with(&|p| p.data_file = DataFileKind::Inside);
     }
     if plan.snapshot {
         with(&|p| p.snapshot = false);

@@ -12,7 +12,7 @@ use blockcore::WriteFlags;
 use blockcore::testing::Rng;
 
 use super::torture::{Drop, Op, Plan, Step};
-use super::{Backing, Shape};
+use super::{Backing, DataFileKind, Shape};
 use crate::crypto::CryptMethod;
 
 const UNMAP: WriteFlags = WriteFlags::MAY_UNMAP;
@@ -197,8 +197,57 @@ fn disks() -> Vec<(Plan, Vec<Kind>)> {
     vec![
         (plan(), kinds()),
         (plan_of_subclusters(), kinds_of_subclusters()),
+        (plan_with_data_file(), kinds_with_data_file()),
         (plan().encrypted(CryptMethod::Luks), kinds_of_encrypted()),
     ]
+}
+
+/// As [`kinds`], on the disk of [`plan_with_data_file`].
+fn kinds_with_data_file() -> Vec<Kind> {
+    vec![
+        (
+            "write in place in a data file",
+            vec![write(20, 8, 1), Op::Flush],
+            write(21, 3, 2),
+        ),
+        ("write to nothing in a data file", vec![], write(199, 11, 2)),
+        (
+            "zero write that goes to a raw data file",
+            vec![write(20, 8, 1)],
+            Op::Zero(1..47, UNMAP),
+        ),
+        (
+            "discard in a data file",
+            vec![write(20, 8, 1)],
+            Op::Discard(16..32),
+        ),
+        (
+            "flush of two files",
+            vec![write(20, 8, 1), Op::Discard(12..16)],
+            Op::Flush,
+        ),
+        (
+            "growth of two files",
+            vec![write(20, 8, 1)],
+            Op::Resize(5000),
+        ),
+        (
+            "shrinking of two files",
+            vec![write(20, 8, 1)],
+            Op::Resize(21),
+        ),
+    ]
+}
+
+/// As [`plan`], with a raw data file, and so no snapshot, no compressed clusters, no backing disk.
+fn plan_with_data_file() -> Plan {
+    Plan {
+        data_file: DataFileKind::Raw,
+        compressed: Vec::new(),
+        snapshot: false,
+        backing: Backing::default(),
+        ..plan()
+    }
 }
 
 /// As [`kinds`], on an encrypted disk: those that come by the cipher, or write the header.

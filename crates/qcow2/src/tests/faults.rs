@@ -12,7 +12,7 @@ use blockcore::testing::fault::Rule;
 use blockcore::{DebugEvent, WriteFlags};
 
 use super::torture::{Op, Plan, Step};
-use super::{Backing, Shape};
+use super::{Backing, DataFileKind, Shape};
 use crate::crypto::CryptMethod;
 
 /// The points that no request passes here: what they stand for is not done (yet), or is a part of another step.
@@ -215,12 +215,39 @@ fn subclusters() -> Plan {
     }
 }
 
+/// Without what a data file rules out: snapshots and compressed clusters.
+fn data_file(kind: DataFileKind, of: Plan) -> Plan {
+    let is_possible = |step: &Step| {
+        let op = &step.op;
+        !matches!(
+            op,
+            Op::Pack(..) | Op::Snapshot(_) | Op::Goto(_) | Op::Delete(_)
+        )
+    };
+    let mut plan = Plan {
+        data_file: kind,
+        compressed: Vec::new(),
+        snapshot: false,
+        ..of
+    };
+    if kind == DataFileKind::Raw {
+        plan.backing = Backing::default();
+    }
+    for session in &mut plan.sessions {
+        session.retain(is_possible);
+    }
+    plan
+}
+
 /// All plans, by name.
-fn plans() -> [(&'static str, Plan); 4] {
+fn plans() -> [(&'static str, Plan); 6] {
+    use DataFileKind::{Outside, Raw};
     [
         ("tables", tables()),
         ("parts", parts()),
         ("subclusters", subclusters()),
+        ("data file", data_file(Outside, parts())),
+        ("raw data file, subclusters", data_file(Raw, subclusters())),
         ("encrypted", parts().encrypted(CryptMethod::Luks)),
     ]
 }

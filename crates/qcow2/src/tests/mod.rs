@@ -30,6 +30,7 @@ use blockcore::{
 use luks::SectorCipher;
 
 use crate::crypto::{CryptMethod, Crypto};
+use crate::data_file::DataFile;
 use crate::driver::Qcow2;
 use crate::extension;
 use crate::format::{MIN_EXTENDED_CLUSTER_BITS, SUBCLUSTERS_BITS};
@@ -123,19 +124,39 @@ pub(crate) fn fresh_image(shape: Shape) -> Vec<u8> {
     image
 }
 
-/// What lies below an image: any number of disks, each over the one before. Only read.
+/// Where the guest's clusters lie.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum DataFileKind {
+    #[default]
+    Inside,
+    Outside,
+    /// Outside, in a file that reads as the disk does.
+    Raw,
+}
+
+/// Says in the header of an empty image where the guest's clusters lie.
+pub(crate) fn set_data_file(image: &mut [u8], kind: DataFileKind) {
+    image[79] |= u8::from(kind != DataFileKind::Inside) << 2;
+    image[95] |= u8::from(kind == DataFileKind::Raw) << 1;
+}
+
+/// What lies below an image: any number of disks, each over the one before, which are only read; and a data file.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Backing {
     /// The lowest disk.
     pub raw: Option<Vec<u8>>,
     /// Images over it.
     pub layers: Vec<Vec<u8>>,
+    /// The image's external data file, and the faults that it has.
+    pub data: Option<(CrashDriver, Faults)>,
 }
 
 impl From<Option<Vec<u8>>> for Backing {
     fn from(raw: Option<Vec<u8>>) -> Backing {
-        let layers = Vec::new();
-        Backing { raw, layers }
+        Backing {
+            raw,
+            ..Backing::default()
+        }
     }
 }
 
@@ -146,6 +167,31 @@ impl From<&Backing> for Backing {
 }
 
 impl Backing {
+    /// The same with what a data file holds.
+    fn with_data(&self, data: CrashDriver) -> Backing {
+        Backing {
+            data: Some((data, Faults::default())),
+            ..self.clone()
+        }
+    }
+
+    /// What the data file holds.
+    fn data(&self) -> Option<Vec<u8>> {
+        self.data.as_ref().map(|(disk, _)| disk.snapshot())
+    }
+
+    async fn open_data(&self) -> Result<DataFile> {
+        match &self.data {
+            None => Ok(DataFile::Inside),
+            Some((disk, faults)) => {
+                let file = FaultDriver::over(Box::new(disk.clone()), faults.clone());
+                let node = file.into_node(NodeFlags::default()).await?;
+                let child = Child::new("data-file", ChildRole::Data, node);
+                Ok(DataFile::Outside(child))
+            }
+        }
+    }
+
     async fn open(self) -> Option<Child> {
         let mut top = match self.raw {
             None => None,
@@ -191,7 +237,9 @@ pub(crate) async fn open_over(
     file: Arc<Node>,
     backing: impl Into<Backing>,
 ) -> Result<(Arc<Node>, Arc<Image>)> {
-    let image = image_over(file, backing.into().open().await).await?;
+    let backing = backing.into();
+    let data = backing.open_data().await?;
+    let image = image_with(file, backing.open().await, data).await?;
     image.prepare_writing().await?;
     image
         .writable
@@ -202,16 +250,23 @@ pub(crate) async fn open_over(
 /// Opens an image as a node that can't be written.
 pub(crate) async fn open_image_read_only(bytes: Vec<u8>, backing: impl Into<Backing>) -> Arc<Node> {
     let file = MemoryDriver::new(bytes).into_node(READ_ONLY).await.unwrap();
-    let image = image_over(file, backing.into().open().await).await;
+    let backing = backing.into();
+    let data = backing.open_data().await.unwrap();
+    let image = image_with(file, backing.open().await, data).await;
     node_over(image.unwrap(), READ_ONLY).await
 }
 
 async fn image_over(file: Arc<Node>, backing: Option<Child>) -> Result<Arc<Image>> {
+    image_with(file, backing, DataFile::Inside).await
+}
+
+async fn image_with(file: Arc<Node>, backing: Option<Child>, data: DataFile) -> Result<Arc<Image>> {
     let file = Child::new("file", ChildRole::File, file);
     let header = Header::read(&file).await?;
     let diagnostics = Diagnostics::new(|line| println!("{line}"));
     let method = header.crypt_method;
     let mut image = open_image(file, backing, header, diagnostics).await?;
+    image.data = data;
     let cipher = SectorCipher::legacy(&Secret::new("a password"))?;
     image.crypto = Crypto::without_key(method).map(|c| c.with_cipher(cipher));
     Ok(Arc::new(image))

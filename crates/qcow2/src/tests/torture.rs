@@ -26,8 +26,10 @@ use futures::FutureExt;
 
 use super::history::{History, SECTOR};
 use super::kept::{self, Snapshots};
-use super::{Backing, corruptions, findings, forge, fresh_image, open_on, open_over, read_all};
-use super::{Shape, try_read_all, write};
+use super::{
+    Backing, DataFileKind, corruptions, findings, forge, fresh_image, open_on, open_over, read_all,
+};
+use super::{Shape, set_data_file, try_read_all, write};
 use crate::crypto::CryptMethod;
 use crate::image::Image;
 
@@ -98,6 +100,8 @@ pub(crate) struct Plan {
     /// Guest clusters that are compressed ones, and their values.
     pub compressed: Vec<(u64, u8)>,
     pub snapshot: bool,
+    /// With one outside, there are no snapshots and no compressed clusters.
+    pub data_file: DataFileKind,
     /// Requests to the file take random times, from this seed.
     pub delays: Option<u64>,
     /// What requests to the file have to be aligned to, in bytes.
@@ -113,6 +117,8 @@ pub(crate) struct Plan {
 #[derive(Debug)]
 pub(crate) struct Start {
     image: Vec<u8>,
+    /// What its data file holds, if it has one.
+    data: Option<Vec<u8>>,
     /// The values of its sectors.
     base: Vec<u8>,
     /// What its snapshot holds.
@@ -128,6 +134,7 @@ impl Plan {
             filled: Vec::new(),
             compressed: Vec::new(),
             snapshot: false,
+            data_file: DataFileKind::Inside,
             delays: None,
             file_alignment: 1,
             faults: Vec::new(),
@@ -154,16 +161,19 @@ impl Plan {
     }
 
     async fn begin(&self) -> Start {
-        let image = self.prepared().await;
+        let (image, data) = self.prepared_both().await;
         let snapshot = match self.snapshot {
             true => Some(forge::snapshot_contents(image.clone(), &self.backing).await),
             false => None,
         };
-        let (node, _image) = open_on(CrashDriver::new(image.clone()), &self.backing).await;
+        let disk = CrashDriver::new(image.clone());
+        let backing = below(&self.backing, &disk, data.clone());
+        let (node, _image) = open_on(disk, &backing).await;
         let sectors = read_all(&node).await;
         let value = |sector: &[u8]| uniform(sector).expect("sectors are uniform") as u8;
         Start {
             image,
+            data,
             base: sectors.chunks(SECTOR).map(value).collect(),
             snapshot,
         }
@@ -180,23 +190,37 @@ impl Plan {
         steps.any(|s| matches!(s.op, Op::Resize(n) if n < 1000))
     }
 
+    /// Whether the data file reads as the disk does.
+    fn reads_raw(&self) -> bool {
+        self.data_file == DataFileKind::Raw && self.shape.encryption == CryptMethod::None
+    }
+
     /// The image before all else.
     pub async fn prepared(&self) -> Vec<u8> {
+        self.prepared_both().await.0
+    }
+
+    /// The image, and what its data file holds.
+    async fn prepared_both(&self) -> (Vec<u8>, Option<Vec<u8>>) {
         let mut bytes = fresh_image(self.shape);
+        set_data_file(&mut bytes, self.data_file);
         for &(guest_cluster, value) in &self.compressed {
             bytes = forge::compressed(bytes, guest_cluster, value).await;
         }
         let disk = CrashDriver::new(bytes);
-        let (node, _image) = open_on(disk.clone(), &self.backing).await;
+        let is_outside = self.data_file != DataFileKind::Inside;
+        let backing = below(&self.backing, &disk, is_outside.then(Vec::new));
+        let (node, _image) = open_on(disk.clone(), &backing).await;
         for (range, value) in &self.filled {
             let (offset, length) = (range.start * SECTOR, range.len() * SECTOR);
             write(&node, offset as u64, length, *value).await.unwrap();
         }
         node.driver().close().await.unwrap();
-        match self.snapshot {
+        let image = match self.snapshot {
             true => forge::snapshot(disk.snapshot()).await,
             false => disk.snapshot(),
-        }
+        };
+        (image, backing.data())
     }
 
     /// Does it all, and cuts the power at `cuts` places chosen by `rng`.
@@ -280,6 +304,14 @@ impl Plan {
     }
 }
 
+/// What an image on a disk needs besides: its backing disks, and its data file, which loses power together with it.
+fn below(backing: &Backing, disk: &CrashDriver, data: Option<Vec<u8>>) -> Backing {
+    match data {
+        None => backing.clone(),
+        Some(data) => backing.with_data(disk.beside(data, 1)),
+    }
+}
+
 /// What a run met with.
 #[derive(Debug)]
 pub(crate) struct Seen {
@@ -328,10 +360,17 @@ impl Disk {
             Some(start) => start.clone(),
             None => Arc::new(plan.begin().await),
         };
+        let disk = CrashDriver::new(start.image.clone());
+        let faults = Faults::default();
+        let mut plan = plan.clone();
+        plan.backing = below(&plan.backing, &disk, start.data.clone());
+        if let Some(data) = &mut plan.backing.data {
+            data.1 = faults.clone();
+        }
         Disk {
-            plan: plan.clone(),
-            disk: CrashDriver::new(start.image.clone()),
-            faults: Faults::default(),
+            plan,
+            disk,
+            faults,
             history: History::default(),
             start,
             snapshots: Snapshots::default(),
@@ -640,6 +679,7 @@ impl Disk {
         node.driver().close().await.map_err(told)?;
         let image = self.disk.snapshot();
         self.check_secrecy(&image)?;
+        self.check_secrecy(&self.plan.backing.data().unwrap_or_default())?;
         let found = match leaks {
             true => corruptions(image.clone()).await,
             false => findings(image.clone()).await,
@@ -648,9 +688,15 @@ impl Disk {
             return Err(format!("check says {found:?}"));
         }
         let (again, _image) = self.open().await.map_err(told)?;
-        self.check_contents(&all(&again).await?, |s, base| {
-            self.history.allowed_now(s, base)
-        })?;
+        let contents = all(&again).await?;
+        self.check_contents(&contents, |s, base| self.history.allowed_now(s, base))?;
+        if let (Some(mut data), true) = (self.plan.backing.data(), self.plan.reads_raw()) {
+            // After a growth that failed it may be longer than the disk.
+            data.resize(contents.len(), 0);
+            if data != contents {
+                return Err("the raw data file reads otherwise".to_owned());
+            }
+        }
         self.snapshots
             .check(&image, &self.plan.backing, self.log_len())
             .await?;
@@ -704,12 +750,16 @@ impl Disk {
     async fn cut(&self, cut: usize, keep: u64, rng: &mut Rng) -> Result<(), String> {
         let image = self.disk.image_after(cut, keep, rng);
         self.check_secrecy(&image)?;
+        self.check_secrecy(&self.plan.backing.data().unwrap_or_default())?;
         let found = corruptions(image.clone()).await;
         if !found.is_empty() {
             return Err(format!("check says {found:?}"));
         }
         let left = CrashDriver::new(image.clone());
-        let (node, _image) = open_on(left.clone(), &self.plan.backing).await;
+        let data = self.plan.backing.data.as_ref();
+        let data = data.map(|(data, _)| data.image_after(cut, keep, rng));
+        let backing = below(&self.plan.backing, &left, data.clone());
+        let (node, _image) = open_on(left.clone(), &backing).await;
         let sectors = node.length() / SECTOR as u64;
         let lengths = self
             .history
@@ -720,6 +770,12 @@ impl Disk {
         self.check_contents(&all(&node).await?, |s, base| {
             self.history.allowed_after_cut(s, base, cut)
         })?;
+        if let (Some(mut data), true) = (data, self.plan.reads_raw()) {
+            data.resize(node.length() as usize, 0);
+            let allowed = |s, base| self.history.allowed_after_cut(s, base, cut);
+            let raw = self.check_contents(&data, allowed);
+            raw.map_err(|why| format!("the raw data file: {why}"))?;
+        }
         self.snapshots
             .check(&image, &self.plan.backing, cut)
             .await?;

@@ -1,0 +1,399 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! An image under test and what a guest should see in it: how it is made, random requests, and the comparison of both sides with the model.
+
+use std::fmt::Write;
+
+use blocklayer_tests::tools::{Side, Tools};
+
+use super::features::{Feature, REFUSED, Refusal, Source};
+use crate::support::{Bench, Random, first_difference};
+
+pub const IMAGE: &str = "t.qcow2";
+const DATA_FILE: &str = "t.data";
+
+/// An image, and beside it the bytes that it should hold.
+pub struct Disk<'a> {
+    pub bench: Bench,
+    pub features: &'a [&'static Feature],
+    /// Who makes the image, and the other one.
+    pub sides: [&'a Tools; 2],
+    pub random: Random,
+    /// What the guest should read.
+    pub model: Vec<u8>,
+    pub snapshots: Vec<Kept>,
+    /// What lies below: shown where a version 2 image has discarded clusters.
+    below: Vec<u8>,
+    pub cluster: usize,
+    subcluster: usize,
+    pub is_version_2: bool,
+    pub story: String,
+    /// Refusals that have been met, by their place in the list.
+    pub met: Vec<usize>,
+}
+
+/// A snapshot and what it should hold.
+pub struct Kept {
+    pub name: &'static str,
+    pub model: Vec<u8>,
+    /// The pattern of its VM state.
+    pub state: Option<u8>,
+}
+
+impl<'a> Disk<'a> {
+    /// Makes an image with these features, or returns `None` where the tools refuse to.
+    pub fn make(
+        features: &'a [&'static Feature],
+        sides: [&'a Tools; 2],
+        random: Random,
+    ) -> (Disk<'a>, bool) {
+        let option = |name| {
+            let all = features.iter().flat_map(|feature| feature.options);
+            all.into_iter().find(|(key, _)| *key == name)
+        };
+        let cluster = match option("cluster_size") {
+            Some((_, "512")) => 512,
+            Some(_) => 2 << 20,
+            None => 64 << 10,
+        };
+        let subcluster = match option("extended_l2") {
+            Some(_) => cluster / 32,
+            None => cluster,
+        };
+        let mut disk = Disk {
+            bench: Bench::new(),
+            features,
+            sides,
+            random,
+            // The last cluster is not a whole one.
+            model: vec![0; (800 << 10).max(2 * cluster) + 1536],
+            snapshots: Vec::new(),
+            below: Vec::new(),
+            cluster,
+            subcluster,
+            is_version_2: option("compat").is_some(),
+            story: String::new(),
+            met: Vec::new(),
+        };
+        let is_made = disk.create();
+        (disk, is_made)
+    }
+
+    fn create(&mut self) -> bool {
+        let options: Vec<String> = self
+            .features
+            .iter()
+            .flat_map(|feature| feature.options)
+            .map(|(key, value)| format!("{key}={value}"))
+            .collect();
+        let options = match options.as_slice() {
+            [] => String::new(),
+            some => format!("-o {} ", some.join(",")),
+        };
+        let is = |source| self.features.iter().any(|f| f.source == source);
+        let backing = match () {
+            () if is(Source::BackingRaw) => {
+                self.make_base(500_001);
+                "-b base.raw -F raw "
+            }
+            () if is(Source::BackingChain) => {
+                self.make_base(700_416);
+                self.make_middle();
+                "-b middle.qcow2 -F qcow2 "
+            }
+            () => "",
+        };
+        let length = self.model.len();
+        let line = if self.features.iter().any(|f| f.source == Source::Converted) {
+            self.model = stuff(&mut self.random, length);
+            self.bench.write("source.raw", &self.model);
+            let backing = backing.replace("-b", "-B");
+            format!("convert -c -f raw -O qcow2 {options}{backing}source.raw {IMAGE}")
+        } else {
+            let common = length.min(self.below.len());
+            self.model[..common].copy_from_slice(&self.below[..common]);
+            format!("create -q -f qcow2 {options}{backing}{IMAGE} {length}")
+        };
+        self.try_img(self.sides[0], &line)
+    }
+
+    fn make_base(&mut self, bytes: usize) {
+        self.below = stuff(&mut self.random, bytes);
+        self.bench.write("base.raw", &self.below);
+    }
+
+    /// A qcow2 image over the raw one, longer than any disk of the matrix.
+    fn make_middle(&mut self) {
+        let bytes = self.model.len() + 300_032;
+        let line = format!("create -q -f qcow2 -b base.raw -F raw middle.qcow2 {bytes}");
+        self.img(self.sides[0], &line);
+        let (from, to) = (self.model.len() - 100_000, self.model.len() + 200_000);
+        self.below.resize(bytes, 0);
+        self.below[from..to].fill(7);
+        self.below[100_000..200_000].fill(0);
+        let commands = [
+            format!("write -P 7 {from} 300000"),
+            "write -z 100000 100000".to_owned(),
+        ];
+        self.bench.io(self.sides[1], &commands, "middle.qcow2");
+    }
+
+    /// Runs `qemu-img` with the words of a line; it must succeed.
+    pub fn img(&self, side: &Tools, line: &str) -> String {
+        self.bench.img(side, &line.split(' ').collect::<Vec<_>>())
+    }
+
+    /// Runs `qemu-img`. Where the tools refuse, that has to be on the list, and `false` is returned.
+    pub fn try_img(&mut self, side: &Tools, line: &str) -> bool {
+        let words: Vec<&str> = line.split(' ').collect();
+        self.attempt(line, side, |side| &side.qemu_img, &words)
+    }
+
+    /// Runs `qemu-io` with one session. Where the tools refuse, that has to be on the list, and `false` is returned.
+    pub fn try_io(&mut self, side: &Tools, commands: &[String]) -> bool {
+        let mut words = vec!["-f", "qcow2"];
+        for command in commands {
+            words.extend(["-c", command]);
+        }
+        words.push(IMAGE);
+        self.attempt(&commands.join("; "), side, |side| &side.qemu_io, &words)
+    }
+
+    fn attempt(
+        &mut self,
+        line: &str,
+        side: &Tools,
+        tool: fn(&Tools) -> &std::path::PathBuf,
+        words: &[&str],
+    ) -> bool {
+        self.tell(side, line);
+        let output = self.bench.output(tool(side), words);
+        if output.status.success() {
+            return true;
+        }
+        let complaint = |output: &std::process::Output| {
+            let text = [output.stdout.as_slice(), &output.stderr].concat();
+            String::from_utf8_lossy(&text).into_owned()
+        };
+        let text = complaint(&output);
+        let Some((place, refusal)) = self.refusal(&text) else {
+            panic!("{}: {text}\nafter {}", output.status, self.story);
+        };
+        self.met.push(place);
+        self.story += " (refused)";
+        if refusal.by_qemu {
+            for other in self.sides {
+                let output = self.bench.output(tool(other), words);
+                assert!(
+                    !output.status.success() && complaint(&output) == text,
+                    "refused by {}: {text}\nby {}: {}\nafter {}",
+                    side.side,
+                    other.side,
+                    complaint(&output),
+                    self.story
+                );
+            }
+        } else {
+            assert_eq!(side.side, Side::Ours, "{text}\nafter {}", self.story);
+        }
+        false
+    }
+
+    /// The entry of the list that has these words, for features that this image has.
+    fn refusal(&self, text: &str) -> Option<(usize, &'static Refusal)> {
+        let has = |beginning: &str| self.features.iter().any(|f| f.name.starts_with(beginning));
+        let is_met = |refusal: &Refusal| {
+            text.contains(refusal.message) && refusal.pair.iter().all(|name| has(name))
+        };
+        REFUSED
+            .iter()
+            .enumerate()
+            .find(|(_, refusal)| is_met(refusal))
+    }
+
+    pub fn tell(&mut self, side: &Tools, line: &str) {
+        let _infallible = write!(self.story, "\n{}: {line}", side.side);
+    }
+
+    /// A range of the disk, aligned to something.
+    fn range(&mut self) -> std::ops::Range<usize> {
+        let units = [1, 512, self.subcluster, self.cluster];
+        let unit = units[self.random.below(4)];
+        let most = [4 * self.subcluster, 3 * self.cluster][self.random.below(2)];
+        let start = self.random.below(self.model.len()) / unit * unit;
+        let bytes = ((1 + self.random.below(most)) / unit * unit).max(unit);
+        start..(start + bytes).min(self.model.len())
+    }
+
+    /// Whole clusters of the disk, of which the last one may be shorter.
+    pub fn clusters(&mut self) -> std::ops::Range<usize> {
+        let range = self.range();
+        let end = range.end.next_multiple_of(self.cluster);
+        range.start / self.cluster * self.cluster..end.min(self.model.len())
+    }
+
+    /// A pattern for data: never that of zeroes.
+    pub fn pattern(&mut self) -> u8 {
+        u8::try_from(1 + self.random.below(255)).expect("below 256")
+    }
+
+    /// One random request; the model follows.
+    fn request(&mut self) -> String {
+        let range = self.range();
+        let (start, bytes) = (range.start, range.len());
+        match self.random.below(10) {
+            0..4 => {
+                let pattern = self.pattern();
+                self.model[range].fill(pattern);
+                format!("write -P {pattern} {start} {bytes}")
+            }
+            4 => {
+                let data = self.random.bytes(bytes);
+                self.model[range].copy_from_slice(&data);
+                self.bench.write("data", &data);
+                // One such file at a time: it is used before the next one is made.
+                format!("write -s data {start} {bytes}")
+            }
+            5 => {
+                self.discard(range);
+                format!("discard {start} {bytes}")
+            }
+            kind => {
+                let zero = [" -z", " -z", " -zu", " -zu"][kind - 6];
+                self.model[range].fill(0);
+                format!("write{zero} {start} {bytes}")
+            }
+        }
+    }
+
+    /// A discard: whole clusters, one that reaches to the end of the disk included, read as zero. Version 2 can say that of clusters with a backing file
+    /// only by showing it.
+    pub fn discard(&mut self, range: std::ops::Range<usize>) {
+        let first = range.start.next_multiple_of(self.cluster);
+        let last = match range.end == self.model.len() {
+            true => range.end,
+            false => range.end / self.cluster * self.cluster,
+        };
+        for at in first..last.max(first) {
+            self.model[at] = match self.is_version_2 {
+                true => self.below.get(at).copied().unwrap_or(0),
+                false => 0,
+            };
+        }
+    }
+
+    /// A session of random requests, some of which are read back in it.
+    pub fn requests(&mut self, side: &Tools) {
+        let mut commands = Vec::new();
+        while commands.len() < 8 {
+            let command = self.request();
+            let is_last = command.contains("-s data");
+            commands.push(command);
+            if is_last {
+                break;
+            }
+        }
+        for _ in 0..3 {
+            let start = self.random.below(self.model.len());
+            let pattern = self.model[start];
+            let same = self.model[start..].iter().take_while(|b| **b == pattern);
+            commands.push(format!("read -P {pattern} {start} {}", same.count()));
+        }
+        self.session(side, &commands);
+    }
+
+    /// Runs `qemu-io` commands that must succeed.
+    pub fn session(&mut self, side: &Tools, commands: &[String]) {
+        let cache = ["writeback", "writeback", "writethrough", "none"][self.random.below(4)];
+        let mut words = vec!["-f", "qcow2", "-t", cache];
+        for command in commands {
+            words.extend(["-c", command]);
+        }
+        words.push(IMAGE);
+        self.tell(side, &format!("-t {cache} {}", commands.join("; ")));
+        let output = self.bench.output(&side.qemu_io, &words);
+        let text = String::from_utf8_lossy(&output.stdout);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            output.status.success(),
+            "{}: {text}{errors}\nafter {}",
+            output.status,
+            self.story
+        );
+    }
+
+    /// Both sides find the image sound, and see in it and in its snapshots what the model says.
+    pub fn compare(&mut self) {
+        self.compare_contents();
+        for side in self.sides {
+            let words = ["check", "-f", "qcow2", IMAGE];
+            let output = self.bench.output(&side.qemu_img, &words);
+            let text = String::from_utf8_lossy(&output.stdout);
+            assert!(
+                text.starts_with("No errors were found on the image.\n"),
+                "checked by {}: {text}\nafter {}",
+                side.side,
+                self.story
+            );
+        }
+    }
+
+    pub fn compare_contents(&mut self) {
+        // Which parts of a file that are reserved and not written count as data depends on what the host has in its page cache, and so on how a tool reads.
+        let options = format!("driver=qcow2,file.filename={IMAGE},cache.direct=on");
+        self.same_words(&format!("map --output=json --image-opts {options}"));
+        self.same_words(&format!("info -f qcow2 {IMAGE}"));
+        for side in self.sides {
+            let actual = self.bench.contents(side, IMAGE, None);
+            if let Some(difference) = first_difference(&actual, &self.model) {
+                panic!("{difference} for {} after {}", side.side, self.story);
+            }
+            for kept in &self.snapshots {
+                let actual = self.bench.contents(side, IMAGE, Some(kept.name));
+                // QEMU shows as much of it as the disk is long now.
+                let common = actual.len().min(kept.model.len());
+                if let Some(difference) = first_difference(&actual[..common], &kept.model[..common])
+                {
+                    let (side, name) = (side.side, kept.name);
+                    panic!("{difference} in {name} for {side} after {}", self.story);
+                }
+            }
+        }
+        if self.features.iter().any(|f| f.name == "data-file-raw") {
+            let raw = self.bench.read(DATA_FILE);
+            let common = raw.len().min(self.model.len());
+            if let Some(difference) = first_difference(&raw[..common], &self.model) {
+                panic!("{difference} in the data file after {}", self.story);
+            }
+        }
+    }
+
+    /// What both sides have to print alike.
+    fn same_words(&self, line: &str) {
+        let words = self.sides.map(|side| {
+            self.bench.forget_cached();
+            self.img(side, line)
+        });
+        assert_eq!(words[0], words[1], "{line}\nafter {}", self.story);
+    }
+}
+
+/// Bytes with noise, zeroes and text among them.
+fn stuff(random: &mut Random, bytes: usize) -> Vec<u8> {
+    let mut stuff = random.bytes(bytes);
+    let mut at = 0;
+    while at < bytes {
+        let end = (at + 1 + random.below(150_000)).min(bytes);
+        match random.below(4) {
+            0 => stuff[at..end].fill(0),
+            1 => stuff[at..end].fill(b'a'),
+            2 => {
+                for (i, byte) in stuff[at..end].iter_mut().enumerate() {
+                    *byte = b"The same words, over and over. "[i % 31];
+                }
+            }
+            _ => {}
+        }
+        at = end;
+    }
+    stuff
+}
