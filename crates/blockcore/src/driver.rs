@@ -416,6 +416,8 @@ pub trait BlockDriver: Send + Sync + 'static {
     /// *The caller guarantees* that no change of the node is in flight, and none begins meanwhile, and that the options are among the factory's
     /// [`amend_options`](DriverFactory::amend_options). *Errors*: `InvalidArgument` where they make no sense: then nothing has changed. *If omitted*:
     /// unsupported. *If the future is dropped*: it isn't; the caller has a task for it.
+    ///
+    /// One option is in no list: `force`, for what loses data for good, as the last password of an encrypted image. Whoever has no use for it leaves it.
     async fn amend(&self, options: Options) -> Result<()> {
         let _nothing = options;
         let text = format!(

@@ -9,7 +9,7 @@ use crate::algorithm::{CipherAlg, CipherMode, CipherSpec, HashAlg, IvGen};
 use crate::volume::NewVolume;
 
 /// How long it takes to try a password where nothing is said, in milliseconds.
-const ITER_TIME_MS: u64 = 2000;
+pub(crate) const ITER_TIME_MS: u64 = 2000;
 
 const fn option(name: &'static str, kind: OptionKind, help: &'static str) -> CreateOption {
     CreateOption {
@@ -62,6 +62,31 @@ pub(crate) const CREATE_OPTIONS: &[CreateOption] = &[
         "detached-header",
         OptionKind::Bool,
         "Keep the header in a file of its own",
+    ),
+];
+
+/// What can be changed later: passwords.
+pub(crate) const AMEND_OPTIONS: &[CreateOption] = &[
+    option(
+        "state",
+        OptionKind::String,
+        "What becomes of key slots: active or inactive",
+    ),
+    option(
+        "new-secret",
+        OptionKind::String,
+        "Id of the secret that is the password of a slot that becomes active",
+    ),
+    option(
+        "old-secret",
+        OptionKind::String,
+        "Id of the secret that is the password of slots that become inactive",
+    ),
+    option("keyslot", OptionKind::Number, "The slot, from 0 to 7"),
+    option(
+        "iter-time",
+        OptionKind::Number,
+        "Milliseconds that it takes to try the new password: 2000 if not given",
     ),
 ];
 

@@ -9,12 +9,16 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use blockcore::{
     BlockDriver, BlockError, BlockLimits, Child, DriverInfo, ErrorKind, IoBuf, IoBufMut,
-    MAX_LENGTH_BYTES, ReadFlags, Result, SpecificInfo, TruncateRequest, WriteFlags,
+    MAX_LENGTH_BYTES, Options, ReadFlags, Result, Secrets, SpecificInfo, TruncateRequest,
+    WriteFlags,
 };
 
 use crate::header::{Header, Payload};
 use crate::info::header_info;
 use crate::sector::{INLINE_BYTES_MAX, SECTOR_BYTES, SectorCipher};
+use crate::slot_change::SlotChange;
+use crate::store::FileStore;
+use crate::volume::Unlocked;
 
 /// The longest request, in bytes: each write makes a copy.
 const TRANSFER_BYTES_MAX: u64 = 2 << 20;
@@ -27,9 +31,11 @@ pub struct LuksDriver {
     pub(crate) header_file: Option<Child>,
     pub(crate) header: Mutex<Header>,
     /// `None`: opened to be looked at, without a password.
-    pub(crate) cipher: Option<Arc<SectorCipher>>,
+    pub(crate) unlocked: Option<Unlocked>,
     pub(crate) payload: Payload,
     pub(crate) payload_offset: u64,
+    /// Where `amend` finds new passwords.
+    pub(crate) secrets: Secrets,
 }
 
 /// The number of the sector at an offset of the disk.
@@ -38,11 +44,15 @@ fn sector(offset: u64) -> u64 {
 }
 
 impl LuksDriver {
-    fn cipher(&self) -> Result<&Arc<SectorCipher>> {
+    fn unlocked(&self) -> Result<&Unlocked> {
         let text = "The image was opened without its key";
-        self.cipher
+        self.unlocked
             .as_ref()
             .ok_or_else(|| BlockError::new(ErrorKind::PermissionDenied, text))
+    }
+
+    fn cipher(&self) -> Result<&Arc<SectorCipher>> {
+        Ok(&self.unlocked()?.cipher)
     }
 
     /// The header as it is now.
@@ -93,7 +103,7 @@ impl BlockDriver for LuksDriver {
     }
 
     fn read_nowait(&self, offset: u64, buf: &mut [u8]) -> bool {
-        let Some(cipher) = &self.cipher else {
+        let Ok(cipher) = self.cipher() else {
             return false;
         };
         let there = buf.len() <= INLINE_BYTES_MAX
@@ -135,6 +145,20 @@ impl BlockDriver for LuksDriver {
                     .message("The requested file size is too large"))
             }
         }
+    }
+
+    async fn amend(&self, mut options: Options) -> Result<()> {
+        let force = options.take_bool("force")?.unwrap_or(false);
+        let change = SlotChange::take(&mut options)?;
+        let store = FileStore(self.header_file.as_ref().unwrap_or(&self.file));
+        let (mut header, key) = (self.header(), &self.unlocked()?.key);
+        let changed = change.apply(&mut header, &store, key, &self.secrets, force);
+        let changed = changed.await;
+        *self
+            .header
+            .lock()
+            .expect("no code panics while it holds this lock") = header;
+        changed
     }
 
     async fn allocated_size(&self) -> Result<Option<u64>> {

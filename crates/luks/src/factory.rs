@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! [`LuksFactory`]: recognises, opens and creates images of the format `luks`.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
 use async_trait::async_trait;
 use blockcore::{
@@ -9,11 +9,11 @@ use blockcore::{
     IoBuf, OpenContext, Options, Preallocation, Result, TruncateRequest, WriteFlags,
 };
 
-use crate::create_options::CREATE_OPTIONS;
+use crate::create_options::{AMEND_OPTIONS, CREATE_OPTIONS};
 use crate::driver::LuksDriver;
 use crate::header::{Header, Payload};
 use crate::store::FileStore;
-use crate::volume::{MadeVolume, NewVolume};
+use crate::volume::{MadeVolume, NewVolume, Unlocked};
 
 /// Recognises, opens and creates images of the format `luks`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -50,13 +50,14 @@ impl DriverFactory for LuksFactory {
             }
         };
         match unlock(ctx, options, &file, header_file.as_ref()).await {
-            Ok((header, cipher, payload)) => Ok(Box::new(LuksDriver {
+            Ok((header, unlocked, payload)) => Ok(Box::new(LuksDriver {
                 file,
                 header_file,
                 payload_offset: header.payload_offset,
                 header: Mutex::new(header),
-                cipher,
+                unlocked,
                 payload,
+                secrets: ctx.registry().secrets().clone(),
             })),
             Err(e) => {
                 for child in std::iter::once(&file).chain(&header_file) {
@@ -69,6 +70,10 @@ impl DriverFactory for LuksFactory {
 
     fn create_options(&self) -> &'static [CreateOption] {
         CREATE_OPTIONS
+    }
+
+    fn amend_options(&self) -> &'static [CreateOption] {
+        AMEND_OPTIONS
     }
 
     async fn create(
@@ -103,15 +108,13 @@ impl DriverFactory for LuksFactory {
     }
 }
 
-type Unlocked = (Header, Option<Arc<crate::SectorCipher>>, Payload);
-
 /// Reads the header, and unlocks it unless the image is only looked at.
 async fn unlock(
     ctx: &OpenContext<'_>,
     options: &mut Options,
     file: &Child,
     header_file: Option<&Child>,
-) -> Result<Unlocked> {
+) -> Result<(Header, Option<Unlocked>, Payload)> {
     let key = options.take_str("key-secret");
     let payload = match header_file {
         Some(_) => Payload::Elsewhere,
@@ -127,8 +130,8 @@ async fn unlock(
         .secrets()
         .password(&key.ok_or_else(no_key)?)?;
     let (_slot, key) = header.unlock(&store, &password).await?;
-    let cipher = Arc::new(header.cipher(&key)?);
-    Ok((header, Some(cipher), payload))
+    let unlocked = Unlocked::new(&header, key)?;
+    Ok((header, Some(unlocked), payload))
 }
 
 fn take_preallocation(options: &mut Options) -> Result<Preallocation> {

@@ -2,7 +2,7 @@
 //! LUKS1: a header with a master key behind passwords, and sectors encrypted with it. A library that other formats use, and an image format of its own.
 //!
 //! Reading order: `algorithm` (names and what goes together), `block_cipher`, `modes`, `iv`, `sector` (what requests call), `hash` (PBKDF2), `af`, `header` (what
-//! is on disk), `volume` (passwords); then the format: `factory`, `driver`, `store`, `info`, `create_options`; apart from these: `secret_object`.
+//! is on disk), `volume` (passwords), `slot_change`; then the format: `factory`, `driver`, `store`, `info`, `create_options`; apart from these: `secret_object`.
 //!
 //! ```
 //! use luks::{CipherAlg, CipherMode, CipherSpec, IvGen, SectorCipher};
@@ -35,6 +35,7 @@ mod modes;
 mod random;
 pub mod secret_object;
 mod sector;
+mod slot_change;
 mod store;
 mod volume;
 
@@ -44,4 +45,5 @@ pub use factory::LuksFactory;
 pub use header::{HEADER_BYTES, Header, KeySlot, Payload, SLOTS};
 pub use info::header_info;
 pub use sector::{INLINE_BYTES_MAX, SECTOR_BYTES, SectorCipher};
-pub use volume::{HeaderStore, MadeVolume, MasterKey, NewVolume};
+pub use slot_change::SlotChange;
+pub use volume::{HeaderStore, MadeVolume, MasterKey, NewVolume, Unlocked};

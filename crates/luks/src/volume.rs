@@ -57,6 +57,26 @@ impl std::fmt::Debug for MasterKey {
     }
 }
 
+/// What a password has opened.
+#[derive(Clone, Debug)]
+pub struct Unlocked {
+    /// The cipher of the payload.
+    pub cipher: Arc<SectorCipher>,
+    /// The key, which further passwords are to open.
+    pub key: MasterKey,
+}
+
+impl Unlocked {
+    /// The cipher of a key.
+    ///
+    /// # Errors
+    /// As [`Header::cipher`].
+    pub fn new(header: &Header, key: MasterKey) -> Result<Unlocked> {
+        let cipher = Arc::new(header.cipher(&key)?);
+        Ok(Unlocked { cipher, key })
+    }
+}
+
 /// What a new volume is to be.
 #[derive(Clone, Debug)]
 pub struct NewVolume {
@@ -245,6 +265,7 @@ impl Header {
             Ok((header, material))
         };
         let (mut header, material) = on_pool(work).await?;
+        // INV LUKS-SLOT-1
         let filled = &header.slots[slot];
         store.write(filled.key_offset, material).await?;
         // The fields of a slot may lie in two sectors, and its state is in the first: it becomes active only when the others are there.
@@ -265,6 +286,7 @@ impl Header {
     /// # Errors
     /// The store's; as if the future were dropped.
     pub async fn erase_slot(&mut self, store: &dyn HeaderStore, slot: usize) -> Result<()> {
+        // INV LUKS-SLOT-1
         let place = self.slots[slot].key_offset;
         // Twice, so that it is gone although the first may have been but a note in a journal.
         for _ in 0..2 {
@@ -342,4 +364,4 @@ impl Header {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

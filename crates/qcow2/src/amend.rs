@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Changing what an image was created with: version, refcount width, lazy refcounts, length. Called by `driver`.
+//! Changing what an image was created with: version, passwords, refcount width, lazy refcounts, length. Called by `driver`.
 //!
 //! Options are all looked at before the first one takes effect. They take effect one after the other, in QEMU's order: what a newer version is needed for
 //! comes after the upgrade, and a downgrade comes last. An error leaves those before it done.
@@ -12,7 +12,10 @@ use blockcore::{
     TruncateRequest,
 };
 
+use luks::SlotChange;
+
 use crate::create::option;
+use crate::crypto;
 use crate::extension::{self, Extension};
 use crate::format::{L1E_OFFSET_MASK, OFLAG_COMPRESSED, OFLAG_ZERO};
 use crate::header::{Compatible, CompressionType, Header, Incompatible};
@@ -62,6 +65,36 @@ pub fn amend_options() -> &'static [CreateOption] {
             None,
         ),
         option(
+            "encrypt.state",
+            OptionKind::String,
+            "What becomes of key slots: active or inactive",
+            None,
+        ),
+        option(
+            "encrypt.new-secret",
+            OptionKind::String,
+            "Id of the secret that is the password of a slot that becomes active",
+            None,
+        ),
+        option(
+            "encrypt.old-secret",
+            OptionKind::String,
+            "Id of the secret that is the password of slots that become inactive",
+            None,
+        ),
+        option(
+            "encrypt.keyslot",
+            OptionKind::Number,
+            "The slot, from 0 to 7",
+            None,
+        ),
+        option(
+            "encrypt.iter-time",
+            OptionKind::Number,
+            "Milliseconds that it takes to try the new password: 2000 if not given",
+            None,
+        ),
+        option(
             "lazy_refcounts",
             OptionKind::Bool,
             "Let refcounts be written late",
@@ -85,6 +118,7 @@ struct Request {
     lazy: Option<bool>,
     refcount_order: u32,
     size: Option<u64>,
+    slots: Option<SlotChange>,
 }
 
 impl Request {
@@ -135,8 +169,10 @@ impl Request {
             };
             return Err(BlockError::invalid(text));
         }
+        let slots = crypto::take_slot_change(options, header.crypt_method)?;
         Ok(Request {
             version,
+            slots,
             lazy,
             refcount_order: bits.trailing_zeros(),
             size,
@@ -151,6 +187,7 @@ impl Image {
     /// `InvalidArgument` for options that make no sense or can't be changed, before anything is; those of metadata I/O.
     pub async fn amend(self: &Arc<Self>, mut options: Options) -> Result<()> {
         self.check_sound()?;
+        let force = options.take_bool("force")?.unwrap_or(false);
         let request = Request::new(&mut options, &self.header())?;
         if let Some((key, _)) = options.iter().next() {
             let text = format!("Invalid parameter '{key}'");
@@ -158,6 +195,9 @@ impl Image {
         }
         if request.version > self.version() {
             self.change_version(3).await?;
+        }
+        if let Some(change) = request.slots {
+            self.change_slots(change, force).await?;
         }
         if request.refcount_order != self.header().refcount_order {
             let order = request.refcount_order;

@@ -4,17 +4,20 @@
 //! Data clusters are encrypted, sector by sector; metadata is not, nor are compressed clusters, and so this writer makes none in encrypted images. With LUKS
 //! a sector's number is that of its *host* offset, so that what is copied to another cluster is another ciphertext; with the old method that of its guest offset.
 //!
-//! Zeroes of the host are noise to a reader, so nothing is left out that has to read as zero: COW writes all of a cluster, and preallocated clusters are
+//! INV QCOW2-CRYPT-1: data goes out through [`Image::encrypt`] and comes in through [`Image::decrypt`]. Zeroes of the host are noise to a reader, so nothing is left out that has to read as zero: COW writes all of a cluster, and preallocated clusters are
 //! zero clusters.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use blockcore::{
     BlockError, ErrorKind, IoBuf, IoBufMut, OpenContext, Options, ReadFlags, Registry, Result,
-    SECTOR_BYTES, Secret,
+    SECTOR_BYTES, Secret, Secrets,
 };
-use luks::{HeaderStore, INLINE_BYTES_MAX, MadeVolume, NewVolume, Payload, SectorCipher};
+use luks::{
+    HeaderStore, INLINE_BYTES_MAX, MadeVolume, MasterKey, NewVolume, Payload, SectorCipher,
+    SlotChange, Unlocked,
+};
 use serde_json::{Map, Value};
 
 use crate::check;
@@ -68,13 +71,22 @@ impl CryptMethod {
 pub(crate) struct Crypto {
     method: CryptMethod,
     /// The LUKS header.
-    header: Option<luks::Header>,
+    header: Option<Mutex<luks::Header>>,
     /// `None`: opened to be looked at, without a password.
     cipher: Option<Arc<SectorCipher>>,
+    /// The key that the LUKS header has for passwords.
+    key: Option<MasterKey>,
+    /// Where `amend` finds new passwords.
+    secrets: Secrets,
 }
 
 fn no_key() -> BlockError {
     BlockError::invalid("Parameter 'encrypt.key-secret' is required for cipher")
+}
+
+fn without_key() -> BlockError {
+    let text = "The image was opened without its key";
+    BlockError::new(ErrorKind::PermissionDenied, text)
 }
 
 fn password(registry: &Registry, key: Option<&str>) -> Result<Secret> {
@@ -114,13 +126,13 @@ impl Crypto {
             return Err(BlockError::invalid(text));
         }
         let mut crypto = Crypto {
-            method,
-            header: None,
-            cipher: None,
+            secrets: ctx.registry().secrets().clone(),
+            ..Crypto::locked(method)
         };
         if method == CryptMethod::Luks {
             let region = HeaderRegion::of(image)?;
-            crypto.header = Some(luks::Header::read(&region, Payload::Behind).await?);
+            let header = luks::Header::read(&region, Payload::Behind).await?;
+            crypto.header = Some(Mutex::new(header));
         }
         if !ctx.no_io() {
             let password = password(ctx.registry(), key.as_deref())?;
@@ -131,11 +143,27 @@ impl Crypto {
 
     /// For an image that is being made: nothing of the guest is written to it yet.
     pub fn without_key(method: CryptMethod) -> Option<Crypto> {
-        method.name().map(|_| Crypto {
+        method.name().map(|_| Crypto::locked(method))
+    }
+
+    fn locked(method: CryptMethod) -> Crypto {
+        Crypto {
             method,
             header: None,
             cipher: None,
-        })
+            key: None,
+            secrets: Secrets::new(),
+        }
+    }
+
+    /// The LUKS header as it is now.
+    fn header(&self) -> Option<luks::Header> {
+        let header = self.header.as_ref()?.lock();
+        Some(
+            header
+                .expect("no code panics while it holds this lock")
+                .clone(),
+        )
     }
 
     /// With a key that no password was needed for.
@@ -148,31 +176,30 @@ impl Crypto {
     }
 
     async fn unlock(&mut self, image: &Image, password: &Secret) -> Result<()> {
-        let cipher = match &self.header {
+        let cipher = match self.header() {
             Some(header) => {
                 let region = HeaderRegion::of(image)?;
                 let (_slot, key) = header.unlock(&region, password).await?;
-                header.cipher(&key)?
+                let unlocked = Unlocked::new(&header, key)?;
+                self.key = Some(unlocked.key);
+                unlocked.cipher
             }
-            None => SectorCipher::legacy(password)?,
+            None => Arc::new(SectorCipher::legacy(password)?),
         };
-        self.cipher = Some(Arc::new(cipher));
+        self.cipher = Some(cipher);
         Ok(())
     }
 
     /// What the tools show of it.
     pub fn info(&self) -> Map<String, Value> {
-        match (&self.header, self.method.name()) {
-            (Some(header), name) => luks::header_info(header, Payload::Behind, name),
+        match (self.header(), self.method.name()) {
+            (Some(header), name) => luks::header_info(&header, Payload::Behind, name),
             (None, name) => [("format".to_owned(), name.into())].into_iter().collect(),
         }
     }
 
     fn cipher(&self) -> Result<&Arc<SectorCipher>> {
-        let text = "The image was opened without its key";
-        self.cipher
-            .as_ref()
-            .ok_or_else(|| BlockError::new(ErrorKind::PermissionDenied, text))
+        self.cipher.as_ref().ok_or_else(without_key)
     }
 
     /// The number of the first sector of `bytes` bytes that lie at a guest and a host offset.
@@ -419,7 +446,50 @@ impl NewCrypto {
     }
 }
 
+/// What `amend` is to do with passwords, out of the options below `encrypt.`.
+///
+/// # Errors
+/// `InvalidArgument` for options that make no sense, or for an image that has no passwords of this kind.
+pub(crate) fn take_slot_change(
+    options: &mut Options,
+    method: CryptMethod,
+) -> Result<Option<SlotChange>> {
+    let mut own = options.take_subtree("encrypt");
+    if own.is_empty() {
+        return Ok(None);
+    }
+    match method {
+        CryptMethod::Luks => SlotChange::take(&mut own).map(Some),
+        CryptMethod::Aes => Err(BlockError::invalid(
+            "Only LUKS encryption options can be amended",
+        )),
+        CryptMethod::None => Err(BlockError::invalid(
+            "Can't amend encryption options - encryption not present",
+        )),
+    }
+}
+
 impl Image {
+    /// Adds or erases passwords. That is durable at once, whatever becomes of other changes.
+    ///
+    /// # Errors
+    /// As [`SlotChange::apply`].
+    pub(crate) async fn change_slots(&self, change: SlotChange, force: bool) -> Result<()> {
+        let crypto = self.crypto.as_ref().ok_or_else(without_key)?;
+        let (Some(mut header), Some(key)) = (crypto.header(), &crypto.key) else {
+            return Err(without_key());
+        };
+        let region = HeaderRegion::of(self)?;
+        let changed = change.apply(&mut header, &region, key, &crypto.secrets, force);
+        let changed = changed.await;
+        if let Some(known) = &crypto.header {
+            *known
+                .lock()
+                .expect("no code panics while it holds this lock") = header;
+        }
+        changed
+    }
+
     /// Says where the LUKS header is, so that nothing is written over the keys.
     ///
     /// # Errors

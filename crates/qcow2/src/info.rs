@@ -40,10 +40,12 @@ pub fn specific_info(
     put("refcount-bits", (1u64 << header.refcount_order).into());
     if let Some(name) = header.data_file_name().filter(|_| header.has_data_file()) {
         put("data-file", name.into());
-        put("data-file-raw", header.is_data_file_raw().into());
     }
     if let Some(crypto) = crypto {
         put("encrypt", crypto.info().into());
+    }
+    if header.has_data_file() && header.data_file_name().is_some() {
+        put("data-file-raw", header.is_data_file_raw().into());
     }
     if header.version >= 3 {
         put("corrupt", header.is_corrupt().into());

@@ -180,7 +180,7 @@ impl Image {
         result
     }
 
-    /// Writes guest data to where it lies, encrypted if it has to be.
+    /// Writes guest data to where it lies, encrypted if it has to be. INV QCOW2-CRYPT-1
     async fn write_data(&self, offset: u64, host: u64, buf: IoBuf) -> Result<()> {
         let data = self.encrypt(offset, host, buf).await?;
         self.storage()?

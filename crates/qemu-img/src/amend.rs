@@ -29,7 +29,7 @@ const LONG: &[Long] = &[
 impl Tool {
     pub(crate) async fn amend(&self, args: &[String]) -> Outcome {
         let (mut format, mut image_opts, mut cache) = (None, false, "writeback".to_owned());
-        let (mut quiet, mut show) = (false, false);
+        let (mut quiet, mut show, mut force) = (false, false, false);
         let mut options = CreateOptions::default();
         let mut words = Words::new(self, "amend", args, "ho:f:t:pq", LONG);
         while let Some(option) = words.next()? {
@@ -39,8 +39,7 @@ impl Tool {
                 'f' => format = Some(option.arg),
                 't' => cache = option.arg,
                 'o' => options.push(option.arg),
-                // What it allows is changing the last key slot, and there are none.
-                FORCE => return Err(self.console.fail("--force is not supported yet")),
+                FORCE => force = true,
                 _ => image_opts = true,
             }
         }
@@ -68,7 +67,7 @@ impl Tool {
         let disk = self.open(image).await?;
         let amended = match options.asks_for_help() {
             true => self.list_amend_options(disk.root().format_name()),
-            false => self.amend_disk(&disk, &options, show).await,
+            false => self.amend_disk(&disk, &options, force, show).await,
         };
         let closed = self.close(disk).await;
         amended.and(closed)
@@ -78,6 +77,7 @@ impl Tool {
         &self,
         disk: &blockcore::Backend,
         options: &CreateOptions,
+        force: bool,
         show: bool,
     ) -> Outcome {
         let plain = |e: &BlockError| self.console.block_error("", e);
@@ -88,7 +88,12 @@ impl Tool {
             .parse()
             .and_then(|given| self.checked_amend_options(disk, &known, given));
         let amended = match checked {
-            Ok(options) => disk.root().amend(options).await,
+            Ok(mut options) => {
+                if force {
+                    options.set("force", "on");
+                }
+                disk.root().amend(options).await
+            }
             Err(e) => Err(e),
         };
         if amended.is_ok() {

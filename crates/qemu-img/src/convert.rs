@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `qemu-img convert`.
 
-use blockcore::{Backend, Diagnostics, SnapshotSelector, WriteFlags, chain_is_zero};
+use blockcore::{Backend, Diagnostics, Options, SnapshotSelector, WriteFlags, chain_is_zero};
 use blockjob::convert::MAX_PARALLEL;
 use blockjob::create::known_options;
 use blockjob::{ConvertOptions, CreatePlan, CreateRequest, convert};
@@ -265,15 +265,23 @@ impl Tool {
     ) -> Outcome {
         let total: u64 = sources.iter().map(Backend::length).sum();
         let mut backing = request.backing.clone();
+        let mut options = Options::new();
         if request.create {
             let plan = self.create_target(request, total).await?;
             backing = plan.option("backing_file").or(backing);
+            // What it was encrypted with opens it.
+            for key in ["key-secret", "encrypt.key-secret"] {
+                if let Some(secret) = plan.option(key) {
+                    options.set(key, secret);
+                }
+            }
         }
         let format = request.target_format.clone();
         let target = self
             .open(Image {
                 writable: true,
                 cache: request.target_cache,
+                options,
                 ..Image::new(
                     request.target.as_str(),
                     match (request.create, request.target_image_opts) {
@@ -339,10 +347,16 @@ impl Tool {
         Ok(plan)
     }
 
-    fn check_compression(&self, format: &str, options: &blockcore::Options) -> Outcome {
+    fn check_compression(&self, format: &str, options: &Options) -> Outcome {
         let factory = self.registry.driver(format);
         if !factory.is_ok_and(|f| f.supports_compressed_writes()) {
             let text = "Compression not supported for this file format";
+            return Err(self.console.fail(text));
+        }
+        let is_encrypted = matches!(options.get_str("encryption").as_deref(), Some("on"))
+            || options.contains("encrypt.format");
+        if is_encrypted {
+            let text = "Compression and encryption not supported at the same time";
             return Err(self.console.fail(text));
         }
         if !matches!(
@@ -407,14 +421,14 @@ impl Tool {
 }
 
 /// Whether an image that was just made surely reads as zero. One that lies in a file does, preallocated or not; on a device, what is not told apart by the
-/// format is what the device held before.
+/// format is what the device held before. Where data is encrypted, holes of a file are noise.
 async fn new_image_reads_zero(target: &Backend) -> bool {
     let mut node = target.root().clone();
     while let Some(child) = node.driver().primary() {
         let below = child.node().clone();
         node = below;
     }
-    if node.format_name() == "file" {
+    if node.format_name() == "file" && !target.root().driver().is_encrypted() {
         return true;
     }
     // Without an answer, zeroes are written.

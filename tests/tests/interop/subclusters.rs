@@ -52,7 +52,7 @@ fn range(random: &mut Random, length: usize, cluster: usize) -> (usize, usize) {
 }
 
 /// Commands that change the disk, and `model` with it.
-fn commands(random: &mut Random, model: &mut [u8], cluster: usize) -> Vec<String> {
+pub fn commands(random: &mut Random, model: &mut [u8], cluster: usize) -> Vec<String> {
     let mut commands = Vec::new();
     for _ in 0..COMMANDS {
         let (offset, bytes) = range(random, model.len(), cluster);

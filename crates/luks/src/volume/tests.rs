@@ -8,13 +8,13 @@ use super::*;
 use crate::algorithm::{CipherAlg, CipherMode, IvGen};
 
 /// A write, or a flush.
-type Step = Option<(u64, Vec<u8>)>;
+pub(crate) type Step = Option<(u64, Vec<u8>)>;
 
 /// A header in memory, with every write and flush that was made.
 #[derive(Default)]
-struct Memory {
-    bytes: Mutex<Vec<u8>>,
-    log: Mutex<Vec<Step>>,
+pub(crate) struct Memory {
+    pub bytes: Mutex<Vec<u8>>,
+    pub log: Mutex<Vec<Step>>,
 }
 
 fn put(bytes: &mut [u8], offset: u64, data: &[u8]) {
@@ -42,7 +42,7 @@ impl HeaderStore for Memory {
 
 const QUICK: Duration = Duration::from_millis(1);
 
-fn spec(alg: CipherAlg, mode: CipherMode) -> CipherSpec {
+pub(crate) fn spec(alg: CipherAlg, mode: CipherMode) -> CipherSpec {
     CipherSpec {
         alg,
         mode,
@@ -55,7 +55,7 @@ fn password(text: &str) -> Secret {
     Secret::new(text)
 }
 
-async fn made(spec: CipherSpec, hash: HashAlg) -> (Memory, Header, MasterKey) {
+pub(crate) async fn made(spec: CipherSpec, hash: HashAlg) -> (Memory, Header, MasterKey) {
     let new = NewVolume {
         spec,
         hash,
@@ -71,7 +71,7 @@ async fn made(spec: CipherSpec, hash: HashAlg) -> (Memory, Header, MasterKey) {
     (store, made.header, made.key)
 }
 
-async fn opens(store: &Memory, text: &str) -> Option<usize> {
+pub(crate) async fn opens(store: &Memory, text: &str) -> Option<usize> {
     let header = Header::read(store, Payload::Behind).await.unwrap();
     match header.unlock(store, &password(text)).await {
         Ok((slot, _)) => Some(slot),
@@ -128,7 +128,7 @@ async fn passwords_come_and_go() {
 }
 
 /// Every state that a power cut can leave: what was flushed, and any part of each later write up to a sector boundary, in any order.
-fn after_power_cuts(before: &[u8], log: &[Step]) -> Vec<Vec<u8>> {
+pub(crate) fn after_power_cuts(before: &[u8], log: &[Step]) -> Vec<Vec<u8>> {
     let mut states = Vec::new();
     let mut durable = before.to_vec();
     for step in log.split(Option::is_none) {
@@ -174,7 +174,7 @@ fn pieces(offset: u64, data: &[u8]) -> Vec<(u64, &[u8])> {
 
 #[tokio::test]
 async fn a_power_cut_harms_no_other_password_and_activates_no_half_made_slot() {
-    // Slot 6 lies in two sectors.
+    // INV LUKS-SLOT-1. Slot 6 lies in two sectors.
     for slot in [1, 6] {
         let (store, mut header, key) =
             made(spec(CipherAlg::Aes128, CipherMode::Cbc), HashAlg::Sha1).await;

@@ -79,7 +79,7 @@ impl Disk {
         Ok(())
     }
 
-    /// Where the image is encrypted, no sector of the file is what a sector of the disk is: one value all over.
+    /// INV QCOW2-CRYPT-1: where the image is encrypted, no sector of the file is what a sector of the disk is: one value all over.
     fn check_secrecy(&self, image: &[u8]) -> Result<(), String> {
         let shape = &self.plan.shape;
         // Narrow refcounts that are all alike look the same.
