@@ -27,7 +27,7 @@ use crate::crypto::Crypto;
 use crate::data_file::DataFile;
 use crate::epoch::Epochs;
 use crate::format::{L1E_OFFSET_MASK, L2E_OFFSET_MASK, OFLAG_ZERO};
-use crate::header::{CompressionType, Header, Incompatible};
+use crate::header::{Header, Incompatible};
 use crate::inflated::Inflated;
 use crate::l2_cache::{L2Cache, NumberMap, PinnedSlice};
 use crate::l2_entry::{EntryFormat, L2Entry};
@@ -141,7 +141,6 @@ pub(crate) struct Image {
     /// The tables in memory are those of a snapshot: see `snapshot_load`.
     pub shows_snapshot: AtomicBool,
     pub diagnostics: Diagnostics,
-    pub compression: CompressionType,
     /// See `map`.
     pub metadata_preallocated: OnceLock<bool>,
     /// Host clusters from this offset on were not in the file when it was opened, and read as zero until written.
