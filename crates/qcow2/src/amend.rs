@@ -24,7 +24,7 @@ use crate::l2_entry::L2Entry;
 use crate::l2_table::Mapping;
 use crate::overhaul::Overhaul;
 use crate::remap::Remap;
-use crate::snapshot;
+use crate::snapshot::{self, Snapshot};
 
 /// Byte offset of the compatible feature bits in the header.
 const COMPATIBLE_OFFSET: u64 = 80;
@@ -240,10 +240,12 @@ impl Image {
 
     /// Makes the header that of another version.
     async fn change_version(self: &Arc<Self>, version: u32) -> Result<()> {
-        self.check_version_possible(version)?;
         let work = move |image: Arc<Image>| async move {
             match version {
-                2 => image.replace_zero_clusters().await?,
+                2 => {
+                    image.check_downgrade().await?;
+                    image.replace_zero_clusters().await?;
+                }
                 _ => image.complete_snapshots().await?,
             }
             image.commit().await?;
@@ -252,6 +254,8 @@ impl Image {
                 let names = |e: &Extension| e.kind == extension::FEATURE_NAMES;
                 if version < 3 {
                     header.compatible = Compatible::empty();
+                    header.incompatible.remove(Incompatible::COMPRESSION);
+                    header.compression_type = CompressionType::Zlib;
                     header.autoclear = 0;
                     header.extensions.retain(|e| !names(e));
                 } else if !header.extensions.iter().any(names) {
@@ -334,29 +338,57 @@ impl Image {
         Ok(())
     }
 
-    fn check_version_possible(&self, version: u32) -> Result<()> {
-        let header = self.header();
-        if version >= 3 {
-            return Ok(());
-        }
+    /// What version 2 has no words for, in QEMU's order. The caller holds `changing` over all.
+    async fn check_downgrade(self: &Arc<Self>) -> Result<()> {
+        let unsupported = |text: String| Err(BlockError::new(ErrorKind::Unsupported, text));
+        let header = self.header().clone();
         if header.refcount_order != 4 {
             return Err(BlockError::invalid("compat=0.10 requires refcount_bits=16"));
         }
-        if header.compression_type != CompressionType::Zlib {
-            let text = "compat=0.10 requires compression_type=zlib";
-            return Err(BlockError::new(ErrorKind::Unsupported, text));
-        }
         if header.incompatible.contains(Incompatible::DATA_FILE) {
-            let text = "Cannot downgrade an image with a data file";
-            return Err(BlockError::new(ErrorKind::Unsupported, text));
+            return unsupported("Cannot downgrade an image with a data file".to_owned());
         }
-        if header.incompatible != Incompatible::empty() {
-            let text = format!(
-                "Cannot downgrade an image with incompatible features {:#x} set",
-                header.incompatible.bits()
-            );
-            return Err(BlockError::new(ErrorKind::Unsupported, text));
+        let snapshots = snapshot::read_table(&header, &self.file).await?.snapshots;
+        let is_new = |s: &Snapshot| {
+            s.vm_state_size > u64::from(u32::MAX)
+                || s.disk_size.is_some_and(|size| size != self.size())
+        };
+        if snapshots.iter().any(is_new) {
+            return unsupported("Internal snapshots prevent downgrade of image".to_owned());
+        }
+        let others = header.incompatible - Incompatible::COMPRESSION;
+        if !others.is_empty() {
+            let bits = others.bits();
+            return unsupported(format!(
+                "Cannot downgrade an image with incompatible features {bits:#x} set"
+            ));
+        }
+        if header.compression_type != CompressionType::Zlib {
+            self.commit().await?;
+            let mut has_compressed = self.has_compressed(&self.l1.to_vec()).await?;
+            for s in &snapshots {
+                has_compressed |= self.has_compressed(&self.snapshot_l1(s).await?).await?;
+            }
+            if has_compressed {
+                return unsupported(
+                    "Cannot downgrade an image with zstd compression type and existing compressed clusters"
+                        .to_owned(),
+                );
+            }
         }
         Ok(())
+    }
+
+    /// Whether there are compressed clusters beneath an L1 table, which has no extended entries.
+    async fn has_compressed(&self, l1: &[u64]) -> Result<bool> {
+        for table in l1.iter().map(|entry| entry & L1E_OFFSET_MASK) {
+            if table != 0 {
+                let words = self.read_words(table, self.cluster_size() as usize).await?;
+                if words.iter().any(|entry| entry & OFLAG_COMPRESSED != 0) {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
     }
 }

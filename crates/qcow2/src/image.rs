@@ -28,7 +28,7 @@ use crate::crypto::Crypto;
 use crate::data_file::DataFile;
 use crate::epoch::Epochs;
 use crate::format::{L1E_OFFSET_MASK, L2E_OFFSET_MASK, OFLAG_ZERO};
-use crate::header::{CompressionType, Header, Incompatible};
+use crate::header::{Header, Incompatible};
 use crate::inflated::Inflated;
 use crate::l2_cache::{L2Cache, NumberMap, PinnedSlice};
 use crate::l2_entry::{EntryFormat, L2Entry};
@@ -148,7 +148,6 @@ pub(crate) struct Image {
     /// The tables in memory are those of a snapshot: see `snapshot_load`.
     pub shows_snapshot: AtomicBool,
     pub diagnostics: Diagnostics,
-    pub compression: CompressionType,
     pub bitmaps: Bitmaps,
     /// See `map`.
     pub metadata_preallocated: OnceLock<bool>,

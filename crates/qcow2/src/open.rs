@@ -171,7 +171,6 @@ async fn open_with(
         entry_format: entries,
         // Whole sectors, as other readers have it.
         size: AtomicU64::new(header.size / SECTOR_BYTES * SECTOR_BYTES),
-        compression: header.compression_type,
         l1: L1Table::new(l1),
         l2: L2Cache::new(runtime.l2_cache_bytes, slice_bits, entries.words()),
         meta: tokio::sync::Mutex::new(meta),

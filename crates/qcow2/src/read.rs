@@ -188,7 +188,8 @@ impl Image {
             .preadv(descriptor.host_offset, raw, ReadFlags::empty())
             .await?;
         let size = self.cluster_size() as usize;
-        let cluster = compressed::decompress(self.compression, raw.to_vec(), size).await?;
+        let kind = self.header().compression_type;
+        let cluster = compressed::decompress(kind, raw.to_vec(), size).await?;
         let cluster = Arc::new(cluster);
         self.inflated.keep(descriptor.host_offset, cluster.clone());
         Ok(cluster)

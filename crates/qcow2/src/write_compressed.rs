@@ -68,7 +68,7 @@ impl Image {
         let mut packed = Vec::new();
         for i in 0..clusters {
             while next < clusters && working.len() < PARALLEL {
-                let kind = self.compression;
+                let kind = self.header().compression_type;
                 working.push_back(compressed::compress(kind, part(next), size));
                 next += 1;
             }

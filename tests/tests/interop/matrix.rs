@@ -21,7 +21,7 @@ use blocklayer_tests::tools::Tools;
 
 use crate::support::{Random, both};
 use disk::Disk;
-use features::{FEATURES, Feature, REFUSED, Source};
+use features::{FEATURES, Feature, LEFT_OUT, REFUSED, Source};
 
 /// An image of the matrix.
 struct Case<'a> {
@@ -68,10 +68,15 @@ fn go_together(one: &Feature, two: &Feature) -> bool {
             .zip(two.steps)
             .all(|(a, b)| format!("{a:?}") == format!("{b:?}"));
     let both_sources = one.source != Source::Empty && two.source != Source::Empty;
+    let is_left_out = |[a, b]: &[&str; 2]| {
+        let is = |feature: &Feature, beginning| feature.name.starts_with(beginning);
+        (is(one, a) && is(two, b)) || (is(one, b) && is(two, a))
+    };
     one.name != "plain"
         && two.name != "plain"
         && !one.options.iter().any(contradict)
         && !same_steps
+        && !LEFT_OUT.iter().any(is_left_out)
         && (!both_sources || (one.source == Source::Converted) != (two.source == Source::Converted))
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The steps of features: what they do to the image, and to the model.
 
-use blocklayer_tests::tools::Tools;
+use blocklayer_tests::tools::{Side, Tools};
 
 use super::damage;
 use super::disk::{Disk, IMAGE, Kept};
@@ -99,8 +99,14 @@ impl Disk<'_> {
     fn grow(&mut self, side: &Tools, mode: &str) {
         let bytes = self.model.len() + 512 * (1 + self.random.below(600));
         let line = format!("resize -q -f qcow2 --preallocation={mode} {IMAGE} {bytes}");
-        if self.try_img(side, &line) {
-            self.model.resize(bytes, 0);
+        let old = self.model.len();
+        if !self.try_img(side, &line) {
+            return;
+        }
+        self.model.resize(bytes, 0);
+        if mode != "off" && side.side == Side::Qemu {
+            // It shows what lay in free clusters, and behind the last used one. Ours doesn't.
+            self.session(side, &[format!("write -z {old} {}", bytes - old)]);
         }
     }
 
@@ -113,6 +119,11 @@ impl Disk<'_> {
             &format!("resize -q -f qcow2 --shrink {IMAGE} {bytes}"),
         ) {
             self.model.truncate(bytes);
+            if side.side == Side::Qemu && self.snapshots.iter().any(|kept| kept.state.is_some()) {
+                // It forgets the VM state that is still in the image.
+                self.bench
+                    .output(&side.qemu_img, &["check", "-r", "leaks", IMAGE]);
+            }
         }
     }
 
