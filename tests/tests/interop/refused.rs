@@ -85,25 +85,6 @@ fn features_that_we_lack_are_refused_by_name_and_nothing_is_written() {
         );
         assert!(bench.read(image) == before, "{image} was changed");
     }
-
-    bench.img(
-        &qemu,
-        &["create", "-q", "-f", "qcow2", "marked.qcow2", "1M"],
-    );
-    bench.img(&qemu, &["bitmap", "--add", "marked.qcow2", "since-monday"]);
-    let before = bench.read("marked.qcow2");
-    refuses(
-        &bench,
-        &ours.qemu_io,
-        &["-f", "qcow2", "-c", "write 0 512", "marked.qcow2"],
-        &["bitmap"],
-    );
-    assert!(
-        bench.read("marked.qcow2") == before,
-        "the bitmaps were changed"
-    );
-    let arguments = ["-r", "-f", "qcow2", "-c", "read -P 0 0 512", "marked.qcow2"];
-    bench.run(&ours.qemu_io, &arguments);
 }
 
 #[test]
@@ -119,7 +100,6 @@ fn calls_that_we_lack_are_refused_by_name() {
         ),
         ("commit t.qcow2", ["commit"]),
         ("rebase -b t.qcow2 t.qcow2", ["rebase"]),
-        ("bitmap --add t.qcow2 one", ["bitmap"]),
         ("measure -O qcow2 t.qcow2", ["measure"]),
         ("dd if=t.qcow2 of=out.raw", ["dd"]),
     ] {
