@@ -143,7 +143,8 @@ impl Image {
         bytes: u64,
         flags: WriteFlags,
     ) -> Result<()> {
-        if !self.header().is_data_file_raw() {
+        // Encrypted, it can't read as the disk; and until the mapping is durable, zeroes would read as noise.
+        if !self.header().is_data_file_raw() || self.is_encrypted() {
             return Ok(());
         }
         let may_unmap = flags & WriteFlags::MAY_UNMAP;
@@ -155,7 +156,8 @@ impl Image {
     /// Gives back what the data file has for clusters that don't use it any more. The caller holds `changing`. That the mapping may be durable only later is
     /// no harm: the guest said that it needs nothing of this.
     pub(crate) async fn discard_data(&self, offset: u64, bytes: u64) {
-        let Some(child) = self.data.child() else {
+        let Some(child) = self.data.child().filter(|_| !self.is_encrypted()) else {
+            // Where data is encrypted, a hole would read as noise until the mapping is durable.
             return;
         };
         if let Err(e) = child.pdiscard(offset, bytes).await {
