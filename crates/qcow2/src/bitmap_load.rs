@@ -6,7 +6,7 @@
 //!
 //! An image that was changed by a program that doesn't know bitmaps has the autoclear bit cleared: then they are worth nothing, and are not even looked at.
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use blockcore::{
     BlockError, Child, Diagnostics, DirtyBitmap, DirtyBitmaps, ErrorKind, HBitmap, IoBufMut,
@@ -25,6 +25,8 @@ pub(crate) struct StoredBitmap {
     pub entry: DirectoryEntry,
     /// Byte offsets of its clusters of bits.
     pub data: Vec<u64>,
+    /// The bitmap that it is a copy of, as long as nobody removes that.
+    pub of: Weak<DirtyBitmap>,
 }
 
 /// What the image holds.
@@ -76,10 +78,9 @@ pub(crate) async fn load(
     diagnostics: &Diagnostics,
 ) -> Result<Bitmaps> {
     let mut extensions = header.extensions.iter();
-    let Some(e) = extensions.find(|e| e.kind == extension::BITMAPS) else {
+    if extensions.all(|e| e.kind != extension::BITMAPS) {
         return Ok(Bitmaps::default());
-    };
-    BitmapsExtension::check_length(&e.data)?;
+    }
     let Some(data) = extension_data(header) else {
         let what = match header.version {
             2 => {
@@ -113,8 +114,12 @@ pub(crate) async fn load(
         all.push(stored);
         loaded.push(bitmap);
     }
+    let set = Arc::new(DirtyBitmaps::loaded(loaded));
+    for (stored, bitmap) in all.iter_mut().zip(set.list()) {
+        stored.of = Arc::downgrade(&bitmap);
+    }
     Ok(Bitmaps {
-        set: Arc::new(DirtyBitmaps::loaded(loaded)),
+        set,
         storing: tokio::sync::Mutex::default(),
         stored: Mutex::new(Stored {
             directory: Some(stored.0),
@@ -165,7 +170,7 @@ impl Reader<'_> {
             // What can't be read of it is lost when it is removed, and that is all.
             let table = self.read_table(&entry).await.unwrap_or_default();
             let data = data_offsets(&table);
-            return Ok((StoredBitmap { entry, data }, bitmap.inconsistent()));
+            return Ok((StoredBitmap::new(entry, data), bitmap.inconsistent()));
         }
         let name = entry.name();
         let table = self.read_table(&entry).await.map_err(|e| {
@@ -177,7 +182,7 @@ impl Reader<'_> {
         let bits =
             read.map_err(|e| e.context(format!("Could not read bitmap '{name}' from image")))?;
         let data = data_offsets(&table);
-        Ok((StoredBitmap { entry, data }, bitmap.with_bits(bits)))
+        Ok((StoredBitmap::new(entry, data), bitmap.with_bits(bits)))
     }
 
     async fn read_table(&self, entry: &DirectoryEntry) -> Result<Vec<TableEntry>> {
@@ -236,6 +241,14 @@ impl Stored {
 }
 
 impl StoredBitmap {
+    fn new(entry: DirectoryEntry, data: Vec<u64>) -> StoredBitmap {
+        StoredBitmap {
+            entry,
+            data,
+            of: Weak::new(),
+        }
+    }
+
     /// What this bitmap occupies; of a cluster of bits, its first byte.
     pub fn places(&self) -> impl Iterator<Item = (u64, u64, Owner)> {
         let table = (

@@ -165,10 +165,11 @@ impl Image {
         let mut wanted = self.bitmaps.set.list();
         wanted.retain(|b| b.is_persistent());
         wanted.reverse();
-        let places: HashMap<String, usize> = (stored.bitmaps.iter().enumerate())
-            .map(|(i, b)| (b.entry.name(), i))
+        let of = |b: &StoredBitmap| b.of.as_ptr();
+        let places: HashMap<_, _> = (stored.bitmaps.iter().zip(0..))
+            .map(|(b, i)| (of(b), i))
             .collect();
-        wanted.sort_by_key(|b| places.get(b.name()).copied().unwrap_or(usize::MAX));
+        wanted.sort_by_key(|b| places.get(&Arc::as_ptr(b)).copied().unwrap_or(usize::MAX));
         wanted
     }
 
@@ -213,7 +214,7 @@ impl Image {
     /// Writes a bitmap's bits and table.
     async fn write_bitmap(
         &self,
-        bitmap: &DirtyBitmap,
+        bitmap: &Arc<DirtyBitmap>,
         old: Option<&StoredBitmap>,
         made: &mut Made,
     ) -> Result<StoredBitmap> {
@@ -263,6 +264,7 @@ impl Image {
                 table_size: clusters as u32,
             },
             data,
+            of: Arc::downgrade(bitmap),
         })
     }
 

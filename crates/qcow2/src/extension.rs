@@ -3,6 +3,8 @@
 
 use blockcore::{BlockError, ErrorKind, Result};
 
+use crate::bitmap::BitmapsExtension;
+
 /// The end of the list.
 const END: u32 = 0;
 /// The name of the backing file's format.
@@ -72,9 +74,13 @@ fn parse_into(out: &mut Vec<Extension>, area: &[u8]) -> Result<()> {
             );
             return Err(BlockError::new(ErrorKind::InvalidImage, text));
         }
+        let data = &area[at..at + len];
+        if kind == BITMAPS {
+            BitmapsExtension::check_length(data)?;
+        }
         out.push(Extension {
             kind,
-            data: area[at..at + len].to_vec(),
+            data: data.to_vec(),
         });
         at = (at + len).next_multiple_of(8);
     }

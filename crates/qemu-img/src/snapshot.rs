@@ -111,6 +111,8 @@ impl Tool {
                 let applied = root.snapshot_goto(which).await;
                 applied.map_err(|e| match e.kind() {
                     ErrorKind::Unsupported => failed("apply", &name, &e),
+                    // Refused before anything was looked for.
+                    _ if e.errno() == libc::EBUSY => failed("apply", &name, &e),
                     _ => failed("apply", &name, &e.context("Failed to load snapshot")),
                 })
             }
