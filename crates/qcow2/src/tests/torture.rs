@@ -244,7 +244,8 @@ impl Plan {
         }
         // A hole that can't be punched, or a file that can't be cut off, is no harm.
         let is_hole = |r: &&blockcore::testing::fault::Request| {
-            r.event == Event::Discard || (r.event == Event::Truncate && self.shrinks())
+            let is_cut = matches!(r.event, Event::Truncate | Event::Length);
+            r.event == Event::Discard || (is_cut && self.shrinks())
         };
         let failed = disk.faults.failed();
         if failed.is_empty() && !errors.is_empty() {
