@@ -50,7 +50,8 @@ impl Image {
     /// `NotFound`; as [`snapshot_create`](Image::snapshot_create).
     pub async fn snapshot_goto(self: &Arc<Self>, which: &SnapshotSelector) -> Result<()> {
         self.check_sound()?;
-        self.check_no_data_file()?;
+        self.check_no_data_file()
+            .map_err(|e| e.context("Failed to load snapshot"))?;
         let which = which.clone();
         let work = |image: Arc<Image>| async move { image.snapshot_goto_now(which).await };
         self.spawn_alone(0, MAX_LENGTH_BYTES, work).await

@@ -2,8 +2,12 @@
 //! Random scripts on both tool sets: what they print, how they end, what the images hold, `map`, `info` and `check` have to be the same. In two scripts
 //! of three the images change hands: some sessions are the other side's (`$OTHER/qemu-io`), so that each side opens and changes what the other has made.
 //!
+//! Half of the scripts are about chains and requests (here), half about one image with any features (`features`).
+//!
 //! The ordinary test runs 25 scripts, always the same ones. A script that differs is printed with its seed, and can be put into `tests/golden` as it is. `BLOCKLAYER_TWIN_SCRIPTS` says how many there are
 //! (`cargo xtask diff --count N`).
+
+mod features;
 
 use std::fmt::Write;
 
@@ -242,7 +246,10 @@ fn random_scripts_print_the_same_on_both_sides() {
             cluster: 0,
             subcluster: 0,
         };
-        let text = writer.script(seed);
+        let text = match seed % 2 {
+            0 => writer.script(seed),
+            _ => writer.features_script(seed),
+        };
         let bench = Bench::new();
         bench.write("cmd", text.as_bytes());
         if let Err(why) = Script::compare(&bench.path(""), &ours, &qemu, &bench.path("")) {

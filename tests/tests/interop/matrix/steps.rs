@@ -79,6 +79,7 @@ impl Disk<'_> {
             return None;
         }
         self.model = model;
+        self.mend_lost_state(side);
         state
     }
 
@@ -119,11 +120,14 @@ impl Disk<'_> {
             &format!("resize -q -f qcow2 --shrink {IMAGE} {bytes}"),
         ) {
             self.model.truncate(bytes);
-            if side.side == Side::Qemu && self.snapshots.iter().any(|kept| kept.state.is_some()) {
-                // It forgets the VM state that is still in the image.
-                self.bench
-                    .output(&side.qemu_img, &["check", "-r", "leaks", IMAGE]);
-            }
+            self.mend_lost_state(side);
+        }
+    }
+
+    /// When QEMU makes a disk shorter, it forgets the VM state that is still in the image.
+    fn mend_lost_state(&self, side: &Tools) {
+        if self.snapshots.iter().any(|kept| kept.state.is_some()) {
+            self.mend_leaks(side);
         }
     }
 
