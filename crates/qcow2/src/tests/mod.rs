@@ -16,6 +16,7 @@ mod model;
 mod parked;
 mod repair;
 mod repair_live;
+mod repair_rules;
 mod rules;
 mod stress;
 mod subclusters;

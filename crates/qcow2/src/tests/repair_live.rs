@@ -15,9 +15,7 @@ use blockcore::{
 use super::repair::{Subject, check_bytes};
 use super::{READ_ONLY, Shape, findings, fresh_image, image_over, node_over, open_on, open_over};
 use super::{read_all, write};
-use crate::check::check;
 use crate::format::OFLAG_COPIED;
-use crate::header::Header;
 use crate::image::{Image, Intent};
 
 /// What the disk holds, sector by sector; nothing where it can't be read.
@@ -271,47 +269,4 @@ async fn what_can_not_be_repaired_in_use_says_so() {
     assert_eq!(error.kind(), ErrorKind::Corrupt);
     assert_eq!(node.check(CheckFix::None).await.unwrap().leaks, 1);
     assert!(disk.snapshot() == before);
-}
-
-// INV QCOW2-REPAIR-2: who opens the image after a power cut allocates by what the header names.
-#[tokio::test]
-async fn new_refcounts_are_there_before_they_are_named() {
-    let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
-    let (node, _image) = open_on(disk.clone(), None).await;
-    write(&node, 0, 64 << 10, 1).await.unwrap();
-    node.driver().close().await.unwrap();
-    let mut image = disk.snapshot();
-    let word = |image: &[u8], at: usize| {
-        u64::from_be_bytes(image[at..at + 8].try_into().unwrap()) as usize
-    };
-    let old_table = word(&image, 48);
-    // The only refcount block is nowhere.
-    image[old_table..old_table + 8].copy_from_slice(&(1u64 << 40).to_be_bytes());
-    let disk = CrashDriver::new(image);
-    let file = disk.clone().into_node(NodeFlags::default()).await.unwrap();
-    let file = Child::new("file", ChildRole::File, file);
-    let header = Header::read_for_check(&file).await.unwrap();
-    let result = check(&header, &file, CheckFix::All).await.unwrap();
-    assert_eq!(result.corruptions, 0);
-    let whole = disk.snapshot();
-    let (table, mut named) = (word(&whole, 48), 0);
-    assert_ne!(table, old_table);
-    let mut rng = Rng::new(1);
-    for cut in 0..=disk.log_len() {
-        for _ in 0..40 {
-            let left = disk.image_after(cut, 50, &mut rng);
-            if word(&left, 48) != table {
-                continue;
-            }
-            named += 1;
-            assert_eq!(word(&left, table), word(&whole, table), "cut at {cut}");
-            // Those of the old refcounts are given back later.
-            let block = word(&whole, table);
-            let counts = |image: &[u8]| image[block..block + 4096].to_vec();
-            for (is, last) in counts(&left).chunks(2).zip(counts(&whole).chunks(2)) {
-                assert!(is != [0, 0] || last == [0, 0], "cut at {cut}");
-            }
-        }
-    }
-    assert!(named > 0);
 }
