@@ -8,9 +8,7 @@ use std::sync::atomic::Ordering;
 
 use blockcore::testing::fault::Rule;
 use blockcore::testing::{CrashDriver, FaultDriver, MemoryDriver, Rng};
-use blockcore::{
-    CheckFix, Child, ChildRole, ErrorKind, IoBufMut, Node, NodeFlags, Result, WriteFlags,
-};
+use blockcore::{CheckFix, ErrorKind, IoBufMut, Node, NodeFlags, Result, WriteFlags};
 
 use super::repair::{Subject, check_bytes};
 use super::{READ_ONLY, Shape, findings, fresh_image, image_over, node_over, open_on, open_over};
