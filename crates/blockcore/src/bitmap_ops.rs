@@ -92,6 +92,8 @@ impl Node {
                 let text = format!("Bitmap already exists: {}", bitmap.name());
                 return Err(BlockError::invalid(text));
             }
+            // Whoever changes the length looks at the set afterwards, under the same lock.
+            bitmap.set_length(self.length());
             all.push(bitmap.clone());
             Ok(())
         })?;

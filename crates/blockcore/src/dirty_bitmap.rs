@@ -65,6 +65,27 @@ impl State {
         self.bits.set_len(length.div_ceil(granularity));
     }
 
+    /// See [`DirtyBitmap::check_usable`].
+    fn check_usable(&self, name: &str) -> Result<()> {
+        if self.frozen.is_some() {
+            let text = format!(
+                "Bitmap '{name}' is currently in use by another operation and cannot be used"
+            );
+            return Err(BlockError::invalid(text));
+        }
+        self.check_consistent(name)
+    }
+
+    /// See [`DirtyBitmap::check_consistent`].
+    fn check_consistent(&self, name: &str) -> Result<()> {
+        if self.inconsistent {
+            let text = format!("Bitmap '{name}' is inconsistent and cannot be used");
+            let hint = "Try block-dirty-bitmap-remove to delete this bitmap from disk";
+            return Err(BlockError::invalid(text).hint(hint));
+        }
+        Ok(())
+    }
+
     /// Everything that counts as dirty, with what a backup has taken.
     fn all_bits(&self) -> HBitmap {
         let mut bits = self.bits.clone();
@@ -189,14 +210,7 @@ impl DirtyBitmap {
     /// # Errors
     /// `InvalidArgument` that says which.
     pub fn check_usable(&self) -> Result<()> {
-        let name = &self.name;
-        if self.is_busy() {
-            let text = format!(
-                "Bitmap '{name}' is currently in use by another operation and cannot be used"
-            );
-            return Err(BlockError::invalid(text));
-        }
-        self.check_consistent()
+        self.state().check_usable(&self.name)
     }
 
     /// Whether it is not inconsistent.
@@ -204,12 +218,7 @@ impl DirtyBitmap {
     /// # Errors
     /// `InvalidArgument`.
     pub fn check_consistent(&self) -> Result<()> {
-        if self.is_inconsistent() {
-            let text = format!("Bitmap '{}' is inconsistent and cannot be used", self.name);
-            let hint = "Try block-dirty-bitmap-remove to delete this bitmap from disk";
-            return Err(BlockError::invalid(text).hint(hint));
-        }
-        Ok(())
+        self.state().check_consistent(&self.name)
     }
 
     /// How many bytes are dirty, in whole granules; what a backup has taken is among them.
@@ -239,7 +248,11 @@ impl DirtyBitmap {
 
     /// Marks what is dirty in `other`, whatever its granularity.
     pub(crate) fn merge(&self, other: &DirtyBitmap) -> Result<()> {
-        let (bits, length) = (other.bits(), other.length());
+        // Both of one moment: the other disk may change its length.
+        let (bits, length) = {
+            let other = other.state();
+            (other.all_bits(), other.length)
+        };
         let mut state = self.state();
         if state.length != length {
             let text = format!(
@@ -265,8 +278,9 @@ impl DirtyBitmap {
 
     /// Puts what is dirty aside, for a backup.
     pub(crate) fn freeze(self: &Arc<Self>) -> Result<FrozenBitmap> {
-        self.check_usable()?;
+        // Looked at again under the lock: of two backups that begin at once, one would take what the other has.
         let mut state = self.state();
+        state.check_usable(&self.name)?;
         let empty = HBitmap::new(state.bits.len());
         let bits = Arc::new(std::mem::replace(&mut state.bits, empty));
         state.frozen = Some(bits.clone());
@@ -302,14 +316,15 @@ impl FrozenBitmap {
     /// The backup is made: only what has changed since the freezing is dirty from now on.
     pub fn done(self) {
         self.bitmap.state().frozen = None;
-        // Dropped now, which finds nothing to take back.
+        // Dropped now, which finds nothing of its own to take back.
     }
 }
 
 impl Drop for FrozenBitmap {
     fn drop(&mut self) {
         let mut state = self.bitmap.state();
-        if state.frozen.is_some() {
+        let is_own = |frozen: &Arc<HBitmap>| Arc::ptr_eq(frozen, &self.bits);
+        if state.frozen.as_ref().is_some_and(is_own) {
             state.bits = state.all_bits();
             state.frozen = None;
         }
@@ -415,6 +430,11 @@ impl Set {
 }
 
 impl DirtyBitmap {
+    /// The disk has another length than when the bitmap was made.
+    pub(crate) fn set_length(&self, length: u64) {
+        self.state().set_length(length, self.granularity);
+    }
+
     pub(crate) fn set_enabled(&self, on: bool) {
         self.state().enabled = on;
     }

@@ -7,7 +7,7 @@ use blockcore::{BlockError, Result};
 
 /// A block cipher with its key length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs)]
+#[expect(missing_docs, reason = "the names say all there is to say")]
 pub enum CipherAlg {
     Aes128,
     Aes192,
@@ -23,7 +23,7 @@ pub enum CipherAlg {
 
 /// How blocks of a sector are chained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs)]
+#[expect(missing_docs, reason = "the names say all there is to say")]
 pub enum CipherMode {
     Ecb,
     Cbc,
@@ -44,7 +44,7 @@ pub enum IvGen {
 
 /// A hash.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs)]
+#[expect(missing_docs, reason = "the names say all there is to say")]
 pub enum HashAlg {
     Md5,
     Sha1,

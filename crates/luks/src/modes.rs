@@ -68,27 +68,16 @@ fn xts_tweaks(tweak_cipher: &dyn BlockCipher, iv: Iv, bytes: usize) -> [u8; SECT
     tweaks
 }
 
-pub(crate) fn xts_encrypt(
-    cipher: &dyn BlockCipher,
+/// Encrypts or decrypts, as `blocks` does with blocks.
+pub(crate) fn xts(
+    blocks: impl FnOnce(&mut [u8]),
     tweak_cipher: &dyn BlockCipher,
     iv: Iv,
     sector: &mut [u8],
 ) {
     let tweaks = xts_tweaks(tweak_cipher, iv, sector.len());
     xor(sector, &tweaks);
-    cipher.encrypt(sector);
-    xor(sector, &tweaks);
-}
-
-pub(crate) fn xts_decrypt(
-    cipher: &dyn BlockCipher,
-    tweak_cipher: &dyn BlockCipher,
-    iv: Iv,
-    sector: &mut [u8],
-) {
-    let tweaks = xts_tweaks(tweak_cipher, iv, sector.len());
-    xor(sector, &tweaks);
-    cipher.decrypt(sector);
+    blocks(sector);
     xor(sector, &tweaks);
 }
 

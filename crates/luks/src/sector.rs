@@ -93,7 +93,7 @@ impl SectorCipher {
                 (CipherMode::Cbc, _) => modes::cbc_encrypt(cipher, iv, bytes),
                 (CipherMode::Ctr, _) => modes::ctr(cipher, iv, bytes),
                 (CipherMode::Xts, Some(tweak)) => {
-                    modes::xts_encrypt(cipher, &**tweak, iv, bytes);
+                    modes::xts(|b| cipher.encrypt(b), &**tweak, iv, bytes);
                 }
                 (CipherMode::Xts, None) => unreachable!("XTS has two keys"),
             }
@@ -112,7 +112,7 @@ impl SectorCipher {
                 (CipherMode::Cbc, _) => modes::cbc_decrypt(cipher, iv, bytes),
                 (CipherMode::Ctr, _) => modes::ctr(cipher, iv, bytes),
                 (CipherMode::Xts, Some(tweak)) => {
-                    modes::xts_decrypt(cipher, &**tweak, iv, bytes);
+                    modes::xts(|b| cipher.decrypt(b), &**tweak, iv, bytes);
                 }
                 (CipherMode::Xts, None) => unreachable!("XTS has two keys"),
             }

@@ -202,3 +202,32 @@ async fn impossible_bitmaps_are_refused() {
     assert!(node.dirty_bitmaps().is_empty());
     assert!(!node.bitmaps.is_watching(), "nobody has to look any more");
 }
+
+#[test]
+fn of_two_backups_that_begin_at_once_one_is_refused() {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    for _ in 0..2000 {
+        let bitmap = Arc::new(DirtyBitmap::new("b", 512, 1 << 20).unwrap());
+        let other = DirtyBitmap::new("all", 512, 1 << 20).unwrap();
+        let mut bits = other.bits();
+        bits.set(0..bits.len());
+        bitmap.merge(&other.with_bits(bits)).unwrap();
+        let ready = AtomicUsize::new(0);
+        let begin = || {
+            ready.fetch_add(1, Ordering::AcqRel);
+            // Sleepers would wake one after the other.
+            while ready.load(Ordering::Acquire) < 2 {
+                std::hint::spin_loop();
+            }
+            bitmap.freeze()
+        };
+        let begun: Vec<_> = std::thread::scope(|scope| {
+            let threads = [scope.spawn(begin), scope.spawn(begin)];
+            threads.map(|t| t.join().unwrap()).into_iter().collect()
+        });
+        assert_eq!(begun.iter().filter(|b| b.is_ok()).count(), 1);
+        drop(begun);
+        assert_eq!(bitmap.dirty_bytes(), 1 << 20, "dropped, so nothing is lost");
+    }
+}

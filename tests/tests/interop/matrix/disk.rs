@@ -357,8 +357,6 @@ impl<'a> Disk<'a> {
         for side in self.sides {
             let actual = self.bench.contents(side, IMAGE, None);
             if let Some(difference) = first_difference(&actual, &self.model) {
-                let _ = std::fs::copy(self.bench.path(IMAGE), "/tmp/h-matrix-s/fail.qcow2");
-                let _ = std::fs::write("/tmp/h-matrix-s/fail.model", &self.model);
                 panic!("{difference} for {} after {}", side.side, self.story);
             }
             for kept in &self.snapshots {
