@@ -136,6 +136,11 @@ impl Image {
         }
     }
 
+    /// Whether there is a data file that has to read as the disk does. One that is encrypted never does.
+    pub fn reads_raw(&self) -> bool {
+        self.has_data_file() && !self.is_encrypted() && self.header().is_data_file_raw()
+    }
+
     /// Sees to it that a data file which has to read as the disk does reads as zero where the disk is about to. The caller holds `changing`.
     pub(crate) async fn zero_raw_data(
         &self,
@@ -143,8 +148,9 @@ impl Image {
         bytes: u64,
         flags: WriteFlags,
     ) -> Result<()> {
-        // Where data is encrypted the file never reads as the disk, and zeroes would be noise until the mapping is durable.
-        if !self.header().is_data_file_raw() || self.is_encrypted() {
+        // INV QCOW2-RAW-1: changes of the file and of the mapping are one, so writes of data wait for them in `changing`.
+        // Where data is encrypted, zeroes would be noise until the mapping is durable.
+        if !self.reads_raw() {
             return Ok(());
         }
         let may_unmap = flags & WriteFlags::MAY_UNMAP;

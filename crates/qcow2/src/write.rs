@@ -4,7 +4,8 @@
 //! # In place
 //!
 //! A run of data in `COPIED` clusters that the file already reaches behind is written where it lies, by the caller's own future, without any lock
-//! (INV QCOW2-META-2).
+//! (INV QCOW2-META-2). Not so with a data file that has to read as the disk does: a zero write beside it changes first the file and then the mapping, and must
+//! not meet the data in between (INV QCOW2-RAW-1).
 //!
 //! # To new clusters
 //!
@@ -46,7 +47,7 @@ impl Image {
         let end = offset + buf.len() as u64;
         self.check_end(end)?;
         // INV REQ-DROP-1: while a change is on its way that nobody waits for any more, later writes line up behind it.
-        if !self.orphans.any() {
+        if !self.orphans.any() && !self.reads_raw() {
             let epoch = self.epochs.enter();
             if let Some(runs) = self.runs_in_place(offset, buf.len() as u64).await? {
                 return self.write_in_place(offset, &runs, buf).await;

@@ -7,7 +7,8 @@ use blockcore::{StatusFlags, StatusMode, WriteFlags};
 use futures::FutureExt;
 
 use super::{
-    Shape, corruptions, findings, fresh_image, open_on, open_with_faults, read_all, write,
+    Backing, DataFileKind, Shape, corruptions, findings, fresh_image, open_on, open_with_faults,
+    read_all, set_data_file, write,
 };
 use crate::format::{OFLAG_COPIED, OFLAG_ZERO};
 use crate::l2_entry::L2Entry;
@@ -288,5 +289,31 @@ async fn a_partial_zero_write_to_an_empty_cluster_allocates_nothing() {
         assert_eq!(entry.word == OFLAG_ZERO, zero_tail, "{entry:?}");
         node.flush().await.unwrap();
         assert_eq!(corruptions(disk.snapshot()).await, Vec::<String>::new());
+    }
+}
+
+// INV QCOW2-RAW-1: a write in place that is on its way does not land in the file of a cluster that has become zero meanwhile.
+#[tokio::test]
+async fn a_raw_data_file_reads_as_the_disk_does_after_a_write_and_a_zero_write_at_once() {
+    let mut image = fresh_image(Shape::small(1 << 20));
+    set_data_file(&mut image, DataFileKind::Raw);
+    let disk = CrashDriver::new(image);
+    let backing = Backing::default().with_data(disk.beside(Vec::new(), 1));
+    let (node, _image) = open_on(disk, &backing).await;
+    let cluster = CLUSTER as usize;
+    write(&node, 0, cluster, 1).await.unwrap();
+    let (_, faults) = backing.data.as_ref().unwrap();
+    for yields in 0..12 {
+        faults.clear();
+        faults.add(Rule::slow(Event::Write, yields));
+        let late = write(&node, 0, cluster, 2);
+        let zero = node.pwrite_zeroes(0, CLUSTER, WriteFlags::empty());
+        let (late, zero) = futures::join!(late, zero);
+        late.and(zero).unwrap();
+        let data = backing.data().unwrap();
+        let contents = read_all(&node).await;
+        assert!(data[..cluster] == contents[..cluster], "{yields} yields");
+        // So that the next round begins with data.
+        write(&node, 0, cluster, 1).await.unwrap();
     }
 }
