@@ -51,13 +51,11 @@ impl Image {
         if name.contains('\0') {
             return Err(BlockError::invalid("Name contains a zero byte"));
         }
-        let bytes = bitmap::bitmap_bytes(self.size(), granularity.trailing_zeros());
-        if bytes > MAX_BITMAP_BYTES {
-            let text = "Too much space will be occupied by the bitmap. Use larger granularity";
-            return Err(BlockError::invalid(text));
-        }
+        check_space(self.size(), granularity)?;
         let all = self.bitmaps.set.list();
-        let stored = all.iter().filter(|b| b.is_persistent());
+        // It may be among them already.
+        let is_other = |b: &&Arc<DirtyBitmap>| b.is_persistent() && b.name() != name;
+        let stored = all.iter().filter(is_other);
         if stored.clone().count() >= MAX_BITMAPS as usize {
             let text = "Maximum number of persistent bitmaps is already reached";
             return Err(BlockError::invalid(text));
@@ -69,6 +67,16 @@ impl Image {
             return Err(BlockError::invalid(text));
         }
         Ok(())
+    }
+
+    /// Whether a disk of so many bytes can have the bitmaps that are stored.
+    ///
+    /// # Errors
+    /// `InvalidArgument` with the name of one that would be too long.
+    pub fn check_bitmaps_fit(&self, disk_bytes: u64) -> Result<()> {
+        let all = self.bitmaps.set.list();
+        let mut stored = all.iter().filter(|b| b.is_persistent());
+        stored.try_for_each(|b| check_fits(b, disk_bytes))
     }
 
     /// Makes it durable that the copies on disk are outdated. INV QCOW2-BITMAP-1.
@@ -187,6 +195,9 @@ impl Image {
         wanted: &[Arc<DirtyBitmap>],
         made: &mut Made,
     ) -> Result<Stored> {
+        for bitmap in wanted.iter().filter(|b| !b.is_inconsistent()) {
+            self.check_length(bitmap)?;
+        }
         let mut new = Stored::default();
         for bitmap in wanted {
             let mut old = stored.bitmaps.iter();
@@ -209,6 +220,17 @@ impl Image {
         // INV QCOW2-ORD-1, INV QCOW2-BITMAP-1: refcounts, what was written above, and the changes that it tells of.
         self.commit().await?;
         Ok(new)
+    }
+
+    /// Whether a bitmap is as long as readers want it to be: an image with another one is opened by nobody any more.
+    fn check_length(&self, bitmap: &DirtyBitmap) -> Result<()> {
+        if bitmap.length() != self.size() {
+            // A change of the length whose runtime has ended half way.
+            let name = bitmap.name();
+            let text = format!("Bitmap '{name}' is for a disk of another length");
+            return Err(BlockError::invalid(text));
+        }
+        check_fits(bitmap, self.size())
     }
 
     /// Writes a bitmap's bits and table.
@@ -355,6 +377,21 @@ impl Image {
         }
         Ok(())
     }
+}
+
+/// Whether a bitmap for a disk of so many bytes is no longer than a reader takes.
+fn check_space(disk_bytes: u64, granularity: u64) -> Result<()> {
+    if bitmap::bitmap_bytes(disk_bytes, granularity.trailing_zeros()) > MAX_BITMAP_BYTES {
+        let text = "Too much space will be occupied by the bitmap. Use larger granularity";
+        return Err(BlockError::invalid(text));
+    }
+    Ok(())
+}
+
+fn check_fits(bitmap: &DirtyBitmap, disk_bytes: u64) -> Result<()> {
+    let name = bitmap.name();
+    check_space(disk_bytes, bitmap.granularity())
+        .map_err(|e| e.context(format!("Bitmap '{name}' doesn't satisfy the constraints")))
 }
 
 /// An entry that has no more than a name, for counting.

@@ -33,7 +33,7 @@ pub(crate) async fn with_bitmap(bytes: Vec<u8>, backing: &Backing, name: &str) -
     disk.snapshot()
 }
 
-fn stored(name: &str) -> NewBitmap {
+pub(crate) fn stored(name: &str) -> NewBitmap {
     NewBitmap {
         persistent: true,
         granularity: Some(SECTOR),
@@ -46,7 +46,7 @@ async fn image_with_bitmap() -> Vec<u8> {
     with_bitmap(fresh_image(Shape::small(DISK)), &Backing::default(), "b").await
 }
 
-async fn close(node: Arc<Node>) -> Result<()> {
+pub(crate) async fn close(node: Arc<Node>) -> Result<()> {
     Child::new("top", ChildRole::File, node).close().await
 }
 
@@ -72,7 +72,7 @@ pub(crate) fn covers(node: &Node, name: &str, before: &[u8], now: &[u8]) -> Resu
     Ok(true)
 }
 
-fn dirty(node: &Node, name: &str) -> Vec<(u64, u64)> {
+pub(crate) fn dirty(node: &Node, name: &str) -> Vec<(u64, u64)> {
     let bitmap = node.dirty_bitmap(name).unwrap();
     let bits = bitmap.bits();
     let granularity = bitmap.granularity();
