@@ -193,7 +193,7 @@ impl Crypto {
     /// What the tools show of it.
     pub fn info(&self) -> Map<String, Value> {
         match (self.header(), self.method.name()) {
-            (Some(header), name) => luks::header_info(&header, Payload::Behind, name),
+            (Some(header), name) => luks::header_info(&header, name),
             (None, name) => [("format".to_owned(), name.into())].into_iter().collect(),
         }
     }
