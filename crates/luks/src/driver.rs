@@ -74,9 +74,11 @@ impl BlockDriver for LuksDriver {
     }
 
     fn children(&self) -> Vec<&Child> {
-        std::iter::once(&self.file)
-            .chain(&self.header_file)
-            .collect()
+        self.header_file.iter().chain([&self.file]).collect()
+    }
+
+    fn primary(&self) -> Option<&Child> {
+        Some(&self.file)
     }
 
     fn strong_options(&self) -> &'static [&'static str] {

@@ -30,6 +30,13 @@ use crate::extension::{self, Extension};
 use crate::header::{AUTOCLEAR_BITMAPS, Header};
 use crate::image::{Image, Owner, cancelled};
 
+/// A bitmap that belongs on disk.
+struct Wanted {
+    bitmap: Arc<DirtyBitmap>,
+    /// Which of the stored ones is its copy.
+    place: Option<usize>,
+}
+
 /// Clusters that were taken for new copies. Nothing names them before the header does.
 #[derive(Debug, Default)]
 struct Made(Vec<Run>);
@@ -166,42 +173,47 @@ impl Image {
     }
 
     /// The bitmaps that belong on disk: those that are there in their order, then the new ones, the newest first.
-    fn bitmaps_to_store(&self, stored: &Stored) -> Vec<Arc<DirtyBitmap>> {
+    fn bitmaps_to_store(&self, stored: &Stored) -> Vec<Wanted> {
         if self.version() < 3 {
             return Vec::new();
         }
-        let mut wanted = self.bitmaps.set.list();
-        wanted.retain(|b| b.is_persistent());
-        wanted.reverse();
         let of = |b: &StoredBitmap| b.of.as_ptr();
         let places: HashMap<_, _> = (stored.bitmaps.iter().zip(0..))
             .map(|(b, i)| (of(b), i))
             .collect();
-        wanted.sort_by_key(|b| places.get(&Arc::as_ptr(b)).copied().unwrap_or(usize::MAX));
+        let all = self.bitmaps.set.list().into_iter().rev();
+        let stored = all.filter(|b| b.is_persistent());
+        let mut wanted: Vec<Wanted> = stored
+            .map(|bitmap| Wanted {
+                place: places.get(&Arc::as_ptr(&bitmap)).copied(),
+                bitmap,
+            })
+            .collect();
+        wanted.sort_by_key(|w| w.place.unwrap_or(usize::MAX));
         wanted
     }
 
-    fn is_stored(&self, stored: &Stored, wanted: &[Arc<DirtyBitmap>]) -> bool {
-        let names = stored.bitmaps.iter().map(|b| b.entry.name());
+    fn is_stored(&self, stored: &Stored, wanted: &[Wanted]) -> bool {
+        let places = (0..stored.bitmaps.len()).map(Some);
         let are_current = self.bitmaps.set.copies_are_current();
-        names.eq(wanted.iter().map(|b| b.name()))
-            && (are_current || wanted.iter().all(|b| b.is_inconsistent()))
+        places.eq(wanted.iter().map(|w| w.place))
+            && (are_current || wanted.iter().all(|w| w.bitmap.is_inconsistent()))
     }
 
     /// Writes everything that the header is to name, and makes it durable.
     async fn write_bitmaps(
         self: &Arc<Self>,
         stored: &Stored,
-        wanted: &[Arc<DirtyBitmap>],
+        wanted: &[Wanted],
         made: &mut Made,
     ) -> Result<Stored> {
-        for bitmap in wanted.iter().filter(|b| !b.is_inconsistent()) {
+        let bitmaps = wanted.iter().map(|w| &w.bitmap);
+        for bitmap in bitmaps.filter(|b| !b.is_inconsistent()) {
             self.check_length(bitmap)?;
         }
         let mut new = Stored::default();
-        for bitmap in wanted {
-            let mut old = stored.bitmaps.iter();
-            let old = old.find(|b| b.entry.name() == bitmap.name());
+        for Wanted { bitmap, place } in wanted {
+            let old = place.and_then(|i| stored.bitmaps.get(i));
             new.bitmaps.push(match old {
                 Some(old) if bitmap.is_inconsistent() => old.clone(),
                 _ => self.write_bitmap(bitmap, old, made).await?,

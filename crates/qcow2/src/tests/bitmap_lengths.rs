@@ -135,6 +135,31 @@ async fn a_bitmap_that_no_reader_takes_is_not_stored() {
     }
 }
 
+/// As many as there can be: an image that somebody sends must not hold up who closes it.
+#[tokio::test]
+async fn many_bitmaps_are_stored_in_no_time() {
+    let disk = CrashDriver::new(fresh_image(Shape {
+        cluster_bits: 9,
+        ..Shape::small(MIB)
+    }));
+    let file = disk.clone().into_node(blockcore::NodeFlags::default());
+    let image = super::image_over(file.await.unwrap(), None).await.unwrap();
+    let mut image = Arc::into_inner(image).expect("nobody else has it");
+    image.prepare_writing().await.unwrap();
+    let bitmap = |i: u32| DirtyBitmap::new(i.to_string(), 65536, MIB).unwrap();
+    let all = (0..crate::bitmap::MAX_BITMAPS).map(|i| bitmap(i).persistent(true));
+    image.bitmaps.set = Arc::new(DirtyBitmaps::loaded(all.collect()));
+    let image = Arc::new(image);
+    image.store_bitmaps().await.unwrap();
+    image.commit().await.unwrap();
+    let begin = std::time::Instant::now();
+    let (node, _image) = open_on(disk, None).await;
+    write(&node, 0, 512, 1).await.unwrap();
+    close(node).await.unwrap();
+    let spent = begin.elapsed().as_secs();
+    assert!(spent < 60, "{spent} seconds");
+}
+
 /// Applies a snapshot and adds a bitmap at the same time, on two threads. Either the bitmap is there first, and the snapshot is refused; or it comes afterwards.
 ///
 /// ```text

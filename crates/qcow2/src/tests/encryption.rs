@@ -56,3 +56,22 @@ async fn a_cluster_that_keeps_its_place_is_no_hole_before_its_entry_is_durable()
         }
     }
 }
+
+/// A read that needs no wait may take microseconds, however many pieces it is made of.
+#[tokio::test]
+async fn a_long_read_is_not_decrypted_on_the_spot_piece_by_piece() {
+    let disk = encrypted(CryptMethod::Luks);
+    let (node, _image) = open_on(disk, None).await;
+    // Backwards, so that no cluster lies behind its neighbour.
+    for cluster in (0..16).rev() {
+        write(&node, cluster * CLUSTER, CLUSTER as usize, 1)
+            .await
+            .unwrap();
+    }
+    let mut buf = vec![0; 16 * CLUSTER as usize];
+    let at_once = |buf: &mut [u8]| node.read_nowait(0, buf);
+    assert!(at_once(&mut buf[..luks::INLINE_BYTES_MAX]));
+    assert!(buf[..luks::INLINE_BYTES_MAX].iter().all(|b| *b == 1));
+    assert!(!at_once(&mut buf));
+    assert!(read_all(&node).await[..buf.len()].iter().all(|b| *b == 1));
+}
