@@ -499,6 +499,12 @@ pub trait BlockDriver: Send + Sync + 'static {
         &[]
     }
 
+    /// The children beside the primary one that change what a guest sees, and that nothing but options names; they are part of a node's
+    /// [`full_name`](crate::Node::full_name). *If omitted*: none.
+    fn strong_children(&self) -> Vec<&Child> {
+        Vec::new()
+    }
+
     /// The one name that a driver without files has (`null-co://`). *If omitted*: the name the node was opened by.
     fn exact_filename(&self) -> Option<&'static str> {
         None

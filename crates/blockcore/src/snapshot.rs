@@ -114,10 +114,6 @@ impl Node {
     /// # Errors
     /// `NotFound` where there is no such snapshot; EBUSY where there are dirty bitmaps, which would miss it; as [`snapshot_create`](Node::snapshot_create).
     pub async fn snapshot_goto(self: &Arc<Self>, which: SnapshotSelector) -> Result<()> {
-        if !self.bitmaps.list().is_empty() {
-            let text = "Device has active dirty bitmaps";
-            return Err(BlockError::from_errno(libc::EBUSY).message(text));
-        }
         self.change_all(Change::Goto(which)).await
     }
 
@@ -157,6 +153,11 @@ impl Node {
         };
         self.check_writable(op)?;
         let tracked = self.tracked.enter(0, u64::MAX, true);
+        // Looked at now that this is in flight: who adds a bitmap later waits for it (INV REQ-DIRTY-1).
+        if matches!(change, Change::Goto(_)) && !self.bitmaps.list().is_empty() {
+            let text = "Device has active dirty bitmaps";
+            return Err(BlockError::from_errno(libc::EBUSY).message(text));
+        }
         let (done, _unless_dropped) = self.orphans.watch();
         let in_flight = self.tasks.enter_owned();
         let node = self.clone();

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! One case: an image, and what is done to it.
 
+use std::time::Duration;
+
 use blocklayer::testing::{MemoryDriver, MemoryFactory};
 use blocklayer::{
-    Backend, CheckFix, Diagnostics, ErrorKind, IoBuf, NodeFlags, OpenOptions, OpenPolicy,
-    OptionValue, Options, Preallocation, Registry, StatusMode, TruncateRequest, WriteFlags,
-    qcow2::Qcow2Factory,
+    Backend, BlockError, CheckFix, Diagnostics, ErrorKind, IoBuf, NewBitmap, NodeFlags,
+    OpenOptions, OpenPolicy, OptionValue, Options, Preallocation, Registry, Result, StatusMode,
+    TruncateRequest, WriteFlags, qcow2::Qcow2Factory,
 };
 
 use crate::input::Input;
@@ -18,6 +20,12 @@ const REQUEST_BYTES: u64 = 256 << 10;
 /// The most status answers that are asked for.
 const STATUS_STEPS: u32 = 200;
 
+/// How long a key may be derived: a header may ask for four billion rounds, and who has waited long enough gives up.
+const KEY_TIME: Duration = Duration::from_secs(2);
+
+/// Byte offset of the encryption method in a header, in four bytes.
+const CRYPT_METHOD: usize = 32;
+
 /// Runs a future on this thread.
 pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -29,6 +37,7 @@ pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
 struct Host {
     registry: Registry,
     disk: MemoryDriver,
+    is_encrypted: bool,
 }
 
 impl Host {
@@ -40,18 +49,28 @@ impl Host {
         registry.register_shared(memory);
         registry.register(blocklayer::raw::RawFactory);
         registry.register(Qcow2Factory);
-        Host { registry, disk }
+        seeds::add_secret(&registry);
+        let method = image.get(CRYPT_METHOD..CRYPT_METHOD + 4);
+        Host {
+            registry,
+            disk,
+            is_encrypted: method.is_some_and(|m| m != [0; 4]),
+        }
     }
 
-    async fn open(&self, read_only: bool) -> blocklayer::Result<Backend> {
-        OpenOptions::new()
+    async fn open(&self, read_only: bool) -> Result<Backend> {
+        let mut open = OpenOptions::new()
             .format("qcow2")
             .read_only(read_only)
             .option("backing", OptionValue::Null)
             .policy(OpenPolicy::Deny)
-            .diagnostics(Diagnostics::new(|_| {}))
-            .open(&self.registry, "memory:image")
-            .await
+            .diagnostics(Diagnostics::new(|_| {}));
+        if self.is_encrypted {
+            open = open.option("encrypt.key-secret", seeds::SECRET);
+        }
+        let opened = open.open(&self.registry, "memory:image");
+        let in_time = tokio::time::timeout(KEY_TIME, opened).await;
+        in_time.unwrap_or_else(|_| Err(BlockError::unsupported("The key takes too long")))
     }
 }
 
@@ -231,11 +250,51 @@ async fn request(disk: &Backend, input: &mut Input<'_>) {
             let rounds = u32::from(input.byte() % 8);
             let _any = blocklayer::testing::given_up_after(rounds, write).await;
         }
+        13 => {
+            let _any = change_bitmap(disk, input).await;
+        }
         _ => {
             let zero = disk.pwrite_zeroes(offset, length - offset, flags);
             let data = IoBuf::from(vec![kind | 1; bytes as usize]);
             let write = disk.pwritev(offset, data, WriteFlags::empty());
             let _any = futures::future::join(zero, write).await;
+        }
+    }
+}
+
+/// Changes one of three bitmaps. Errors are as good as answers.
+async fn change_bitmap(disk: &Backend, input: &mut Input<'_>) -> Result<()> {
+    let node = disk.root();
+    let kind = input.byte();
+    let name = ["b", "c", "d"][input.below(3)];
+    match kind & 7 {
+        0 | 1 => {
+            let new = NewBitmap {
+                granularity: Some(512 << (input.byte() % 24)),
+                persistent: kind & 0x80 == 0,
+                enabled: kind & 0x40 == 0,
+                ..NewBitmap::new(name)
+            };
+            node.add_dirty_bitmap(new).await.map(drop)
+        }
+        2 => node.remove_dirty_bitmap(name).await,
+        3 => node.clear_dirty_bitmap(name).await,
+        4 => node.enable_dirty_bitmap(name, kind & 0x80 == 0).await,
+        5 | 6 => {
+            let source = node.dirty_bitmap(["b", "c", "d"][input.below(3)])?;
+            node.merge_dirty_bitmap(name, &source).await
+        }
+        _ => {
+            let taken = node.freeze_dirty_bitmap(name).await?;
+            let data = IoBuf::from(vec![kind; 512]);
+            let written = disk.pwritev(0, data, WriteFlags::empty()).await;
+            for range in taken.ranges() {
+                assert!(range.start < range.end);
+            }
+            if kind & 0x80 != 0 {
+                taken.done();
+            }
+            written
         }
     }
 }

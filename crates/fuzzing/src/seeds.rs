@@ -6,7 +6,18 @@ use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
 use blocklayer::testing::MemoryFactory;
-use blocklayer::{OpenOptions, Options, Registry, Result, WriteFlags, qcow2::Qcow2Factory};
+use blocklayer::{
+    NewBitmap, OpenOptions, Options, Registry, Result, Secret, WriteFlags, qcow2::Qcow2Factory,
+};
+
+/// The id of the secret that opens the encrypted ones.
+pub(crate) const SECRET: &str = "s";
+
+/// Gives a registry the secret.
+pub(crate) fn add_secret(registry: &Registry) {
+    let added = registry.secrets().add(SECRET, Secret::new("a password"));
+    added.expect("a new registry has no secrets");
+}
 
 /// A sound image, and where its metadata lies.
 #[derive(Clone, Debug)]
@@ -80,22 +91,40 @@ pub async fn ours() -> Result<Vec<Seed>> {
         "cluster_size=4k,lazy_refcounts=on",
         "cluster_size=16k,extended_l2=on",
         "cluster_size=16k,extended_l2=on,preallocation=metadata",
+        "cluster_size=4k,encrypt.format=aes",
+        "cluster_size=64k,encrypt.format=luks,encrypt.iter-time=1,encrypt.cipher-alg=aes-128",
     ];
     for shape in shapes {
         let factory = std::sync::Arc::new(MemoryFactory::default());
         let mut registry = Registry::new();
         registry.register_shared(factory.clone());
         registry.register(Qcow2Factory);
+        add_secret(&registry);
         let mut options = Options::new().with("size", "300k");
         for pair in shape.split(',') {
             let (key, value) = pair.split_once('=').expect("a pair");
             options = options.with(key, value);
         }
+        let mut open = OpenOptions::new().format("qcow2");
+        if shape.contains("encrypt") {
+            options = options.with("encrypt.key-secret", SECRET);
+            open = open.option("encrypt.key-secret", SECRET);
+        }
         registry
             .create("qcow2", "memory:image", options, Default::default())
             .await?;
-        let open = OpenOptions::new().format("qcow2");
         let disk = open.open(&registry, "memory:image").await?;
+        if shape.contains("cluster_size=64k") {
+            // One that is marked, and one that holds nothing.
+            for name in ["b", "c"] {
+                let new = NewBitmap {
+                    persistent: true,
+                    enabled: name == "b",
+                    ..NewBitmap::new(name)
+                };
+                disk.root().add_dirty_bitmap(new).await?;
+            }
+        }
         let none = WriteFlags::empty();
         disk.pwritev(3000, vec![1; 9000].into(), none).await?;
         disk.pwritev(200_000, vec![2; 3000].into(), none).await?;

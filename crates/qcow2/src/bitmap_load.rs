@@ -17,7 +17,7 @@ use crate::bitmap::{self, BitmapFlags, BitmapsExtension, DirectoryEntry, TableEn
 use crate::extension;
 use crate::header::{AUTOCLEAR_BITMAPS, Header};
 use crate::image::{Image, Owner};
-use crate::open::read_table;
+use crate::open;
 
 /// A bitmap that the image holds, right or not.
 #[derive(Clone, Debug)]
@@ -95,7 +95,7 @@ pub(crate) async fn load(
             .warn("Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix.");
         return Ok(Bitmaps::default());
     };
-    let stored = read_stored(file, header, data).await?;
+    let stored = read_directory(file, header, data).await?;
     let disk_bytes = header.size / SECTOR_BYTES * SECTOR_BYTES;
     let mut reader = Reader {
         file,
@@ -128,8 +128,11 @@ pub(crate) async fn load(
     })
 }
 
-/// Reads the directory: where it is, and its entries.
-async fn read_stored(
+/// Reads the directory that the extension's bytes name: where it is, and its entries.
+///
+/// # Errors
+/// `InvalidImage` for what can't be; those of the file.
+pub(crate) async fn read_directory(
     file: &Child,
     header: &Header,
     data: &[u8],
@@ -168,12 +171,14 @@ impl Reader<'_> {
             .persistent(true);
         if entry.is_in_use() {
             // What can't be read of it is lost when it is removed, and that is all.
-            let table = self.read_table(&entry).await.unwrap_or_default();
+            let table = read_table(self.file, &entry, self.cluster_bits).await;
+            let table = table.unwrap_or_default();
             let data = data_offsets(&table);
             return Ok((StoredBitmap::new(entry, data), bitmap.inconsistent()));
         }
         let name = entry.name();
-        let table = self.read_table(&entry).await.map_err(|e| {
+        let table = read_table(self.file, &entry, self.cluster_bits);
+        let table = table.await.map_err(|e| {
             e.context(format!(
                 "Could not read bitmap_table table from image for bitmap '{name}'"
             ))
@@ -183,13 +188,6 @@ impl Reader<'_> {
             read.map_err(|e| e.context(format!("Could not read bitmap '{name}' from image")))?;
         let data = data_offsets(&table);
         Ok((StoredBitmap::new(entry, data), bitmap.with_bits(bits)))
-    }
-
-    async fn read_table(&self, entry: &DirectoryEntry) -> Result<Vec<TableEntry>> {
-        let words = read_table(self.file, entry.table_offset, entry.table_size as usize).await?;
-        let decode = |w: &u64| TableEntry::decode(*w, self.cluster_bits);
-        let table: Option<Vec<TableEntry>> = words.iter().map(decode).collect();
-        table.ok_or_else(|| BlockError::from_errno(libc::EINVAL))
     }
 
     async fn read_bits(&mut self, entry: &DirectoryEntry, table: &[TableEntry]) -> Result<HBitmap> {
@@ -222,7 +220,23 @@ impl Reader<'_> {
     }
 }
 
-fn data_offsets(table: &[TableEntry]) -> Vec<u64> {
+/// Reads a bitmap's table.
+///
+/// # Errors
+/// `InvalidArgument` for an entry that makes no sense; those of the file.
+pub(crate) async fn read_table(
+    file: &Child,
+    entry: &DirectoryEntry,
+    cluster_bits: u32,
+) -> Result<Vec<TableEntry>> {
+    let words = open::read_table(file, entry.table_offset, entry.table_size as usize).await?;
+    let decode = |w: &u64| TableEntry::decode(*w, cluster_bits);
+    let table: Option<Vec<TableEntry>> = words.iter().map(decode).collect();
+    table.ok_or_else(|| BlockError::from_errno(libc::EINVAL))
+}
+
+/// Byte offsets of the clusters of bits that a table names.
+pub(crate) fn data_offsets(table: &[TableEntry]) -> Vec<u64> {
     let offset = |e: &TableEntry| match *e {
         TableEntry::Data(offset) => Some(offset),
         TableEntry::Zeroes | TableEntry::Ones => None,

@@ -15,8 +15,7 @@ use blockcore::{
     SECTOR_BYTES, Secret, Secrets,
 };
 use luks::{
-    HeaderStore, INLINE_BYTES_MAX, MadeVolume, MasterKey, NewVolume, Payload, SectorCipher,
-    SlotChange, Unlocked,
+    HeaderStore, MadeVolume, MasterKey, NewVolume, Payload, SectorCipher, SlotChange, Unlocked,
 };
 use serde_json::{Map, Value};
 
@@ -193,7 +192,7 @@ impl Crypto {
     /// What the tools show of it.
     pub fn info(&self) -> Map<String, Value> {
         match (self.header(), self.method.name()) {
-            (Some(header), name) => luks::header_info(&header, Payload::Behind, name),
+            (Some(header), name) => luks::header_info(&header, name),
             (None, name) => [("format".to_owned(), name.into())].into_iter().collect(),
         }
     }
@@ -247,20 +246,24 @@ impl Image {
         crypto.cipher()?.decrypt_buf(sector, data).await
     }
 
-    /// As [`decrypt`](Image::decrypt), with `read` to fetch what the host offset holds, if that takes no time worth mentioning.
+    /// As [`decrypt`](Image::decrypt), with `read` to fetch what the host offset holds, if that takes no time worth mentioning: `inline` is how many bytes may
+    /// still be decrypted on the spot, in all pieces of one request.
     pub fn decrypt_nowait(
         &self,
         guest: u64,
         host: u64,
         data: &mut [u8],
+        inline: &mut usize,
         read: impl FnOnce(&mut [u8]) -> bool,
     ) -> bool {
         let Some(crypto) = &self.crypto else {
             return read(data);
         };
         let sector = crypto.sector(guest, host, data.len());
-        match (sector, &crypto.cipher) {
-            (Ok(sector), Some(cipher)) if data.len() <= INLINE_BYTES_MAX && read(data) => {
+        let left = inline.checked_sub(data.len());
+        match (sector, &crypto.cipher, left) {
+            (Ok(sector), Some(cipher), Some(left)) if read(data) => {
+                *inline = left;
                 cipher.decrypt(sector, data);
                 true
             }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use futures::stream::{FuturesOrdered, StreamExt};
 
 use blockcore::{DebugEvent, IoBufMut, ReadFlags, Result};
+use luks::INLINE_BYTES_MAX;
 
 use crate::compressed;
 use crate::image::{Image, Intent};
@@ -23,6 +24,7 @@ impl Image {
         }
         let _epoch = self.epochs.enter();
         let mut at = offset;
+        let mut inline = INLINE_BYTES_MAX;
         let mut left = buf;
         while !left.is_empty() {
             let Some((mapping, bytes)) = self.run_now(at, left.len() as u64) else {
@@ -32,9 +34,9 @@ impl Image {
             let served = match mapping {
                 Mapping::Data { host, .. } => {
                     let host = host + self.in_cluster(at);
-                    self.decrypt_nowait(at, host, part, |part| {
-                        self.storage().is_ok_and(|s| s.read_nowait(host, part))
-                    })
+                    let read =
+                        |part: &mut [u8]| self.storage().is_ok_and(|s| s.read_nowait(host, part));
+                    self.decrypt_nowait(at, host, part, &mut inline, read)
                 }
                 Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => {
                     part.fill(0);

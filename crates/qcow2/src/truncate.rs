@@ -53,6 +53,7 @@ impl Image {
         if request.bytes == old {
             return Ok(());
         }
+        self.check_bitmaps_fit(request.bytes)?;
         let whole_clusters = old.next_multiple_of(self.cluster_size()) < request.bytes;
         let shows_backing = self.backing.as_ref().is_some_and(|b| b.length() > old);
         if self.version() < 3 && whole_clusters && shows_backing {

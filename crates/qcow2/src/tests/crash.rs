@@ -126,6 +126,7 @@ async fn some_plan(rng: &mut Rng) -> Plan {
         compressed,
         snapshot: is_inside && shape.refcount_order > 0 && rng.chance(40),
         bitmap: shape.version > 2 && rng.chance(30),
+        keeps_places: shape.version > 2 && rng.chance(20),
         data_file,
         delays: rng.chance(50).then(|| rng.next_u64()),
         file_alignment: [1, 1, 512, 4096][rng.below(4) as usize],
@@ -235,6 +236,9 @@ fn simpler(plan: &Plan) -> Vec<Plan> {
     }
     if plan.bitmap {
         with(&|p| p.bitmap = false);
+    }
+    if plan.keeps_places {
+        with(&|p| p.keeps_places = false);
     }
     if !plan.backing.layers.is_empty() || plan.backing.raw.is_some() {
         with(&|p| p.backing = Backing::default());

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Tests of the format over test disks: a model, power cuts, and the rules of docs/INVARIANTS.md one by one.
 
+mod bitmap_lengths;
 mod bitmaps;
 mod corners;
 mod crash;
 mod dropped;
+mod encryption;
 mod failing;
 mod faults;
 mod forge;

@@ -27,6 +27,7 @@ use blockcore::{
 use futures::FutureExt;
 
 use super::bitmaps::with_bitmap;
+use super::encryption::keep_places;
 use super::history::{History, SECTOR};
 use super::kept::{self, Snapshots};
 use super::{Backing, DataFileKind, forge, fresh_image, open_on, open_over, read_all};
@@ -107,6 +108,8 @@ pub(crate) struct Plan {
     pub data_file: DataFileKind,
     /// It has a dirty bitmap, which is empty before all else.
     pub bitmap: bool,
+    /// Clusters that become zero, or are discarded, keep their place.
+    pub keeps_places: bool,
     /// Requests to the file take random times, from this seed.
     pub delays: Option<u64>,
     /// What requests to the file have to be aligned to, in bytes.
@@ -141,6 +144,7 @@ impl Plan {
             snapshot: false,
             data_file: DataFileKind::Inside,
             bitmap: false,
+            keeps_places: false,
             delays: None,
             file_alignment: 1,
             faults: Vec::new(),
@@ -410,7 +414,11 @@ impl Disk {
             }
             None => file.into_node(flags).await?,
         };
-        open_over(file, &self.plan.backing).await
+        let (node, image) = open_over(file, &self.plan.backing).await?;
+        if self.plan.keeps_places {
+            keep_places(&image);
+        }
+        Ok((node, image))
     }
 
     /// Opens the disk, has every task do its steps, closes it; gives back what failed on the way.
