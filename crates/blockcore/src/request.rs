@@ -95,10 +95,12 @@ impl Node {
         self.driver().read_nowait(offset, buf)
     }
 
-    /// INV REQ-DROP-1: waits for changes of the whole node that nobody else waits for any more, as far as they concern `start..end`.
+    /// INV REQ-DROP-1: waits for changes of the whole node that nobody else waits for any more, as far as they concern `start..end`. Not for those who are in
+    /// flight themselves: such a change may wait for them.
     pub(crate) async fn settle_orphans(&self, start: u64, end: u64) {
         if self.orphans.any() {
-            self.tracked.settled(start, end).await;
+            // INV REQ-PARK-1: not for writes, which may never be polled again.
+            self.changes.settled(start, end).await;
         }
     }
 
@@ -283,7 +285,7 @@ impl Node {
         self.grow_length(end);
         if flags.contains(WriteFlags::FUA) && !supported.contains(WriteFlags::FUA) {
             self.mark_written();
-            self.flush().await?;
+            self.flush_now().await?;
         }
         Ok(())
     }

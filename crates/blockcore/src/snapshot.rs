@@ -114,10 +114,6 @@ impl Node {
     /// # Errors
     /// `NotFound` where there is no such snapshot; EBUSY where there are dirty bitmaps, which would miss it; as [`snapshot_create`](Node::snapshot_create).
     pub async fn snapshot_goto(self: &Arc<Self>, which: SnapshotSelector) -> Result<()> {
-        if !self.bitmaps.list().is_empty() {
-            let text = "Device has active dirty bitmaps";
-            return Err(BlockError::from_errno(libc::EBUSY).message(text));
-        }
         self.change_all(Change::Goto(which)).await
     }
 
@@ -156,31 +152,29 @@ impl Node {
             _ => Op::Snapshot,
         };
         self.check_writable(op)?;
-        let tracked = self.tracked.enter(0, u64::MAX, true);
-        let (done, _unless_dropped) = self.orphans.watch();
-        let in_flight = self.tasks.enter_owned();
-        let node = self.clone();
-        let task = tokio::spawn(async move {
-            let _in_flight = in_flight;
-            let _done = done;
-            tracked.turn().await;
+        let work = async move |node: Arc<Node>| {
             let driver = node.driver();
             let result = match change {
                 Change::Create(request) => driver.snapshot_create(request).await,
-                Change::Goto(which) => driver.snapshot_goto(&which).await,
+                Change::Goto(which) => node.goto_alone(&which).await,
                 Change::Delete(which) => driver.snapshot_delete(&which).await,
                 Change::Amend(options) => node.amend_alone(options).await,
             };
             node.mark_written();
             let refreshed = node.refresh_length().await;
             node.bitmaps.set_length(node.length());
-            drop(tracked);
-            result
-                .map_err(|e| e.during(op).on_node(node.name()))
-                .and(refreshed.map(|_| ()))
-        });
-        let cancelled = |_| Err(BlockError::from_errno(libc::ECANCELED).during(op));
-        task.await.unwrap_or_else(cancelled)
+            result.and(refreshed.map(|_| ()))
+        };
+        self.change_behind(0, op, work).await
+    }
+
+    /// Bitmaps would miss what changes. Who adds one after this look waits until it is over.
+    async fn goto_alone(&self, which: &SnapshotSelector) -> Result<()> {
+        if !self.bitmaps.list().is_empty() {
+            let text = "Device has active dirty bitmaps";
+            return Err(BlockError::from_errno(libc::EBUSY).message(text));
+        }
+        self.driver().snapshot_goto(which).await
     }
 
     /// The length may change, and with it what bitmaps cover.
