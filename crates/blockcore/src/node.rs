@@ -10,6 +10,8 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock};
 
+use futures::future::BoxFuture;
+
 use crate::backend::InFlight;
 use crate::child::Child;
 use crate::debug::DebugEvent;
@@ -446,20 +448,22 @@ impl Node {
     ///
     /// # Errors
     /// The first error of the driver or of a child; everything is closed all the same.
-    pub(crate) async fn release(self: &Arc<Node>) -> Result<()> {
-        if self.users.fetch_sub(1, Ordering::AcqRel) != 1 {
-            return Ok(());
-        }
-        self.tasks.wait_idle().await;
-        let mut result = self
-            .driver
-            .close()
-            .await
-            .map_err(|e| e.during(Op::Close).on_node(&self.name));
-        for child in self.driver.children() {
-            result = result.and(Box::pin(child.close()).await);
-        }
-        result
+    pub(crate) fn release(self: Arc<Node>) -> BoxFuture<'static, Result<()>> {
+        Box::pin(async move {
+            if self.users.fetch_sub(1, Ordering::AcqRel) != 1 {
+                return Ok(());
+            }
+            self.tasks.wait_idle().await;
+            let mut result = self
+                .driver
+                .close()
+                .await
+                .map_err(|e| e.during(Op::Close).on_node(&self.name));
+            for child in self.driver.children() {
+                result = result.and(child.close().await);
+            }
+            result
+        })
     }
 }
 

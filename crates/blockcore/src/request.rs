@@ -53,7 +53,8 @@ impl Drop for WrittenOnDrop<'_> {
 }
 
 impl Node {
-    pub(crate) fn align(&self) -> u64 {
+    /// What requests to the driver are aligned to, in bytes.
+    pub fn align(&self) -> u64 {
         self.request_alignment.load(Ordering::Acquire).into()
     }
 
@@ -306,13 +307,15 @@ impl Node {
                     .during(Op::Write),
             );
         }
-        let end = offset + buf.len() as u64;
+        let bytes = buf.len() as u64;
+        self.check_range(offset, bytes, Op::Write)?;
+        let end = offset + bytes;
         let _tracked = self.tracked.begin(offset, end, false).await;
         let _written = WrittenOnDrop(self);
-        self.note_change(offset, end - offset).await?;
+        self.note_change(offset, bytes).await?;
         self.driver()
             .pwritev(offset, buf, WriteFlags::COMPRESSED)
             .await
-            .map_err(|e| e.during(Op::Write).at(offset))
+            .map_err(|e| e.during(Op::Write).on_node(self.name()).at(offset))
     }
 }

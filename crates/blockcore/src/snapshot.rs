@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Changes of a whole node: internal snapshots, and amending. `QEMU: bdrv_snapshot_create` and its siblings, `bdrv_amend_options`.
+//! Changes of a whole node: internal snapshots with their VM state, and amending. `QEMU: bdrv_snapshot_create` and its siblings, `bdrv_amend_options`.
 //!
 //! Taking, applying and deleting a snapshot, and amending, concern every byte of a node, so each enters itself as one serialising change of all of it: it waits for the
 //! changes that are in flight, and those that come later wait for it. Each runs to its end even if its future is dropped.
 
 use std::sync::Arc;
 
+use crate::buffer::{IoBuf, IoBufMut};
 use crate::driver::SnapshotInfo;
 use crate::error::{BlockError, Op, Result};
 use crate::node::Node;
 use crate::options::Options;
+use crate::request::WrittenOnDrop;
+use crate::tracked::TrackedRequest;
 
 /// A snapshot that is to be taken.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -22,7 +25,7 @@ pub struct SnapshotRequest {
     pub date_nsec: u32,
     /// How long the guest has been running, in nanoseconds.
     pub vm_clock_nsec: u64,
-    /// Bytes of VM state that were saved for it (`BlockDriver::save_vmstate`). The active layer has none afterwards.
+    /// Bytes of VM state that were saved for it ([`Node::save_vmstate`]). The active layer has none afterwards.
     pub vm_state_size: u64,
     /// Instructions that the guest has executed, where they are counted.
     pub icount: Option<u64>,
@@ -144,6 +147,33 @@ impl Node {
         self.driver().snapshot_load(&which).await?;
         self.refresh_length().await?;
         Ok(())
+    }
+
+    /// Reads the VM state area: `offset` counts from its start. What was never written is zero.
+    ///
+    /// # Errors
+    /// `Unsupported` for drivers without such an area; those of the driver.
+    pub async fn load_vmstate(&self, offset: u64, buf: IoBufMut) -> Result<IoBufMut> {
+        self.settle_orphans(self.length(), u64::MAX).await;
+        let _tracked = self.track_vmstate().await;
+        let loaded = self.driver().load_vmstate(offset, buf).await;
+        loaded.map_err(|e| e.during(Op::Read).on_node(self.name()))
+    }
+
+    /// Writes the VM state area, as [`load_vmstate`](Node::load_vmstate) reads it. The next snapshot keeps it.
+    ///
+    /// # Errors
+    /// `Unsupported` for drivers without such an area; `ReadOnly`; those of the driver.
+    pub async fn save_vmstate(&self, offset: u64, buf: IoBuf) -> Result<()> {
+        let _tracked = self.track_vmstate().await;
+        let _written = WrittenOnDrop(self);
+        let saved = self.driver().save_vmstate(offset, buf).await;
+        saved.map_err(|e| e.during(Op::Write).on_node(self.name()))
+    }
+
+    /// The area begins where the disk ends, and so lies still only as long as the length does.
+    async fn track_vmstate(&self) -> TrackedRequest {
+        self.tracked.begin(self.length(), u64::MAX, false).await
     }
 
     async fn change_all(self: &Arc<Self>, change: Change) -> Result<()> {

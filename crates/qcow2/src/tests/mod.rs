@@ -2,6 +2,7 @@
 //! Tests of the format over test disks: a model, power cuts, and the rules of docs/INVARIANTS.md one by one.
 
 mod bitmaps;
+mod bounds;
 mod corners;
 mod crash;
 mod dropped;
@@ -21,6 +22,7 @@ mod rules;
 mod stress;
 mod subclusters;
 mod torture;
+mod vm_state;
 
 use std::sync::Arc;
 
