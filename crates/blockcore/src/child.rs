@@ -5,7 +5,7 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::error::Result;
+use crate::error::{BlockError, Op, Result};
 use crate::node::Node;
 
 /// What a parent uses a child for. `QEMU: BdrvChildRole`.
@@ -57,7 +57,7 @@ impl Child {
         &self.node
     }
 
-    /// Gives the child up; the node closes when this was its last parent.
+    /// Gives the child up; the node closes when this was its last parent. Runs to its end even if the future is dropped.
     ///
     /// # Errors
     /// What closing the node met.
@@ -65,7 +65,9 @@ impl Child {
         if self.closed.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
-        self.node.release().await
+        let task = tokio::spawn(self.node.clone().release());
+        let cancelled = |_| Err(BlockError::from_errno(libc::ECANCELED).during(Op::Close));
+        task.await.unwrap_or_else(cancelled)
     }
 }
 

@@ -272,8 +272,8 @@ impl Image {
     /// Version 3 wants to know of each snapshot how long the disk was. In version 2 it can't have had another length than now. The caller holds `changing`
     /// over all.
     async fn complete_snapshots(self: &Arc<Self>) -> Result<()> {
-        let mut header = self.header().clone();
-        let mut table = snapshot::read_table(&header, &self.file).await?;
+        let before = self.header().clone();
+        let mut table = snapshot::read_table(&before, &self.file).await?;
         if table.snapshots.iter().all(|s| s.is_complete) {
             return Ok(());
         }
@@ -281,6 +281,8 @@ impl Image {
             s.disk_size.get_or_insert(self.size());
         }
         let mut overhaul = Overhaul::begin(self).await?;
+        // As it is now, and not as it was before what was waiting to be written.
+        let mut header = self.header().clone();
         overhaul.write_snapshots(&mut header, &table).await?;
         overhaul.finish(header, self.l1.to_vec()).await
     }
@@ -310,16 +312,21 @@ impl Image {
             }
         }
         let _epoch = self.epochs.enter();
-        let clusters = self.size().div_ceil(self.cluster_size());
-        if self.backing.is_none() {
-            return self
-                .remap(0, clusters, false, |mapping, _| match mapping {
-                    Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => {
-                        Remap::Replace(L2Entry::default())
-                    }
-                    _ => Remap::Keep,
-                })
-                .await;
+        let shown = match &self.backing {
+            None => 0,
+            Some(_) => self.size().div_ceil(self.cluster_size()),
+        };
+        // Also behind the end, where a growth that failed may have left some.
+        let end = (self.l1.len() as u64) << self.l2_bits();
+        self.remap(shown, end, false, |mapping, _| match mapping {
+            Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => {
+                Remap::Replace(L2Entry::default())
+            }
+            _ => Remap::Keep,
+        })
+        .await?;
+        if shown == 0 {
+            return Ok(());
         }
         let mut at = 0;
         while at < self.size() {
@@ -332,6 +339,7 @@ impl Image {
                 done += self
                     .write_some(at + done, IoBuf::zeroes(n as usize))
                     .await?;
+                self.commit_if_wanted().await?;
             }
             at += bytes;
         }

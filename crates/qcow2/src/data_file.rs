@@ -17,6 +17,7 @@ use blockcore::{
 use crate::extension::{self, Extension};
 use crate::header::{AUTOCLEAR_DATA_FILE_RAW, Header, Incompatible};
 use crate::image::Image;
+use crate::remap::make_hole;
 
 /// Where the clusters of the guest lie.
 #[derive(Debug)]
@@ -161,12 +162,11 @@ impl Image {
 
     /// Gives back what the data file has for clusters that don't use it any more. The caller holds `changing`. That the mapping may be durable only later is
     /// no harm: the guest said that it needs nothing of this, and what the file has there instead is zero; so where data is encrypted, nothing is given back.
+    /// A file that reads as the disk does has been [zeroed](Image::zero_raw_data) before.
     pub(crate) async fn discard_data(&self, offset: u64, bytes: u64) {
-        let Some(child) = self.data.child().filter(|_| !self.is_encrypted()) else {
-            return;
-        };
-        if let Err(e) = child.pdiscard(offset, bytes).await {
-            tracing::debug!("no hole at {offset:#x} of the data file: {e}");
+        let gives_back = !self.is_encrypted() && !self.reads_raw();
+        if let Some(child) = self.data.child().filter(|_| gives_back) {
+            make_hole(child, offset, bytes).await;
         }
     }
 

@@ -171,6 +171,8 @@ impl BlockDriver for Qcow2 {
     }
 
     async fn snapshots(&self) -> Result<Vec<SnapshotInfo>> {
+        // The table that is being read may be on its way to be free.
+        let _epoch = self.image.epochs.enter();
         let table = snapshot::read_entries(&self.header(), &self.image.file).await?;
         let info = |s: snapshot::Snapshot| SnapshotInfo {
             id: s.id,

@@ -25,8 +25,20 @@ use crate::image::Image;
 /// What a disk writes as a whole, in bytes.
 const SECTOR: usize = blockcore::SECTOR_BYTES as usize;
 
-/// Says that nobody knows what the header on disk is, unless it is told that somebody does.
-struct Uncertain<'a>(Option<&'a Image>);
+/// Says that nobody knows what is on disk, unless it is told that somebody does.
+pub(crate) struct Uncertain<'a>(Option<&'a Image>);
+
+impl<'a> Uncertain<'a> {
+    /// From now on nobody knows.
+    pub fn about(image: &'a Image) -> Uncertain<'a> {
+        Uncertain(Some(image))
+    }
+
+    /// Memory and disk agree.
+    pub fn resolve(mut self) {
+        self.0 = None;
+    }
+}
 
 impl Drop for Uncertain<'_> {
     fn drop(&mut self) {
@@ -55,14 +67,14 @@ impl Image {
         let mut new = old.clone();
         new[..encoded.len()].copy_from_slice(&encoded);
 
-        let mut uncertain = Uncertain(Some(self));
+        let uncertain = Uncertain::about(self);
         if let Err(e) = self.replace_head(&header, &old, old_end, &new).await {
             if self.write_head(&old, 1..old.len() / SECTOR).await.is_ok() {
-                uncertain.0 = None;
+                uncertain.resolve();
             }
             return Err(e);
         }
-        uncertain.0 = None;
+        uncertain.resolve();
         *self.header() = header;
         Ok(())
     }

@@ -11,7 +11,7 @@
 //!
 //! Whoever looks up a host offset and uses it is inside an epoch (`epoch`) until it is done with it.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard};
 
 use blockcore::orphan::Orphans;
@@ -125,6 +125,8 @@ pub(crate) struct Image {
     pub size: AtomicU64,
     pub l1: L1Table,
     pub l2: L2Cache,
+    /// What `Meta::refcounts` keeps in memory beside changes.
+    pub refcount_cache_bytes: Arc<AtomicUsize>,
     pub meta: tokio::sync::Mutex<Meta>,
     /// Which host clusters hold metadata. Empty for images that are open read-only.
     pub owned: RwLock<NumberMap<Owner>>,

@@ -185,18 +185,19 @@ pub(crate) struct L2Cache {
 impl L2Cache {
     /// A cache of at most `bytes` bytes of slices with `1 << slice_bits` entries of `entry_words` words.
     pub fn new(bytes: usize, slice_bits: u32, entry_words: usize) -> L2Cache {
-        let slices = (bytes / entry_words) >> (slice_bits + 3);
-        L2Cache {
+        let cache = L2Cache {
             shards: Default::default(),
-            shard_capacity: AtomicUsize::new((slices / SHARDS).max(2)),
+            shard_capacity: AtomicUsize::default(),
             slice_bits,
             entry_words,
-        }
+        };
+        cache.set_size(bytes);
+        cache
     }
 
     /// Holds at most `bytes` bytes from now on. What is too much goes when something comes.
     pub fn set_size(&self, bytes: usize) {
-        let slices = bytes >> (self.slice_bits + 3);
+        let slices = bytes / self.slice_bytes() as usize;
         let capacity = (slices / SHARDS).max(2);
         self.shard_capacity.store(capacity, Ordering::Relaxed);
     }
@@ -295,11 +296,13 @@ impl L2Cache {
         self.forget(0..u64::MAX).await;
     }
 
-    /// Forgets slices, which have no changes. Those that are being loaded are forgotten once they are there.
+    /// Forgets slices, which have no changes: at once, and those that are being loaded once they are there.
     pub async fn forget(&self, numbers: std::ops::Range<u64>) {
+        let forget = |shard: &Shard| shard.write().retain(|number, _| !numbers.contains(number));
+        self.shards.iter().for_each(forget);
         for shard in &self.shards {
             let _loading = shard.loading.lock().await;
-            shard.write().retain(|number, _| !numbers.contains(number));
+            forget(shard);
         }
     }
 
@@ -347,6 +350,21 @@ mod tests {
         }
         assert_eq!(cache.entry_now(3), None);
     }
+
+    #[tokio::test]
+    async fn a_cache_that_is_made_smaller_stays_within_its_new_size() {
+        for entry_words in [1, 2] {
+            let cache = L2Cache::new(SHARDS << 20, 4, entry_words);
+            cache.set_size(SHARDS * 4 * 8 * 16);
+            for n in 0..1000 {
+                let words = vec![n; 16 * entry_words];
+                cache.pinned(n, async { Ok(words) }).await.unwrap();
+            }
+            let total: usize = cache.shards.iter().map(|s| s.read().len()).sum();
+            assert!(total <= SHARDS * 4 / entry_words, "{total} slices");
+        }
+    }
+
     // INV QCOW2-PAIR-1: one thread changes an entry, always to a bitmap that is the other word's complement, and others read it meanwhile.
     #[test]
     fn nobody_sees_half_of_an_entry() {

@@ -4,7 +4,7 @@
 //! Everything that is read is checked before it is used: the header by `header`, tables when they are loaded. Nothing is written until the first
 //! change, but for what the specification wants a writer to do at once (`prepare_writing`).
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 use async_trait::async_trait;
@@ -139,6 +139,7 @@ async fn open_with(
     };
     let slice_bits = runtime.slice_bytes_bits - 3 - u32::from(entries.is_extended);
     let order = header.refcount_order;
+    let refcount_cache_bytes = Arc::new(AtomicUsize::new(runtime.refcount_cache_bytes));
     let meta = Meta {
         refcounts: Refcounts::new(
             order,
@@ -146,7 +147,7 @@ async fn open_with(
             table,
             header.refcount_table_offset,
             header.refcount_table_clusters,
-            runtime.refcount_cache_bytes,
+            refcount_cache_bytes.clone(),
         ),
         dirty_slices: Default::default(),
         dirty_l1: Default::default(),
@@ -173,6 +174,7 @@ async fn open_with(
         size: AtomicU64::new(header.size / SECTOR_BYTES * SECTOR_BYTES),
         l1: L1Table::new(l1),
         l2: L2Cache::new(runtime.l2_cache_bytes, slice_bits, entries.words()),
+        refcount_cache_bytes,
         meta: tokio::sync::Mutex::new(meta),
         owned: Default::default(),
         changing: Default::default(),

@@ -52,6 +52,8 @@ pub(crate) struct Overhaul<'a> {
     limbo: VecDeque<(u64, Freed)>,
     /// The refcounts as the header on disk has them.
     before: Refcounts,
+    /// `Meta::next_free` then.
+    next_free: u64,
     /// New metadata, start and length in bytes.
     made: Vec<(u64, u64)>,
     /// What only the old tree refers to. Freed at the end.
@@ -79,12 +81,14 @@ impl<'a> Overhaul<'a> {
         meta.packed = None;
         let limbo = meta.limbo.clone();
         let before = meta.refcounts.clone();
+        let next_free = meta.next_free;
         Ok(Overhaul {
             image,
             _no_commits: no_commits,
             meta,
             limbo,
             before,
+            next_free,
             made: Vec::new(),
             gone: Vec::new(),
             stage: Stage::Building,
@@ -112,7 +116,8 @@ impl<'a> Overhaul<'a> {
             .length()
             .div_ceil(1 << bits)
             .max(self.meta.fresh_from);
-        let mut after = Refcounts::new(order, bits, Vec::new(), 0, 0, self.before.cache_bytes);
+        let cache_bytes = self.before.cache_bytes.clone();
+        let mut after = Refcounts::new(order, bits, Vec::new(), 0, 0, cache_bytes);
         let mut wanted = std::collections::BTreeSet::new();
         for number in self.before.existing_blocks() {
             for cluster in number * entries..(number + 1) * entries {
@@ -422,7 +427,9 @@ impl Overhaul<'_> {
     fn own_tables(&self, l1: &[u64]) {
         let cluster = self.image.cluster_size();
         for table in l1.iter().map(|entry| entry & L1E_OFFSET_MASK) {
-            if table != 0 && self.image.owner_in(table, cluster).is_none() {
+            let owner = self.image.owner_in(table, cluster);
+            if table != 0 && matches!(owner, None | Some(Owner::InactiveL2)) {
+                self.image.disown(table >> self.image.cluster_bits);
                 self.image.own(table, cluster, Owner::L2);
             }
         }
@@ -454,6 +461,8 @@ impl Drop for Overhaul<'_> {
         }
         self.meta.limbo = std::mem::take(&mut self.limbo);
         std::mem::swap(&mut self.meta.refcounts, &mut self.before);
+        // What was taken is free again.
+        self.meta.next_free = self.meta.next_free.min(self.next_free);
         self.meta.packed = None;
     }
 }

@@ -86,16 +86,7 @@ impl Image {
     /// # Errors
     /// Those of the file and the backing node; `Corrupt`.
     pub async fn read(self: &Arc<Self>, offset: u64, mut buf: IoBufMut) -> Result<IoBufMut> {
-        // INV REQ-DROP-1: a read waits for changes that nobody else waits for any more: what it has seen stays.
-        if self.orphans.any() {
-            let end = offset + buf.len() as u64;
-            self.changing
-                .settled(
-                    offset >> self.cluster_bits,
-                    end.div_ceil(self.cluster_size()),
-                )
-                .await;
-        }
+        self.settle_orphans(offset, buf.len() as u64).await;
         let _epoch = self.epochs.enter();
         let bytes = buf.len() as u64;
         let (mapping, first) = self.run(offset, bytes, Intent::Read).await?;
@@ -123,6 +114,15 @@ impl Image {
             done.append(part?);
         }
         Ok(done)
+    }
+
+    /// INV REQ-DROP-1: who looks waits for changes that nobody else waits for any more: what he has seen stays.
+    pub async fn settle_orphans(&self, offset: u64, bytes: u64) {
+        if self.orphans.any() {
+            let first = offset >> self.cluster_bits;
+            let end = (offset + bytes).div_ceil(self.cluster_size());
+            self.changing.settled(first, end).await;
+        }
     }
 
     /// Reads a range that one mapping covers. The caller is inside the epoch in which it looked the mapping up.

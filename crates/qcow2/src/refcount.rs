@@ -6,6 +6,8 @@
 
 use std::collections::BTreeSet;
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use blockcore::{BlockError, Child, DebugEvent, ErrorKind, IoBufMut, ReadFlags, Result};
 
@@ -50,8 +52,8 @@ pub(crate) struct Refcounts {
     pub dirty_entries: BTreeSet<usize>,
     blocks: NumberMap<Block>,
     clock: u64,
-    /// What is kept beside changed blocks, in bytes; at least four blocks.
-    pub cache_bytes: usize,
+    /// What is kept beside changed blocks, in bytes; at least four blocks. It may change at any time.
+    pub cache_bytes: Arc<AtomicUsize>,
 }
 
 impl Refcounts {
@@ -62,7 +64,7 @@ impl Refcounts {
         table: Vec<u64>,
         table_offset: u64,
         table_clusters: u32,
-        cache_bytes: usize,
+        cache_bytes: Arc<AtomicUsize>,
     ) -> Refcounts {
         Refcounts {
             order,
@@ -279,7 +281,8 @@ impl Refcounts {
     }
 
     fn evict(&mut self) {
-        let capacity = (self.cache_bytes >> self.cluster_bits).max(4);
+        let bytes = self.cache_bytes.load(Ordering::Relaxed);
+        let capacity = (bytes >> self.cluster_bits).max(4);
         while self.blocks.len() >= capacity {
             let idle = self
                 .blocks

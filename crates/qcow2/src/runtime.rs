@@ -4,6 +4,8 @@
 //! Taken at opening, and, but for `l2-cache-entry-size` and the template `all` (which would have to look at all that is cached already), when an image is
 //! reopened. `cache-clean-interval` is refused: nothing here runs by the clock.
 
+use std::sync::atomic::Ordering;
+
 use blockcore::{BlockError, Options, Result};
 
 use crate::format::MIN_CLUSTER_BITS;
@@ -237,9 +239,8 @@ impl Image {
     /// Works in another way from now on.
     pub fn set_runtime(&self, runtime: RuntimeOptions) {
         self.l2.set_size(runtime.l2_cache_bytes);
-        if let Ok(mut meta) = self.meta.try_lock() {
-            meta.refcounts.cache_bytes = runtime.refcount_cache_bytes;
-        }
+        self.refcount_cache_bytes
+            .store(runtime.refcount_cache_bytes, Ordering::Relaxed);
         *self
             .runtime
             .write()

@@ -236,6 +236,8 @@ impl Image {
             }
             let mut meta = self.meta.lock().await;
             self.link_preallocated(&mut meta, at, run).await?;
+            drop(meta);
+            self.commit_if_wanted().await?;
             at += count;
             last = Some(run);
         }

@@ -12,6 +12,7 @@ use blockcore::{BlockError, CheckAborted, CheckFix, CheckResult, ErrorKind, Resu
 use super::{check, check_beside};
 use crate::alloc::Meta;
 use crate::header::{Header, Incompatible};
+use crate::header_rewrite::Uncertain;
 use crate::image::Image;
 use crate::open::read_table;
 use crate::refcount::Refcounts;
@@ -43,12 +44,15 @@ impl Image {
         let held: Vec<Range<u64>> = waiting
             .map(|freed| freed.cluster..freed.cluster + freed.count)
             .collect();
+        if fix == CheckFix::None {
+            return check_beside(&header, &self.file, fix, &held).await;
+        }
+        // Until it has been read again; the runtime may end before.
+        let uncertain = Uncertain::about(self);
         let result = check_beside(&header, &self.file, fix, &held).await;
-        if fix != CheckFix::None
-            && let Err(e) = self.reload_all(&mut meta).await
-        {
-            self.uncertain.store(true, Ordering::Release);
-            return result.and(Err(e));
+        match self.reload_all(&mut meta).await {
+            Ok(()) => uncertain.resolve(),
+            Err(e) => return result.and(Err(e)),
         }
         result
     }
@@ -95,7 +99,7 @@ impl Image {
         let entries = (clusters as usize) << (self.cluster_bits - 3);
         let table = read_table(&self.file, offset, entries).await?;
         let order = header.refcount_order;
-        let cache = meta.refcounts.cache_bytes;
+        let cache = self.refcount_cache_bytes.clone();
         meta.refcounts = Refcounts::new(order, self.cluster_bits, table, offset, clusters, cache);
         meta.l1_offset = l1_offset;
         meta.next_free = 0;

@@ -3,6 +3,7 @@
 
 mod bitmap_lengths;
 mod bitmaps;
+mod bounds;
 mod corners;
 mod crash;
 mod dropped;
@@ -23,6 +24,7 @@ mod rules;
 mod stress;
 mod subclusters;
 mod torture;
+mod vm_state;
 
 use std::sync::Arc;
 

@@ -10,6 +10,8 @@ use blockcore::testing::fault::Rule;
 use blockcore::testing::{CrashDriver, FaultDriver, MemoryDriver, Rng};
 use blockcore::{CheckFix, ErrorKind, IoBufMut, Node, NodeFlags, Result, WriteFlags};
 
+use futures::FutureExt;
+
 use super::repair::{Subject, check_bytes};
 use super::{READ_ONLY, Shape, findings, fresh_image, image_over, node_over, open_on, open_over};
 use super::{read_all, write};
@@ -267,4 +269,44 @@ async fn what_can_not_be_repaired_in_use_says_so() {
     assert_eq!(error.kind(), ErrorKind::Corrupt);
     assert_eq!(node.check(CheckFix::None).await.unwrap().leaks, 1);
     assert!(disk.snapshot() == before);
+}
+
+// A repair whose runtime ends has changed what is on disk, and not what is in memory: the image says that it has to be opened again.
+#[test]
+fn a_repair_that_ends_with_its_runtime_leaves_nothing_to_be_written() {
+    let runtime = || tokio::runtime::Builder::new_current_thread().build();
+    let mut changed = 0;
+    for nth in 0.. {
+        let (first, second) = (runtime().unwrap(), runtime().unwrap());
+        let disk = second.block_on(with_faults_of_three_kinds());
+        let driver = FaultDriver::new(Box::new(disk.clone()));
+        let faults = driver.faults();
+        let (node, _image) = second.block_on(async {
+            let file = driver.into_node(NodeFlags::default()).await.unwrap();
+            open_over(file, None).await.unwrap()
+        });
+        let before = disk.snapshot();
+        faults.add(Rule::hang().only(nth));
+        let is_over = first.block_on(async {
+            let mut repair = Box::pin(node.check(CheckFix::All));
+            while faults.hung() == 0 {
+                if repair.as_mut().now_or_never().is_some() {
+                    return true;
+                }
+                tokio::task::yield_now().await;
+            }
+            false
+        });
+        drop(first);
+        if is_over {
+            break;
+        }
+        faults.clear();
+        if disk.snapshot() != before {
+            changed += 1;
+            let written = second.block_on(write(&node, 0, 4096, 9));
+            assert!(written.is_err(), "after {nth} requests");
+        }
+    }
+    assert!(changed > 3, "{changed} places");
 }

@@ -247,9 +247,12 @@ impl Plan {
             errors.extend(disk.session(session).await?);
         }
         // A hole that can't be punched, or a file that can't be cut off, is no harm.
-        let is_hole = |r: &&blockcore::testing::fault::Request| {
-            let is_cut = matches!(r.event, Event::Truncate | Event::Length);
-            r.event == Event::Discard || (is_cut && self.shrinks())
+        let is_hole = |r: &&blockcore::testing::fault::Request| match r.event {
+            Event::Discard => true,
+            Event::Truncate | Event::Length => self.shrinks(),
+            // What gives storage of a data file back.
+            Event::WriteZeroes => self.data_file == DataFileKind::Outside,
+            _ => false,
         };
         let failed = disk.faults.failed();
         if failed.is_empty() && !errors.is_empty() {
