@@ -245,9 +245,10 @@ impl Image {
     }
 
     /// Punches holes where clusters keep their place though they read as zero. The caller holds `changing`, so nobody is given them for new data meanwhile.
-    /// That the entries may be durable only later is no harm: the guest said that it needs nothing of this.
+    /// That the entries may be durable only later is no harm: the guest said that it needs nothing of this, and what the file has there instead is zero; so where
+    /// data is encrypted, there are no holes.
     async fn punch_kept(&self, kept: Kept) {
-        if self.has_data_file() || !self.runtime().pass_discard_request {
+        if self.has_data_file() || self.is_encrypted() || !self.runtime().pass_discard_request {
             return;
         }
         for host in kept.into_clusters() {

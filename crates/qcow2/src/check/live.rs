@@ -83,7 +83,8 @@ impl Image {
     async fn reload_all(&self, meta: &mut Meta) -> Result<()> {
         self.reload(meta).await?;
         let header = self.header().clone();
-        self.find_owners(&header, meta).await
+        let checks = self.runtime().overlap_checks;
+        self.find_owners(&header, meta, checks).await
     }
 
     /// Reads again what is in memory of an image's metadata, which a repair has changed on disk. Nothing is waiting to be written.
@@ -95,7 +96,7 @@ impl Image {
         let entries = (clusters as usize) << (self.cluster_bits - 3);
         let table = read_table(&self.file, offset, entries).await?;
         let order = header.refcount_order;
-        let cache = meta.refcounts.cache_bytes;
+        let cache = meta.refcounts.cache_bytes.clone();
         meta.refcounts = Refcounts::new(order, self.cluster_bits, table, offset, clusters, cache);
         meta.l1_offset = l1_offset;
         meta.next_free = 0;
