@@ -87,12 +87,33 @@ impl SnapshotSelector {
     }
 }
 
+/// Who is told how far an amending is.
+#[derive(Clone, Default)]
+pub struct AmendProgress(Option<Arc<Observer>>);
+
+type Observer = dyn Fn(u64, u64) + Send + Sync;
+
+impl AmendProgress {
+    /// Calls `observer` with how many steps are done, and how many there are, on the thread that does them. It must not block. How many there are may become
+    /// known only on the way, so that the share that is done may become smaller.
+    pub fn observed(observer: impl Fn(u64, u64) + Send + Sync + 'static) -> AmendProgress {
+        AmendProgress(Some(Arc::new(observer)))
+    }
+
+    /// Tells how far it is.
+    pub fn tell(&self, done: u64, total: u64) {
+        if let Some(observer) = &self.0 {
+            observer(done, total);
+        }
+    }
+}
+
 /// A change of the whole node.
 enum Change {
     Create(SnapshotRequest),
     Goto(SnapshotSelector),
     Delete(SnapshotSelector),
-    Amend(Options),
+    Amend(Options, AmendProgress),
 }
 
 impl Node {
@@ -133,7 +154,19 @@ impl Node {
     /// # Errors
     /// `Unsupported` for drivers whose images can't be changed so; `InvalidArgument`; `ReadOnly`; those of the driver.
     pub async fn amend(self: &Arc<Self>, options: Options) -> Result<()> {
-        self.change_all(Change::Amend(options)).await
+        self.amend_observed(options, AmendProgress::default()).await
+    }
+
+    /// As [`amend`](Node::amend), and tells how far it is.
+    ///
+    /// # Errors
+    /// As [`amend`](Node::amend).
+    pub async fn amend_observed(
+        self: &Arc<Self>,
+        options: Options,
+        progress: AmendProgress,
+    ) -> Result<()> {
+        self.change_all(Change::Amend(options, progress)).await
     }
 
     /// Shows what the node was when the snapshot was taken, its length included, instead of what it is. The node is read-only, and stays so.
@@ -178,7 +211,7 @@ impl Node {
 
     async fn change_all(self: &Arc<Self>, change: Change) -> Result<()> {
         let op = match change {
-            Change::Amend(_) => Op::Amend,
+            Change::Amend(..) => Op::Amend,
             _ => Op::Snapshot,
         };
         self.check_writable(op)?;
@@ -188,7 +221,7 @@ impl Node {
                 Change::Create(request) => driver.snapshot_create(request).await,
                 Change::Goto(which) => node.goto_alone(&which).await,
                 Change::Delete(which) => driver.snapshot_delete(&which).await,
-                Change::Amend(options) => node.amend_alone(options).await,
+                Change::Amend(options, progress) => node.amend_alone(options, &progress).await,
             };
             node.mark_written();
             let refreshed = node.refresh_length().await;
@@ -208,12 +241,12 @@ impl Node {
     }
 
     /// The length may change, and with it what bitmaps cover.
-    async fn amend_alone(&self, options: Options) -> Result<()> {
+    async fn amend_alone(&self, options: Options, progress: &AmendProgress) -> Result<()> {
         if options.contains("size") {
             self.check_bitmaps_resizable()?;
         }
         self.outdate_copies().await?;
-        self.driver().amend(options).await
+        self.driver().amend(options, progress).await
     }
 }
 

@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use blockcore::{
-    BlockDriver, BlockError, BlockLimits, Child, DriverInfo, ErrorKind, IoBuf, IoBufMut,
-    MAX_LENGTH_BYTES, Options, ReadFlags, Result, Secrets, SpecificInfo, TruncateRequest,
+    AmendProgress, BlockDriver, BlockError, BlockLimits, Child, DriverInfo, ErrorKind, IoBuf,
+    IoBufMut, MAX_LENGTH_BYTES, Options, ReadFlags, Result, Secrets, SpecificInfo, TruncateRequest,
     WriteFlags,
 };
 
@@ -152,7 +152,7 @@ impl BlockDriver for LuksDriver {
         }
     }
 
-    async fn amend(&self, mut options: Options) -> Result<()> {
+    async fn amend(&self, mut options: Options, _progress: &AmendProgress) -> Result<()> {
         let force = options.take_bool("force")?.unwrap_or(false);
         let change = SlotChange::take(&mut options)?;
         let store = FileStore(self.header_file.as_ref().unwrap_or(&self.file));

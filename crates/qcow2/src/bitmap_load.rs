@@ -14,7 +14,7 @@ use blockcore::{
 };
 
 use crate::bitmap::{self, BitmapFlags, BitmapsExtension, DirectoryEntry, TableEntry};
-use crate::extension;
+use crate::extension::{self, Extension};
 use crate::header::{AUTOCLEAR_BITMAPS, Header};
 use crate::image::{Image, Owner};
 use crate::open;
@@ -68,6 +68,25 @@ pub(crate) fn extension_data(header: &Header) -> Option<&[u8]> {
     counts.then_some(&extension.data)
 }
 
+/// Says that the bitmaps of an image are worthless, if they are: a program that knows nothing of them has changed it.
+pub(crate) fn warn_of_stale(header: &Header, diagnostics: &Diagnostics) {
+    let is_bitmaps = |e: &Extension| e.kind == extension::BITMAPS;
+    if extension_data(header).is_some() || !header.extensions.iter().any(is_bitmaps) {
+        return;
+    }
+    let what = match header.version {
+        2 => {
+            "This qcow2 v2 image contains bitmaps, but they may have been modified by a program without persistent bitmap support; so now they must all be considered inconsistent"
+        }
+        _ => {
+            "a program lacking bitmap support modified this file, so all bitmaps are now considered inconsistent"
+        }
+    };
+    diagnostics.warn(&format!("warning: {what}"));
+    diagnostics
+        .warn("Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix.");
+}
+
 /// Reads all bitmaps of an image.
 ///
 /// # Errors
@@ -77,22 +96,8 @@ pub(crate) async fn load(
     header: &Header,
     diagnostics: &Diagnostics,
 ) -> Result<Bitmaps> {
-    let mut extensions = header.extensions.iter();
-    if extensions.all(|e| e.kind != extension::BITMAPS) {
-        return Ok(Bitmaps::default());
-    }
     let Some(data) = extension_data(header) else {
-        let what = match header.version {
-            2 => {
-                "This qcow2 v2 image contains bitmaps, but they may have been modified by a program without persistent bitmap support; so now they must all be considered inconsistent"
-            }
-            _ => {
-                "a program lacking bitmap support modified this file, so all bitmaps are now considered inconsistent"
-            }
-        };
-        diagnostics.warn(&format!("warning: {what}"));
-        diagnostics
-            .warn("Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix.");
+        warn_of_stale(header, diagnostics);
         return Ok(Bitmaps::default());
     };
     let stored = read_directory(file, header, data).await?;

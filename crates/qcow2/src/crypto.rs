@@ -93,6 +93,31 @@ fn password(registry: &Registry, key: Option<&str>) -> Result<Secret> {
     registry.secrets().password(id)
 }
 
+/// Refuses another format than that of the image.
+fn check_format(format: Option<String>, method: CryptMethod) -> Result<()> {
+    match (format, method.name()) {
+        (Some(format), None) => Err(BlockError::invalid(format!(
+            "No encryption in image header, but options specified format '{format}'"
+        ))),
+        (Some(format), Some(name)) if format != name => Err(BlockError::invalid(format!(
+            "Header reported '{name}' encryption format but options specify '{format}'"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Takes what a reopening may say of encryption without changing anything: the format, and of an image that isn't encrypted whatever it likes.
+///
+/// # Errors
+/// `InvalidArgument` for another format than that of the image.
+pub(crate) fn check_reopen(options: &mut Options, method: CryptMethod) -> Result<()> {
+    check_format(options.take_str("encrypt.format"), method)?;
+    if method == CryptMethod::None {
+        options.take_subtree("encrypt");
+    }
+    Ok(())
+}
+
 impl Crypto {
     /// Finds out how an image is encrypted, and unlocks it with the password that the options below `encrypt.` name, unless it is only looked at.
     ///
@@ -104,20 +129,10 @@ impl Crypto {
         image: &Image,
     ) -> Result<Option<Crypto>> {
         let method = image.header().crypt_method;
-        let format = options.take_str("format");
-        let Some(name) = method.name() else {
+        check_format(options.take_str("format"), method)?;
+        if method == CryptMethod::None {
             // Other options are of no use, and no harm.
-            return match format {
-                None => Ok(None),
-                Some(format) => Err(BlockError::invalid(format!(
-                    "No encryption in image header, but options specified format '{format}'"
-                ))),
-            };
-        };
-        if let Some(format) = format.filter(|f| f != name) {
-            return Err(BlockError::invalid(format!(
-                "Header reported '{name}' encryption format but options specify '{format}'"
-            )));
+            return Ok(None);
         }
         let key = options.take_str("key-secret");
         if let Some(other) = options.keys().next() {

@@ -52,6 +52,8 @@ pub(crate) struct Refcounts {
     pub dirty_entries: BTreeSet<usize>,
     blocks: NumberMap<Block>,
     clock: u64,
+    /// What `clock` was at the last cleaning.
+    cleaned_at: u64,
     /// What is kept beside changed blocks, in bytes; at least four blocks. It may change at any time.
     pub cache_bytes: Arc<AtomicUsize>,
 }
@@ -75,6 +77,7 @@ impl Refcounts {
             dirty_entries: BTreeSet::new(),
             blocks: NumberMap::default(),
             clock: 0,
+            cleaned_at: 0,
             cache_bytes,
         }
     }
@@ -103,6 +106,15 @@ impl Refcounts {
         let is_dirty = |n: &u64| self.blocks.get(n).is_some_and(|b| b.dirty.is_some());
         let there = (0..self.table.len() as u64).filter(|&n| self.table[n as usize] != 0);
         there.partition(is_dirty)
+    }
+
+    /// The clusters that a block counts; none where there is no such block.
+    pub fn counted_by(&self, number: u64) -> std::ops::Range<u64> {
+        let entries = self.block_entries();
+        match self.table[number as usize] {
+            0 => 0..0,
+            _ => number * entries..(number + 1) * entries,
+        }
     }
 
     /// The numbers of all blocks there are.
@@ -278,6 +290,15 @@ impl Refcounts {
             .expect("it was there, or has just been put there");
         block.last_use = clock;
         Ok(block)
+    }
+
+    /// Forgets the blocks without changes that nobody has used since the last time, and says how many are left.
+    pub fn clean(&mut self) -> usize {
+        let cleaned_at = std::mem::replace(&mut self.cleaned_at, self.clock);
+        self.blocks
+            .retain(|_, b| b.dirty.is_some() || b.writing || b.last_use > cleaned_at);
+        self.blocks.shrink_to_fit();
+        self.blocks.len()
     }
 
     fn evict(&mut self) {

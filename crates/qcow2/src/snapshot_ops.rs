@@ -25,7 +25,7 @@ use crate::snapshot::{self, Snapshot, SnapshotTable};
 
 /// What is counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Count {
+pub(crate) enum Count {
     /// One reference more.
     Up,
     /// One reference less.
@@ -199,7 +199,7 @@ fn find(table: &SnapshotTable, which: &SnapshotSelector) -> Result<usize> {
         .ok_or_else(|| BlockError::from_errno(libc::ENOENT))
 }
 
-fn words_to_bytes(words: &[u64]) -> Vec<u8> {
+pub(crate) fn words_to_bytes(words: &[u64]) -> Vec<u8> {
     words.iter().flat_map(|w| w.to_be_bytes()).collect()
 }
 
@@ -220,7 +220,11 @@ impl Overhaul<'_> {
         Ok(())
     }
 
-    async fn count(&mut self, cluster: u64, count: Count, is_data: bool) -> Result<()> {
+    /// One reference to a cluster more or less.
+    ///
+    /// # Errors
+    /// `Corrupt` for one that holds other metadata than an L2 table, or with `is_data` any; as [`refer`](Overhaul::refer) and [`unrefer`](Overhaul::unrefer).
+    pub async fn count(&mut self, cluster: u64, count: Count, is_data: bool) -> Result<()> {
         // INV QCOW2-META-1: an entry that points at metadata must not make that metadata free, or a hole.
         let owner = self.image.owner_in(cluster << self.image.cluster_bits, 1);
         let is_table = |o| matches!(o, Owner::L2 | Owner::InactiveL2);
@@ -252,7 +256,10 @@ impl Overhaul<'_> {
     }
 
     /// Sets `COPIED` in the active L1 table and its L2 tables exactly where the only reference is this one (INV QCOW2-META-2).
-    async fn settle_flags(&mut self, l1: &mut [u64]) -> Result<()> {
+    ///
+    /// # Errors
+    /// Those of metadata I/O.
+    pub async fn settle_flags(&mut self, l1: &mut [u64]) -> Result<()> {
         let (words, bits) = (self.image.entries().words(), self.image.cluster_bits);
         for entry in l1.iter_mut().filter(|e| **e & L1E_OFFSET_MASK != 0) {
             let mut table = self.l2_table(*entry).await?;
@@ -284,7 +291,10 @@ impl Overhaul<'_> {
     }
 
     /// Writes the active L1 table to a new place.
-    async fn write_l1(&mut self, header: &mut Header, l1: &[u64]) -> Result<()> {
+    ///
+    /// # Errors
+    /// Those of allocating and of metadata I/O.
+    pub async fn write_l1(&mut self, header: &mut Header, l1: &[u64]) -> Result<()> {
         self.leave_table(header.l1_table_offset, u64::from(header.l1_size) * 8);
         header.l1_size = l1.len() as u32;
         header.l1_table_offset = match l1 {

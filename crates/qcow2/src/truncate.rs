@@ -87,8 +87,8 @@ impl Image {
         let table_bytes = 1u64 << (self.l2_bits() + self.cluster_bits);
         let l1_entries = new.div_ceil(table_bytes);
         if l1_entries * 8 > MAX_L1_BYTES {
-            let text = "Failed to grow the L1 table: Image size too big for its cluster size";
-            return Err(BlockError::from_errno(libc::EFBIG).message(text));
+            let text = "Failed to grow the L1 table";
+            return Err(BlockError::from_errno(libc::EFBIG).context(text));
         }
         {
             let _epoch = self.epochs.enter();

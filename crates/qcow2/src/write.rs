@@ -187,7 +187,7 @@ impl Image {
     }
 
     /// Writes guest data to where it lies, encrypted if it has to be. INV QCOW2-CRYPT-1
-    async fn write_data(&self, offset: u64, host: u64, buf: IoBuf) -> Result<()> {
+    pub(crate) async fn write_data(&self, offset: u64, host: u64, buf: IoBuf) -> Result<()> {
         let data = self.encrypt(offset, host, buf).await?;
         self.storage()?
             .pwritev(host, data, WriteFlags::empty())

@@ -87,7 +87,8 @@ impl Image {
     async fn reload_all(&self, meta: &mut Meta) -> Result<()> {
         self.reload(meta).await?;
         let header = self.header().clone();
-        self.find_owners(&header, meta).await
+        let checks = self.runtime().overlap_checks;
+        self.find_owners(&header, meta, checks).await
     }
 
     /// Reads again what is in memory of an image's metadata, which a repair has changed on disk. Nothing is waiting to be written.

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Encrypted images, single rules (INV QCOW2-CRYPT-1): a hole of the host is noise to a reader, so nothing that a power cut may bring back becomes one.
 
+use std::sync::Arc;
+
 use blockcore::WriteFlags;
 use blockcore::testing::{CrashDriver, Rng};
 
 use super::{Backing, Shape, fresh_image, open_on, read_all, write};
 use crate::crypto::CryptMethod;
 use crate::image::Image;
-use crate::runtime::RuntimeOptions;
 
 const CLUSTER: u64 = 4096;
 
@@ -19,11 +20,9 @@ fn encrypted(method: CryptMethod) -> CrashDriver {
 }
 
 /// Clusters that become zero, or are discarded, keep their place.
-pub(crate) fn keep_places(image: &Image) {
-    let runtime = RuntimeOptions {
-        discard_no_unref: true,
-        ..image.runtime().clone()
-    };
+pub(crate) fn keep_places(image: &Arc<Image>) {
+    let mut runtime = image.runtime().clone();
+    runtime.discard_no_unref = true;
     image.set_runtime(runtime);
 }
 
