@@ -9,11 +9,14 @@ use blockcore::{
 };
 
 use super::{check, extensions};
+use crate::data_file::DataFile;
 use crate::header::Header;
+use crate::runtime::RuntimeOptions;
 
 /// An image that is open for a check.
 struct CheckOnly {
     file: Child,
+    data: DataFile,
     backing: Option<Child>,
     length: u64,
     backing_name: Option<BackingName>,
@@ -31,11 +34,20 @@ pub(crate) async fn open(
     let header = Header::read_for_check(&file).await?;
     extensions::encryption_header(&header)?;
     extensions::check_loadable(&header, &file).await?;
+    // How a writer works is of no use to a check, but has to make sense.
+    RuntimeOptions::new(header.cluster_bits).take(options, &header)?;
     // Metadata is not encrypted.
     let _of_no_use = options.take_subtree("encrypt");
+    // A data file is looked at only if options name it: that there is none is no damage.
+    let is_given = options.contains("data-file") || options.has_subtree("data-file");
+    let data = match is_given {
+        true => DataFile::open(ctx, options, &header).await?,
+        false => DataFile::NotOpened,
+    };
     let backing = ctx.open_backing(options, header.backing.as_ref()).await?;
     Ok(Box::new(CheckOnly {
         file,
+        data,
         backing,
         length: header.size / SECTOR_BYTES * SECTOR_BYTES,
         backing_name: header.backing,
@@ -53,7 +65,10 @@ impl BlockDriver for CheckOnly {
     }
 
     fn children(&self) -> Vec<&Child> {
-        std::iter::once(&self.file).chain(&self.backing).collect()
+        std::iter::once(&self.file)
+            .chain(self.data.child())
+            .chain(&self.backing)
+            .collect()
     }
 
     fn backing(&self) -> Option<&Child> {

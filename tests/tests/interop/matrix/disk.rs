@@ -124,7 +124,11 @@ impl<'a> Disk<'a> {
         };
         let side = self.sides[0];
         let is_made = self.try_img(side, &line);
-        if is_made && options.contains("preallocation") && self.reads_noise(side) {
+        // The metadata of an image with a raw data file is preallocated, too.
+        let is_preallocated = ["preallocation", "data_file_raw"]
+            .iter()
+            .any(|option| options.contains(option));
+        if is_made && is_preallocated && self.reads_noise(side) {
             self.session(side, &[format!("write -z 0 {length}")]);
         }
         is_made
@@ -160,7 +164,15 @@ impl<'a> Disk<'a> {
     pub fn img(&self, side: &Tools, line: &str) -> String {
         let words = self.words(line);
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
-        self.bench.img(side, &words)
+        let output = self.bench.output(&side.qemu_img, &words);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            output.status.success(),
+            "{line} by {}: {errors}\nafter {}",
+            side.side,
+            self.story
+        );
+        String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
     /// As [`img`](Disk::img). Where the tools refuse, that has to be on the list, and `false` is returned.
@@ -219,12 +231,17 @@ impl<'a> Disk<'a> {
         false
     }
 
-    /// Repairs what QEMU is known to leak.
+    /// Repairs what QEMU is known to leak. Its own repair would forget the snapshots of an image with bitmaps.
     pub fn mend_leaks(&self, side: &Tools) {
         if side.side == Side::Qemu {
+            let by = self
+                .sides
+                .into_iter()
+                .find(|s| self.bitmaps.is_empty() || s.side == Side::Ours);
+            let by = by.expect("one of them is ours");
             let words = self.words("check -q -r leaks @");
             let words: Vec<&str> = words.iter().map(String::as_str).collect();
-            self.bench.output(&side.qemu_img, &words);
+            self.bench.output(&by.qemu_img, &words);
         }
     }
 

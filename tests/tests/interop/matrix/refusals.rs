@@ -101,11 +101,7 @@ pub const REFUSED: &[Refusal] = &[
     ),
     refused("data-file", "zlib", "write failed: Operation not supported"),
     refused("data-file", "zstd", "write failed: Operation not supported"),
-    refused(
-        "data-file",
-        "converted",
-        "error while writing at byte 0: Operation not supported",
-    ),
+    refused("data-file", "converted", "error while writing at byte"),
     refused("data-file", "snapshots", "Could not create snapshot"),
     refused(
         "data-file",
@@ -157,6 +153,52 @@ pub const REFUSED: &[Refusal] = &[
     // A snapshot is another disk than the one that the bitmaps tell of.
     refused("bitmaps", "snapshots", "Device has active dirty bitmaps"),
     refused("bitmaps", "vm-state", "Device has active dirty bitmaps"),
+    refused("killed", "bitmaps", "is inconsistent and cannot be used"),
+    refused(
+        "lazy-refcounts",
+        "bitmaps",
+        "is inconsistent and cannot be used",
+    ),
+    refused(
+        "amend-lazy",
+        "bitmaps",
+        "is inconsistent and cannot be used",
+    ),
+    refused(
+        "converted",
+        "luks",
+        "Compression and encryption not supported at the same time",
+    ),
+    refused(
+        "converted",
+        "aes",
+        "Compression and encryption not supported at the same time",
+    ),
+    // QEMU writes what is compressed as it is.
+    refused_by(
+        Side::Ours,
+        "zlib",
+        "luks",
+        "write failed: Operation not supported",
+    ),
+    refused_by(
+        Side::Ours,
+        "zlib",
+        "aes",
+        "write failed: Operation not supported",
+    ),
+    refused_by(
+        Side::Ours,
+        "zstd",
+        "luks",
+        "write failed: Operation not supported",
+    ),
+    refused_by(
+        Side::Ours,
+        "zstd",
+        "aes",
+        "write failed: Operation not supported",
+    ),
     refused("aes", "", "Only LUKS encryption options can be amended"),
     refused("amend-backing", "", "Cannot amend the backing file"),
     // Ours would have to change zero clusters of a snapshot.

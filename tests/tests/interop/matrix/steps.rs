@@ -187,16 +187,17 @@ impl Disk<'_> {
 
     /// Another name for the backing file, or none. QEMU's tool alone can do it, whose turn it is or not.
     fn rebase(&mut self, options: &str) {
+        // Snapshots would lose what shows through.
+        let takes_away = options == "-b ";
+        if takes_away && !self.snapshots.is_empty() {
+            return;
+        }
         let qemu = self.sides.into_iter().find(|side| side.side == Side::Qemu);
         let qemu = qemu.expect("one of them is QEMU's");
-        std::fs::copy(
-            self.bench.path("base.raw"),
-            self.bench.path("another-name-for-base.raw"),
-        )
-        .expect("the backing file is there");
-        if options == "-b " {
+        let (from, to) = ("base.raw", "another-name-for-base.raw");
+        std::fs::copy(self.bench.path(from), self.bench.path(to)).expect("it is there");
+        if self.try_img(qemu, &format!("rebase {options} @")) && takes_away {
             self.below.clear();
         }
-        self.try_img(qemu, &format!("rebase {options} @"));
     }
 }
