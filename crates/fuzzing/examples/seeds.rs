@@ -12,7 +12,13 @@ fn main() -> std::io::Result<()> {
     seeds.extend(fuzzing::seeds::all().iter().cloned());
     for (number, seed) in seeds.iter().enumerate() {
         let name = seed.name.replace(['=', ',', '.'], "-");
-        std::fs::write(dir.join(format!("{number:02}-{name}")), &seed.bytes)?;
+        let path = dir.join(format!("{number:02}-{name}"));
+        std::fs::write(&path, &seed.bytes)?;
+        if !seed.data.is_empty() {
+            let mut path = path.into_os_string();
+            path.push(fuzzing::seeds::DATA_SUFFIX);
+            std::fs::write(path, &seed.data)?;
+        }
     }
     println!("{} images in {}", seeds.len(), dir.display());
     Ok(())

@@ -43,7 +43,11 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-fn case(name: &str, bytes: &[u8], run: fn(&[u8])) -> usize {
+/// Cases that fail, after which no more are looked for.
+const FAILURES: usize = 10;
+
+/// Runs one case, and returns the memory that it took at most, or what it was.
+fn case(name: &str, bytes: &[u8], run: fn(&[u8])) -> Result<usize, String> {
     let shown = match bytes.len() {
         0..2000 => hex(bytes),
         n => format!("{n} bytes"),
@@ -55,9 +59,20 @@ fn case(name: &str, bytes: &[u8], run: fn(&[u8])) -> usize {
     let outcome = std::panic::catch_unwind(|| run(bytes));
     let used = MEMORY.peak_usage().saturating_sub(before);
     *NOW.lock().unwrap() = None;
-    assert!(outcome.is_ok(), "{what}: it panics");
-    assert!(used <= MEMORY_BYTES, "{what}: {used} bytes of memory");
-    used
+    match outcome {
+        Ok(()) if used <= MEMORY_BYTES => Ok(used),
+        Ok(()) => Err(format!("{what}: {used} bytes of memory")),
+        Err(_) => Err(format!("{what}: it panics")),
+    }
+}
+
+/// Keeps the image of a case that fails.
+fn keep(seed: u64, name: &str, image: &[u8]) {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let path = dir.join(format!("fuzz-{seed}-{name}.qcow2"));
+    if let Err(e) = std::fs::write(&path, image) {
+        eprintln!("{}: {e}", path.display());
+    }
 }
 
 /// A seed image with some bytes changed, most of them in its first clusters.
@@ -99,6 +114,7 @@ fn check_over_a_hole(image: &[u8], dir: &Path) {
             disk.close().await.unwrap();
         });
     });
+    let used = used.unwrap();
     println!("a check over a hole of 64 GiB: {} KiB", used >> 10);
 }
 
@@ -114,6 +130,7 @@ fn damaged_images_never_harm_the_program() {
     let tools = std::env::var_os("BLOCKLAYER_QEMU_DIR").unwrap_or_else(|| "/usr/bin".into());
     let mut images = seeds::of_qemu(tools.as_ref(), dir.path());
     let ours = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
         .build()
         .unwrap()
         .block_on(seeds::ours());
@@ -123,19 +140,37 @@ fn damaged_images_never_harm_the_program() {
     images.extend(ours);
     seeds::use_these(images);
     watch();
-    let mut most = (0, 0);
+    let (mut most, mut failed) = ([0; 2], Vec::new());
     for i in 0..cases {
         let mut rng = Rng::new(seed.wrapping_add(i));
-        most.0 = most
-            .0
-            .max(case("open", &damaged_file(&mut rng), fuzzing::open));
+        let file = damaged_file(&mut rng);
         let length = 20 + rng.below(150);
         let bytes: Vec<u8> = (0..length).map(|_| rng.next_u64() as u8).collect();
-        most.1 = most.1.max(case("operations", &bytes, fuzzing::operations));
+        let ran = [
+            case("open", &file, fuzzing::open),
+            case("operations", &bytes, fuzzing::operations),
+        ];
+        let seed = seed.wrapping_add(i);
+        for (most, ran) in most.iter_mut().zip(&ran) {
+            match ran {
+                Ok(used) => *most = *used.max(most),
+                Err(what) => failed.push(format!("seed {seed}: {what}")),
+            }
+        }
+        if ran[0].is_err() {
+            keep(seed, "open", &file);
+        }
+        if ran[1].is_err() {
+            keep(seed, "operations", &fuzzing::damaged(&bytes).1);
+        }
+        if failed.len() >= FAILURES {
+            break;
+        }
     }
+    assert!(failed.is_empty(), "{}", failed.join("\n"));
     println!(
         "{cases} cases of each; the most memory: {} KiB (open), {} KiB (operations)",
-        most.0 >> 10,
-        most.1 >> 10
+        most[0] >> 10,
+        most[1] >> 10
     );
 }

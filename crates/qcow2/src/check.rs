@@ -203,12 +203,13 @@ impl<'a> Checker<'a> {
 
     /// The whole check, step by step.
     async fn run(&mut self) -> Result<()> {
-        if self.fix != CheckFix::None {
-            self.clear_unknown_features().await?;
-        }
         let mut found = self.read_snapshots().await?;
         let mut said = self.result.messages.len();
         let mut counted = self.count_references().await?;
+        if self.fix != CheckFix::None {
+            self.check_header_is_only()?;
+            self.clear_unknown_features().await?;
+        }
         if self.fix == CheckFix::All && self.distrusts_snapshots() {
             self.result.messages.clear();
             found = self.read_snapshots().await?;
@@ -259,6 +260,15 @@ impl<'a> Checker<'a> {
         self.lower_refcounts().await?;
         found += self.settle_copied(&found).await?;
         self.finish(&found).await
+    }
+
+    /// INV QCOW2-REPAIR-3: a repair writes fields of the header, which must not be entries of a table at the same time.
+    fn check_header_is_only(&mut self) -> Result<()> {
+        if self.is_only(0, self.cluster, Use::HEADER) {
+            return Ok(());
+        }
+        self.say("ERROR the header is something else as well; nothing is repaired".to_owned());
+        Err(BlockError::from_errno(libc::EIO))
     }
 
     fn say(&mut self, line: String) {

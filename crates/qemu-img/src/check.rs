@@ -62,7 +62,7 @@ impl Tool {
         let disk = self.open(image).await?;
         let is_told = output == Output::Human && !quiet;
         let found = self.check_and_repair(&disk, fix, is_told).await;
-        let (format, filename) = (disk.root().format_name(), disk.root().filename().to_owned());
+        let format = disk.root().format_name();
         self.close(disk).await?;
         let found = found?;
         if found.check_errors > 0 {
@@ -72,7 +72,7 @@ impl Tool {
             Output::Human if quiet => {}
             Output::Human => self.console.print(&report(&found)),
             Output::Json => {
-                let json = json_report(&found, &filename, format);
+                let json = json_report(&found, &name, format);
                 self.console.line(&pretty(&json));
             }
         }

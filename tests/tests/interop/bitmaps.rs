@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Images with persistent bitmaps that change hands: each side makes some, then both change them in turn, with bitmaps switched off, merged and cleared, and growth
-//! among it. After every hand-over QEMU's NBD server shows as dirty what a model says, `info` tells the same on both sides, and `check` is clean on both.
-
-use std::collections::BTreeSet;
+//! among it. After every hand-over both sides see as dirty what a model says, `info` tells the same on both sides, and `check` is clean on both.
 
 use blocklayer_tests::tools::Tools;
 
+use crate::dirty::{self, Dirty, bits};
 use crate::support::{Bench, Random, both};
 
 const HAND_OVERS: usize = 6;
@@ -13,38 +12,8 @@ const WRITES: usize = 6;
 /// Bytes that a bit of the bitmap that is looked at stands for.
 const GRANULARITY: usize = 4096;
 
-/// Bits that are set.
-type Dirty = BTreeSet<usize>;
-
 fn words(line: &str) -> Vec<&str> {
     line.split(' ').collect()
-}
-
-/// What QEMU takes for dirty.
-fn dirty(bench: &Bench, qemu: &Tools, name: &str) -> Dirty {
-    let server = qemu.qemu_img.with_file_name("qemu-nbd");
-    let socket = bench.path("socket").display().to_string();
-    let serve = ["--fork", "-r", "-k", &socket, "-f", "qcow2", "-B", name];
-    // It ends with its client.
-    bench.run(&server, &[&serve[..], &["t.qcow2"]].concat());
-    let image = format!(
-        "driver=nbd,server.type=unix,server.path={socket},x-dirty-bitmap=qemu:dirty-bitmap:{name}"
-    );
-    let map = bench.img(qemu, &["map", "--output=json", "--image-opts", &image]);
-    let map: serde_json::Value = serde_json::from_str(&map).expect("map prints JSON");
-    let number = |e: &serde_json::Value, key: &str| -> usize {
-        let number = e[key].as_u64().expect("places are numbers");
-        usize::try_from(number).expect("the disk is short")
-    };
-    let ranges = map.as_array().expect("map prints a list").iter();
-    ranges
-        // Through this option, what is dirty shows as what isn't data.
-        .filter(|e| e["data"] == false)
-        .flat_map(|e| {
-            let start = number(e, "start");
-            start / GRANULARITY..(start + number(e, "length")).div_ceil(GRANULARITY)
-        })
-        .collect()
 }
 
 /// What `info` tells of bitmaps.
@@ -59,7 +28,11 @@ fn compare(bench: &Bench, sides: [&Tools; 2], qemu: &Tools, model: &Dirty, story
         bench.check(side, "t.qcow2");
     }
     assert_eq!(told(bench, sides[0]), told(bench, sides[1]), "{story}");
-    assert_eq!(dirty(bench, qemu, "all"), *model, "{story}");
+    let image = ["-f", "qcow2", "t.qcow2"];
+    let seen = dirty::seen_by_qemu(bench, qemu, &image, "all", GRANULARITY);
+    assert_eq!(seen, *model, "{story}");
+    let seen = dirty::seen_by_ours(bench, "t.qcow2", "all");
+    assert_eq!(seen, *model, "{story}");
 }
 
 /// Changes of the disk, and of `model` with it.
@@ -67,7 +40,7 @@ fn changes(random: &mut Random, model: &mut Dirty, length: usize) -> Vec<String>
     let change = |_| {
         let offset = random.below(length / 512) * 512;
         let bytes = ((1 + random.below(60)) * 512).min(length - offset);
-        model.extend(offset / GRANULARITY..(offset + bytes).div_ceil(GRANULARITY));
+        model.extend(bits(offset..offset + bytes, GRANULARITY));
         let command = ["write", "write -z", "write -zu", "discard"][random.below(4)];
         format!("{command} {offset} {bytes}")
     };

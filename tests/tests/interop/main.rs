@@ -9,6 +9,7 @@
 //! the random ones, which print the one they used.
 
 mod bitmaps;
+mod dirty;
 mod encrypted;
 mod file_system;
 mod locks;

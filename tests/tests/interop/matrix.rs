@@ -2,15 +2,18 @@
 //! The interop matrix: images of every feature, and of every pair of features that goes together, change hands.
 //!
 //! Method: one side makes an image; then the sides take turns, the maker first, at the steps of its features (`features`, a table) and random requests. After every turn both sides must
-//! find the image sound, print the same `map` and `info`, and read what a model of the disk says, from the image and from its snapshots (`disk`, `steps`, `damage`). So an image with
-//! four turns was handed over three times. What the tools refuse is on a list, and both must refuse it in the same words.
+//! find the image sound, print the same `map` and `info`, and read what a model of the disk says, from the image and from its snapshots (`disk`, `steps`, `damage`); what is dirty in its
+//! bitmaps is what another model says (`bitmaps`); what is encrypted shows nothing to the host (`keys`). So an image with four turns was handed over three times. What the tools refuse is on a list, and both must refuse it in the same words.
 //!
 //! The ordinary test has each feature alone, and always the same requests; `cargo xtask interop` has the pairs and six turns (`BLOCKLAYER_MATRIX=all`), and `--only NAME` those images whose name
 //! contains NAME (`BLOCKLAYER_MATRIX_ONLY`).
 
+mod bitmaps;
 mod damage;
 mod disk;
 mod features;
+mod keys;
+mod refusals;
 mod steps;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -21,7 +24,8 @@ use blocklayer_tests::tools::Tools;
 
 use crate::support::{Random, both};
 use disk::Disk;
-use features::{FEATURES, Feature, LEFT_OUT, REFUSED, Source};
+use features::{FEATURES, Feature, Source};
+use refusals::{LEFT_OUT, REFUSED};
 
 /// An image of the matrix.
 struct Case<'a> {
@@ -77,7 +81,7 @@ fn go_together(one: &Feature, two: &Feature) -> bool {
         && !one.options.iter().any(contradict)
         && !same_steps
         && !LEFT_OUT.iter().any(is_left_out)
-        && (!both_sources || (one.source == Source::Converted) != (two.source == Source::Converted))
+        && (!both_sources || one.source.is_convert() != two.source.is_convert())
 }
 
 /// Runs the cases on as many threads as there are cores.

@@ -7,7 +7,10 @@
 //! The ordinary test runs 25 scripts, always the same ones. A script that differs is printed with its seed, and can be put into `tests/golden` as it is. `BLOCKLAYER_TWIN_SCRIPTS` says how many there are
 //! (`cargo xtask diff --count N`).
 
+mod bitmaps;
 mod features;
+mod keys;
+mod looks;
 
 use std::fmt::Write;
 

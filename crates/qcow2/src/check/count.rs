@@ -112,6 +112,10 @@ impl Checker<'_> {
         }
         let (offset, bytes) = (self.header.snapshots_offset, self.snapshots.table.bytes);
         self.count(offset, bytes, Use::OTHER);
+        if let Some(table) = self.snapshots.distrusted() {
+            // What reads as zero there reads as snapshots.
+            self.note_beyond(table.start, table.end);
+        }
         self.count_extensions().await
     }
 

@@ -28,14 +28,20 @@ pub(super) struct Snapshots {
     is_shortened: bool,
     /// An entry says that it reaches past the end of the file.
     is_garbled: bool,
-    /// The table is something else as well, so what looks like entries may be none. It stays as it is, and nothing that it says is believed.
-    is_distrusted: bool,
+    /// Where the table seems to lie, if it is something else as well, or ends behind the file, so that what looks like entries may be none. It stays as it is, and
+    /// nothing that it says is believed.
+    distrusted: Option<Range<u64>>,
 }
 
 impl Snapshots {
     /// Whether the table is left as it is because it may be none.
     pub fn is_distrusted(&self) -> bool {
-        self.is_distrusted
+        self.distrusted.is_some()
+    }
+
+    /// The bytes that such a table takes, or seems to take.
+    pub fn distrusted(&self) -> Option<Range<u64>> {
+        self.distrusted.clone()
     }
 }
 
@@ -46,10 +52,10 @@ impl Checker<'_> {
     /// `InvalidArgument` for one at an impossible place. Where nothing is to be repaired: `InvalidImage` for one that is too long.
     pub(super) async fn read_snapshots(&mut self) -> Result<Tally> {
         self.snapshots = Snapshots {
-            is_distrusted: self.snapshots.is_distrusted,
+            distrusted: self.snapshots.distrusted.take(),
             ..Snapshots::default()
         };
-        if self.snapshots.is_distrusted {
+        if self.snapshots.is_distrusted() {
             self.corruption(DISTRUSTED.to_owned());
             return Ok(std::mem::take(&mut self.tally));
         }
@@ -94,7 +100,7 @@ impl Checker<'_> {
         if !snapshots.is_garbled && (bytes == 0 || is_elsewhere && is_itself) {
             return false;
         }
-        self.snapshots.is_distrusted = true;
+        self.snapshots.distrusted = Some(offset..offset.saturating_add(bytes));
         true
     }
 

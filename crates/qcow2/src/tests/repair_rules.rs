@@ -130,3 +130,43 @@ async fn new_refcounts_are_there_before_they_are_named() {
     }
     assert!(named > 0);
 }
+
+// INV QCOW2-REPAIR-3: fields of the header that a repair would write are entries of the L1 table here.
+#[tokio::test]
+async fn a_header_that_is_a_table_as_well_is_left_alone() {
+    let mut image = with_data().await;
+    // The L1 table is the header, and the only refcount block is nowhere.
+    put(&mut image, 40, 0);
+    let table = word(&image, 48);
+    put(&mut image, table, 1 << 40);
+    put(&mut image, 88, 1 << 7);
+    for fix in [CheckFix::Leaks, CheckFix::All] {
+        let disk = CrashDriver::new(image.clone());
+        let file = disk.clone().into_node(NodeFlags::default()).await.unwrap();
+        let file = Child::new("file", ChildRole::File, file);
+        let header = Header::read_for_check(&file).await.unwrap();
+        assert!(check(&header, &file, fix).await.is_err());
+        assert!(disk.snapshot() == image, "{fix:?} has changed it");
+    }
+}
+
+// INV QCOW2-REPAIR-4: what is written anew makes the file longer, but not where a snapshot table that is not believed reads as zero.
+#[tokio::test]
+async fn what_a_distrusted_snapshot_table_reads_behind_the_end_stays_zero() {
+    const SNAPSHOTS: usize = 200;
+    let mut image = with_data().await;
+    let offset = image.len();
+    image.resize(offset + 512, 0);
+    put(&mut image, 64, offset as u64);
+    image[60..64].copy_from_slice(&(SNAPSHOTS as u32).to_be_bytes());
+    // The only refcount block is nowhere.
+    let table = word(&image, 48);
+    put(&mut image, table, 1 << 40);
+    let disk = CrashDriver::new(image);
+    repair(&disk).await;
+    let after = disk.snapshot();
+    assert_eq!(word(&after, 64), offset);
+    assert!(after.len() > offset + CLUSTER, "it has new refcounts");
+    let end = (offset + SNAPSHOTS * 40).min(after.len());
+    assert!(after[offset..end].iter().all(|b| *b == 0));
+}

@@ -3,13 +3,16 @@
 
 use std::fmt::Write;
 
+use blocklayer_tests::filters::Filters;
 use blocklayer_tests::tools::{Side, Tools};
 
-use super::features::{Feature, REFUSED, Refusal, Source};
+use super::bitmaps::Bitmap;
+use super::features::{Feature, Source};
+use super::refusals::{REFUSED, Refusal};
 use crate::support::{Bench, Random, first_difference};
 
-pub const IMAGE: &str = "t.qcow2"; //KEEP
-const DATA_FILE: &str = "t.data";
+pub const IMAGE: &str = "t.qcow2";
+pub const DATA_FILE: &str = "t.data";
 
 /// An image, and beside it the bytes that it should hold.
 pub struct Disk<'a> {
@@ -22,10 +25,13 @@ pub struct Disk<'a> {
     pub model: Vec<u8>,
     pub snapshots: Vec<Kept>,
     /// What the backing file holds.
-    below: Vec<u8>,
+    pub below: Vec<u8>,
     pub cluster: usize,
     subcluster: usize,
     pub is_version_2: bool,
+    pub bitmaps: Vec<Bitmap>,
+    /// The id of the password that opens the image, if it is encrypted.
+    pub secret: Option<&'static str>,
     pub story: String,
     /// Refusals that have been met, by their place in the list.
     pub met: Vec<usize>,
@@ -71,6 +77,8 @@ impl<'a> Disk<'a> {
             cluster,
             subcluster,
             is_version_2: option("compat").is_some(),
+            bitmaps: Vec::new(),
+            secret: option("encrypt.key-secret").map(|(_, id)| *id),
             story: String::new(),
             met: Vec::new(),
         };
@@ -103,17 +111,32 @@ impl<'a> Disk<'a> {
             () => "",
         };
         let length = self.model.len();
-        let line = if self.features.iter().any(|f| f.source == Source::Converted) {
+        let line = if is(Source::Converted) || is(Source::Copied) {
             self.model = stuff(&mut self.random, length);
             self.bench.write("source.raw", &self.model);
             let backing = backing.replace("-b", "-B");
-            format!("convert -c -f raw -O qcow2 {options}{backing}source.raw {IMAGE}")
+            let compress = if is(Source::Converted) { "-c " } else { "" };
+            format!("convert {compress}-f raw -O qcow2 {options}{backing}source.raw {IMAGE}")
         } else {
             let common = length.min(self.below.len());
             self.model[..common].copy_from_slice(&self.below[..common]);
             format!("create -q -f qcow2 {options}{backing}{IMAGE} {length}")
         };
-        self.try_img(self.sides[0], &line)
+        let side = self.sides[0];
+        let is_made = self.try_img(side, &line);
+        // The metadata of an image with a raw data file is preallocated, too.
+        let is_preallocated = ["preallocation", "data_file_raw"]
+            .iter()
+            .any(|option| options.contains(option));
+        if is_made && is_preallocated && self.reads_noise(side) {
+            self.session(side, &[format!("write -z 0 {length}")]);
+        }
+        is_made
+    }
+
+    /// Whether what a side preallocates reads as noise: QEMU encrypts nothing of it.
+    pub fn reads_noise(&self, side: &Tools) -> bool {
+        self.secret.is_some() && side.side == Side::Qemu
     }
 
     fn make_base(&mut self, bytes: usize) {
@@ -137,24 +160,30 @@ impl<'a> Disk<'a> {
         self.bench.io(self.sides[1], &commands, "middle.qcow2");
     }
 
-    /// Runs `qemu-img` with the words of a line; it must succeed.
+    /// Runs `qemu-img` with the words of a line, in which `@` is the image; it must succeed.
     pub fn img(&self, side: &Tools, line: &str) -> String {
-        self.bench.img(side, &line.split(' ').collect::<Vec<_>>())
+        let words = self.words(line);
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        let output = self.bench.output(&side.qemu_img, &words);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            output.status.success(),
+            "{line} by {}: {errors}\nafter {}",
+            side.side,
+            self.story
+        );
+        String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
-    /// Runs `qemu-img`. Where the tools refuse, that has to be on the list, and `false` is returned.
+    /// As [`img`](Disk::img). Where the tools refuse, that has to be on the list, and `false` is returned.
     pub fn try_img(&mut self, side: &Tools, line: &str) -> bool {
-        let words: Vec<&str> = line.split(' ').collect();
+        let words = self.words(line);
         self.attempt(line, side, |side| &side.qemu_img, &words)
     }
 
     /// Runs `qemu-io` with one session. Where the tools refuse, that has to be on the list, and `false` is returned.
     pub fn try_io(&mut self, side: &Tools, commands: &[String]) -> bool {
-        let mut words = vec!["-f", "qcow2"];
-        for command in commands {
-            words.extend(["-c", command]);
-        }
-        words.push(IMAGE);
+        let words = self.io_words("writeback", commands);
         self.attempt(&commands.join("; "), side, |side| &side.qemu_io, &words)
     }
 
@@ -163,16 +192,18 @@ impl<'a> Disk<'a> {
         line: &str,
         side: &Tools,
         tool: fn(&Tools) -> &std::path::PathBuf,
-        words: &[&str],
+        words: &[String],
     ) -> bool {
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
         self.tell(side, line);
-        let output = self.bench.output(tool(side), words);
+        let output = self.bench.output(tool(side), &words);
         if output.status.success() {
             return true;
         }
         let complaint = |output: &std::process::Output| {
             let text = [output.stdout.as_slice(), &output.stderr].concat();
-            String::from_utf8_lossy(&text).into_owned()
+            // Nodes without a name get one, which is another in every process.
+            Filters::new(&[]).apply(&String::from_utf8_lossy(&text))
         };
         let text = complaint(&output);
         let Some((place, refusal)) = self.refusal(side, &text) else {
@@ -182,7 +213,7 @@ impl<'a> Disk<'a> {
         self.story += " (refused)";
         for other in self.sides {
             if refusal.by.is_none_or(|by| by == other.side) {
-                let output = self.bench.output(tool(other), words);
+                let output = self.bench.output(tool(other), &words);
                 assert!(
                     !output.status.success() && complaint(&output) == text,
                     "refused by {}: {text}\nby {}: {}\nafter {}",
@@ -200,11 +231,17 @@ impl<'a> Disk<'a> {
         false
     }
 
-    /// Repairs what QEMU is known to leak.
+    /// Repairs what QEMU is known to leak. Its own repair would forget the snapshots of an image with bitmaps.
     pub fn mend_leaks(&self, side: &Tools) {
         if side.side == Side::Qemu {
-            let words = ["check", "-q", "-f", "qcow2", "-r", "leaks", IMAGE];
-            self.bench.output(&side.qemu_img, &words);
+            let by = self
+                .sides
+                .into_iter()
+                .find(|s| self.bitmaps.is_empty() || s.side == Side::Ours);
+            let by = by.expect("one of them is ours");
+            let words = self.words("check -q -r leaks @");
+            let words: Vec<&str> = words.iter().map(String::as_str).collect();
+            self.bench.output(&by.qemu_img, &words);
         }
     }
 
@@ -248,6 +285,12 @@ impl<'a> Disk<'a> {
         u8::try_from(1 + self.random.below(255)).expect("below 256")
     }
 
+    /// The guest writes the same byte everywhere in a range.
+    pub fn fill(&mut self, range: std::ops::Range<usize>, byte: u8) {
+        self.mark(range.clone());
+        self.model[range].fill(byte);
+    }
+
     /// One random request; the model follows.
     fn request(&mut self) -> String {
         let range = self.range();
@@ -255,11 +298,12 @@ impl<'a> Disk<'a> {
         match self.random.below(10) {
             0..4 => {
                 let pattern = self.pattern();
-                self.model[range].fill(pattern);
+                self.fill(range, pattern);
                 format!("write -P {pattern} {start} {bytes}")
             }
             4 => {
                 let data = self.random.bytes(bytes);
+                self.mark(range.clone());
                 self.model[range].copy_from_slice(&data);
                 self.bench.write("data", &data);
                 // One such file at a time: it is used before the next one is made.
@@ -271,7 +315,7 @@ impl<'a> Disk<'a> {
             }
             kind => {
                 let zero = [" -z", " -z", " -zu", " -zu"][kind - 6];
-                self.model[range].fill(0);
+                self.fill(range, 0);
                 format!("write{zero} {start} {bytes}")
             }
         }
@@ -280,6 +324,7 @@ impl<'a> Disk<'a> {
     /// A discard: whole clusters, one that reaches to the end of the disk included, read as zero. Version 2 can't say that where there is a backing file, and
     /// keeps them.
     pub fn discard(&mut self, range: std::ops::Range<usize>) {
+        self.mark(range.clone());
         if self.is_version_2 && !self.below.is_empty() {
             return;
         }
@@ -316,11 +361,8 @@ impl<'a> Disk<'a> {
     /// Runs `qemu-io` commands that must succeed.
     pub fn session(&mut self, side: &Tools, commands: &[String]) {
         let cache = ["writeback", "writeback", "writethrough", "none"][self.random.below(4)];
-        let mut words = vec!["-f", "qcow2", "-t", cache];
-        for command in commands {
-            words.extend(["-c", command]);
-        }
-        words.push(IMAGE);
+        let words = self.io_words(cache, commands);
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
         self.tell(side, &format!("-t {cache} {}", commands.join("; ")));
         let output = self.bench.output(&side.qemu_io, &words);
         let text = String::from_utf8_lossy(&output.stdout);
@@ -337,9 +379,7 @@ impl<'a> Disk<'a> {
     pub fn compare(&mut self) {
         self.compare_contents();
         for side in self.sides {
-            let words = ["check", "-f", "qcow2", IMAGE];
-            let output = self.bench.output(&side.qemu_img, &words);
-            let text = String::from_utf8_lossy(&output.stdout);
+            let text = self.img(side, "check @");
             assert!(
                 text.starts_with("No errors were found on the image.\n"),
                 "checked by {}: {text}\nafter {}",
@@ -347,20 +387,23 @@ impl<'a> Disk<'a> {
                 self.story
             );
         }
+        self.compare_bitmaps(IMAGE);
     }
 
     pub fn compare_contents(&mut self) {
         // Which parts of a file that are reserved and not written count as data depends on what the host has in its page cache, and so on how a tool reads.
-        let options = format!("driver=qcow2,file.filename={IMAGE},cache.direct=on");
-        self.same_words(&format!("map --output=json --image-opts {options}"));
+        let options = self.image_options();
+        self.same_words(&format!(
+            "map --output=json --image-opts {options},cache.direct=on"
+        ));
         self.same_words(&format!("info -f qcow2 {IMAGE}"));
         for side in self.sides {
-            let actual = self.bench.contents(side, IMAGE, None);
+            let actual = self.contents(side, None);
             if let Some(difference) = first_difference(&actual, &self.model) {
                 panic!("{difference} for {} after {}", side.side, self.story);
             }
             for kept in &self.snapshots {
-                let actual = self.bench.contents(side, IMAGE, Some(kept.name));
+                let actual = self.contents(side, Some(kept.name));
                 // QEMU shows as much of it as the disk is long now.
                 let common = actual.len().min(kept.model.len());
                 if let Some(difference) = first_difference(&actual[..common], &kept.model[..common])
@@ -370,13 +413,22 @@ impl<'a> Disk<'a> {
                 }
             }
         }
-        if self.features.iter().any(|f| f.name == "data-file-raw") {
+        if self.secret.is_some() {
+            self.check_nothing_shows();
+        } else if self.features.iter().any(|f| f.name == "data-file-raw") {
             let raw = self.bench.read(DATA_FILE);
             let common = raw.len().min(self.model.len());
             if let Some(difference) = first_difference(&raw[..common], &self.model) {
                 panic!("{difference} in the data file after {}", self.story);
             }
         }
+    }
+
+    /// What the image, or a snapshot in it, reads as.
+    fn contents(&self, side: &Tools, snapshot: Option<&str>) -> Vec<u8> {
+        let snapshot = snapshot.map_or(String::new(), |name| format!("-l {name} "));
+        self.img(side, &format!("convert -O raw {snapshot}@ contents.raw"));
+        self.bench.read("contents.raw")
     }
 
     /// What both sides have to print alike.

@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The table of features of the matrix, what each adds to an image's life, and the list of what can't be had together.
-//!
-//! A new feature is a row in [`FEATURES`]; its pairs with all others follow from that. Persistent bitmaps and encryption get their rows (and steps) here.
-
-use blocklayer_tests::tools::Side;
+//! The table of features of the matrix, and what each adds to an image's life. A new feature is a row in [`FEATURES`]; its pairs with all others follow from that, but for those that
+//! `refusals` leaves out.
 
 /// What one feature makes of an image.
 pub struct Feature {
@@ -26,6 +23,14 @@ pub enum Source {
     BackingChain,
     /// `convert -c` of a raw file.
     Converted,
+    /// `convert` of a raw file.
+    Copied,
+}
+
+impl Source {
+    pub fn is_convert(self) -> bool {
+        matches!(self, Source::Converted | Source::Copied)
+    }
 }
 
 /// What the side whose turn it is does to the image.
@@ -47,6 +52,16 @@ pub enum Step {
     Shrink,
     /// `amend -o` with these options.
     Amend(&'static str),
+    /// `bitmap` with these actions, on the bitmap of this name.
+    Bitmap(&'static str, &'static str),
+    /// `convert --bitmaps`: the copy holds the same data and the same bitmaps.
+    CopyBitmaps,
+    /// The password of this id opens the image from now on as well, and is the one that is used.
+    AddKey(&'static str),
+    /// The password of this id is no good any more.
+    EraseKey(&'static str),
+    /// `rebase` with these options, which only QEMU has, and which changes nothing of what a guest sees.
+    Rebase(&'static str),
     /// Unused clusters are counted as used; `check` sees that, and `check -r leaks` ends it.
     Leak,
     /// Used clusters are counted as unused; `check` sees that, and `check -r all` ends it.
@@ -55,10 +70,10 @@ pub enum Step {
     Crash,
 }
 
-use Source::{BackingChain, BackingRaw, Converted, Empty};
+use Source::{BackingChain, BackingRaw, Converted, Copied, Empty};
 use Step::{
-    Amend, Apply, Compress, Crash, Delete, Grow, Leak, LoadState, SaveState, Shrink, Snapshot,
-    Uncount,
+    AddKey, Amend, Apply, Bitmap, Compress, CopyBitmaps, Crash, Delete, EraseKey, Grow, Leak,
+    LoadState, Rebase, SaveState, Shrink, Snapshot, Uncount,
 };
 
 /// A feature that is nothing but creation options.
@@ -93,6 +108,32 @@ const fn from(name: &'static str, source: Source) -> Feature {
     }
 }
 
+/// An image that is encrypted with LUKS.
+macro_rules! luks {
+    ($name:literal, $($key:literal = $value:literal),+) => {
+        Feature {
+            name: $name,
+            options: &[
+                ("encrypt.format", "luks"),
+                ("encrypt.key-secret", "s0"),
+                ("encrypt.iter-time", "1"),
+                $((concat!("encrypt.", $key), $value)),+
+            ],
+            source: Empty,
+            steps: CHANGE_KEYS,
+        }
+    };
+}
+
+/// Passwords come and go.
+const CHANGE_KEYS: &[(usize, Step)] = &[
+    (1, AddKey("s1")),
+    (2, EraseKey("s0")),
+    (3, AddKey("s2")),
+    (4, EraseKey("s1")),
+    (5, AddKey("s0")),
+];
+
 const COMPRESS: &[(usize, Step)] = &[(0, Compress), (1, Compress), (2, Compress), (3, Compress)];
 
 pub const FEATURES: &[Feature] = &[
@@ -112,6 +153,7 @@ pub const FEATURES: &[Feature] = &[
         steps: COMPRESS,
     },
     from("converted", Converted),
+    from("copied", Copied),
     treated_with(
         "snapshots",
         &[
@@ -195,180 +237,61 @@ pub const FEATURES: &[Feature] = &[
     ),
     treated_with("repair-leaks", &[(1, Leak), (2, Leak)]),
     treated_with("repair-all", &[(1, Uncount), (2, Uncount)]),
-];
-
-/// Something that the tools refuse when two features meet; in these words.
-pub struct Refusal {
-    /// Beginnings of the names of the two features.
-    pub pair: [&'static str; 2],
-    pub message: &'static str,
-    /// Who refuses it; both sides do where there is none.
-    pub by: Option<Side>,
-}
-
-const fn refused(one: &'static str, two: &'static str, message: &'static str) -> Refusal {
-    Refusal {
-        pair: [one, two],
-        message,
-        by: None,
-    }
-}
-
-const fn refused_by(
-    side: Side,
-    one: &'static str,
-    two: &'static str,
-    message: &'static str,
-) -> Refusal {
-    Refusal {
-        pair: [one, two],
-        message,
-        by: Some(side),
-    }
-}
-
-pub const REFUSED: &[Refusal] = &[
-    refused(
-        "v2",
-        "extended-l2",
-        "Extended L2 entries are only supported with compatibility level 1.1",
+    treated_with(
+        "bitmaps",
+        &[
+            (0, Bitmap("--add -g 4k", "a")),
+            (0, Bitmap("--add -g 64k --disable", "off")),
+            (1, Bitmap("--add", "own")),
+            (1, Bitmap("--clear", "a")),
+            (2, Bitmap("--add --merge a -g 512", "copy")),
+            (2, Bitmap("--disable", "a")),
+            (2, CopyBitmaps),
+            (3, Bitmap("--enable", "off")),
+            (3, Bitmap("--merge copy --enable", "a")),
+            (3, CopyBitmaps),
+            (4, Bitmap("--remove", "copy")),
+            (4, Bitmap("--add -g 2M --merge own --merge off", "wide")),
+            (5, Bitmap("--disable --clear --merge own", "off")),
+            (5, Bitmap("--remove", "own")),
+        ],
     ),
-    refused(
-        "v2",
-        "zstd",
-        "Non-zlib compression type is only supported with compatibility level 1.1",
+    luks!("luks", "cipher-alg" = "aes-256"),
+    luks!(
+        "luks-serpent",
+        "cipher-alg" = "serpent-256",
+        "cipher-mode" = "cbc",
+        "ivgen-alg" = "essiv",
+        "ivgen-hash-alg" = "sha256",
+        "hash-alg" = "sha512"
     ),
-    refused(
-        "v2",
-        "data-file",
-        "External data files are only supported with compatibility level 1.1",
+    luks!(
+        "luks-twofish",
+        "cipher-alg" = "twofish-128",
+        "hash-alg" = "sha1"
     ),
-    refused(
-        "v2",
-        "lazy-refcounts",
-        "Lazy refcounts only supported with compatibility level 1.1",
+    luks!(
+        "luks-cast5",
+        "cipher-alg" = "cast5-128",
+        "cipher-mode" = "cbc",
+        "ivgen-alg" = "plain",
+        "hash-alg" = "ripemd160"
     ),
-    refused(
-        "v2",
-        "refcounts-",
-        "Different refcount widths than 16 bits require compatibility level 1.1",
-    ),
-    refused(
-        "v2",
-        "amend-refcounts",
-        "Refcount widths other than 16 bits require compatibility level 1.1",
-    ),
-    refused(
-        "v2",
-        "amend-lazy",
-        "Lazy refcounts only supported with compatibility level 1.1",
-    ),
-    refused(
-        "extended-l2",
-        "clusters-512",
-        "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
-    ),
-    refused(
-        "extended-l2",
-        "amend-compat",
-        "Cannot downgrade an image with incompatible features 0x10 set",
-    ),
-    refused(
-        "zstd",
-        "amend-compat",
-        "Cannot downgrade an image with zstd compression type and existing compressed clusters",
-    ),
-    refused(
-        "converted",
-        "metadata",
-        "Compression and preallocation not supported at the same time",
-    ),
-    refused(
-        "converted",
-        "falloc",
-        "Compression and preallocation not supported at the same time",
-    ),
-    refused(
-        "converted",
-        "full",
-        "Compression and preallocation not supported at the same time",
-    ),
-    refused("data-file", "zlib", "write failed: Operation not supported"),
-    refused("data-file", "zstd", "write failed: Operation not supported"),
-    refused(
-        "data-file",
-        "converted",
-        "error while writing at byte 0: Operation not supported",
-    ),
-    refused("data-file", "snapshots", "Could not create snapshot"),
-    refused(
-        "data-file",
-        "amend-compat",
-        "Cannot downgrade an image with a data file",
-    ),
-    refused(
-        "data-file-raw",
-        "backing-",
-        "Backing file and data-file-raw cannot be used at the same time",
-    ),
-    refused("refcounts-1", "snapshots", "Could not create snapshot"),
-    refused("refcounts-1", "vm-state", "Could not create snapshot"),
-    refused(
-        "backing-",
-        "metadata",
-        "Backing file and preallocation can only be used at the same time if extended_l2",
-    ),
-    refused(
-        "backing-",
-        "falloc",
-        "Backing file and preallocation can only be used at the same time if extended_l2",
-    ),
-    refused(
-        "backing-",
-        "full",
-        "Backing file and preallocation can only be used at the same time if extended_l2",
-    ),
-    refused(
-        "refcounts-",
-        "amend-compat",
-        "compat=0.10 requires refcount_bits=16",
-    ),
-    refused(
-        "amend-refcounts",
-        "amend-compat",
-        "Refcount widths other than 16 bits require compatibility level 1.1",
-    ),
-    refused(
-        "amend-lazy",
-        "amend-compat",
-        "Lazy refcounts only supported with compatibility level 1.1",
-    ),
-    // Ours would have to change zero clusters of a snapshot.
-    refused_by(
-        Side::Ours,
-        "snapshots",
-        "amend-compat",
-        "has zero clusters, which compat=0.10 has not",
-    ),
-    refused_by(
-        Side::Ours,
-        "vm-state",
-        "amend-compat",
-        "has zero clusters, which compat=0.10 has not",
-    ),
-    // QEMU looks at the length of the file, and not at what is free at its end.
-    refused_by(
-        Side::Qemu,
-        "grow",
-        "",
-        "Cannot use preallocation for shrinking files",
-    ),
-];
-
-/// Pairs that are left out, by the beginnings of their names.
-pub const LEFT_OUT: &[[&str; 2]] = &[
-    // QEMU writes the VM state behind the end of the data file. Here there is none.
-    ["data-file", "vm-state"],
-    // QEMU takes minutes to change the width of refcounts in clusters of that size.
-    ["clusters-2M", "amend-refcounts"],
+    Feature {
+        name: "aes",
+        options: &[("encrypt.format", "aes"), ("encrypt.key-secret", "s0")],
+        source: Empty,
+        steps: &[(2, AddKey("s1"))],
+    },
+    Feature {
+        name: "backing-rebase",
+        options: &[],
+        source: BackingRaw,
+        steps: &[
+            (1, Rebase("-u -F raw -b another-name-for-base.raw")),
+            (3, Rebase("-u -F raw -b base.raw")),
+            (4, Rebase("-b ")),
+        ],
+    },
+    treated_with("amend-backing", &[(1, Amend("backing_file=base.raw"))]),
 ];

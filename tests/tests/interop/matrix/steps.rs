@@ -21,7 +21,7 @@ impl Disk<'_> {
             }
             Step::Delete(name) => {
                 if self.kept(name).is_some() {
-                    self.try_img(side, &format!("snapshot -d {name} {IMAGE}"));
+                    self.try_img(side, &format!("snapshot -d {name} @"));
                     self.snapshots.retain(|kept| kept.name != name);
                 }
             }
@@ -34,7 +34,7 @@ impl Disk<'_> {
             Step::Grow(mode) => self.grow(side, mode),
             Step::Shrink => self.shrink(side),
             Step::Amend(options) => {
-                if self.try_img(side, &format!("amend -f qcow2 -o {options} {IMAGE}"))
+                if self.try_img(side, &format!("amend -o {options} @"))
                     && let Some(compat) = options.strip_prefix("compat=")
                 {
                     self.is_version_2 = compat == "0.10";
@@ -43,6 +43,11 @@ impl Disk<'_> {
             Step::Leak => self.repair(side, "leaks"),
             Step::Uncount => self.repair(side, "all"),
             Step::Crash => self.crash(side, other),
+            Step::Bitmap(line, name) => self.change_bitmap(side, line, name),
+            Step::CopyBitmaps => self.copy_bitmaps(side),
+            Step::AddKey(id) => self.add_key(side, id),
+            Step::EraseKey(id) => self.erase_key(side, id),
+            Step::Rebase(options) => self.rebase(options),
         }
     }
 
@@ -55,7 +60,7 @@ impl Disk<'_> {
             self.session(side, &[format!("discard {start} {bytes}")]);
             self.discard(range.clone());
             if self.try_io(side, &[format!("write -c -P {pattern} {start} {bytes}")]) {
-                self.model[range].fill(pattern);
+                self.fill(range, pattern);
             }
         }
     }
@@ -65,7 +70,7 @@ impl Disk<'_> {
     }
 
     fn snapshot(&mut self, side: &Tools, name: &'static str, state: Option<u8>) {
-        if self.try_img(side, &format!("snapshot -c {name} {IMAGE}")) {
+        if self.try_img(side, &format!("snapshot -c {name} @")) {
             let model = self.model.clone();
             self.snapshots.push(Kept { name, model, state });
         }
@@ -75,7 +80,7 @@ impl Disk<'_> {
     fn apply(&mut self, side: &Tools, name: &str) -> Option<u8> {
         let kept = self.kept(name)?;
         let (model, state) = (kept.model.clone(), kept.state);
-        if !self.try_img(side, &format!("snapshot -a {name} {IMAGE}")) {
+        if !self.try_img(side, &format!("snapshot -a {name} @")) {
             return None;
         }
         self.model = model;
@@ -99,15 +104,17 @@ impl Disk<'_> {
 
     fn grow(&mut self, side: &Tools, mode: &str) {
         let bytes = self.model.len() + 512 * (1 + self.random.below(600));
-        let line = format!("resize -q -f qcow2 --preallocation={mode} {IMAGE} {bytes}");
+        let line = format!("resize -q --preallocation={mode} @ {bytes}");
         let old = self.model.len();
         if !self.try_img(side, &line) {
             return;
         }
         self.model.resize(bytes, 0);
+        self.resize_bitmaps();
         if mode != "off" && side.side == Side::Qemu {
             // It shows what lay in free clusters, and behind the last used one. Ours doesn't.
             self.session(side, &[format!("write -z {old} {}", bytes - old)]);
+            self.mark(old..bytes);
         }
     }
 
@@ -115,11 +122,9 @@ impl Disk<'_> {
     fn shrink(&mut self, side: &Tools) {
         let clusters = 1 + self.random.below(self.model.len() / self.cluster);
         let bytes = clusters * self.cluster;
-        if self.try_img(
-            side,
-            &format!("resize -q -f qcow2 --shrink {IMAGE} {bytes}"),
-        ) {
+        if self.try_img(side, &format!("resize -q --shrink @ {bytes}")) {
             self.model.truncate(bytes);
+            self.resize_bitmaps();
             self.mend_lost_state(side);
         }
     }
@@ -140,22 +145,23 @@ impl Disk<'_> {
         }
         self.bench.write(IMAGE, &image);
         self.tell(side, &format!("damage, check -r {what}"));
-        let check = |side: &Tools, line: &str| {
-            let words: Vec<&str> = line.split(' ').collect();
+        let check = |side: &Tools, line: &str, file: &str| {
+            let words = self.words(line);
+            let words: Vec<String> = words.iter().map(|w| w.replace(IMAGE, file)).collect();
+            let words: Vec<&str> = words.iter().map(String::as_str).collect();
             let output = self.bench.output(&side.qemu_img, &words);
             let text = [output.stdout, output.stderr].concat();
             (String::from_utf8_lossy(&text).into_owned(), output.status)
         };
-        let seen = self
-            .sides
-            .map(|side| check(side, &format!("check -f qcow2 {IMAGE}")));
+        let seen = self.sides.map(|side| check(side, "check @", IMAGE));
         assert_eq!(seen[0], seen[1], "after {}", self.story);
+        let repair = format!("check -r {what} @");
         let repaired = self.sides.map(|side| {
             self.bench.write("copy.qcow2", &image);
-            check(side, &format!("check -f qcow2 -r {what} copy.qcow2"))
+            check(side, &repair, "copy.qcow2")
         });
         assert_eq!(repaired[0], repaired[1], "after {}", self.story);
-        let (text, status) = check(side, &format!("check -f qcow2 -r {what} {IMAGE}"));
+        let (text, status) = check(side, &repair, IMAGE);
         assert!(status.success(), "{text}\nafter {}", self.story);
     }
 
@@ -168,13 +174,30 @@ impl Disk<'_> {
             "flush".to_owned(),
             "sigraise 9".to_owned(),
         ];
-        self.model[range].fill(pattern);
+        self.fill(range, pattern);
+        self.break_bitmaps();
         self.tell(side, &commands.join("; "));
-        let words = commands.iter().flat_map(|command| ["-c", command]);
-        let words: Vec<&str> = words.chain(["-f", "qcow2", IMAGE]).collect();
+        let words = self.io_words("writeback", &commands);
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let output = self.bench.output(&side.qemu_io, &words);
         assert!(!output.status.success(), "it is dead: {}", self.story);
         self.compare_contents();
         self.requests(other);
+    }
+
+    /// Another name for the backing file, or none. QEMU's tool alone can do it, whose turn it is or not.
+    fn rebase(&mut self, options: &str) {
+        // Snapshots would lose what shows through.
+        let takes_away = options == "-b ";
+        if takes_away && !self.snapshots.is_empty() {
+            return;
+        }
+        let qemu = self.sides.into_iter().find(|side| side.side == Side::Qemu);
+        let qemu = qemu.expect("one of them is QEMU's");
+        let (from, to) = ("base.raw", "another-name-for-base.raw");
+        std::fs::copy(self.bench.path(from), self.bench.path(to)).expect("it is there");
+        if self.try_img(qemu, &format!("rebase {options} @")) && takes_away {
+            self.below.clear();
+        }
     }
 }

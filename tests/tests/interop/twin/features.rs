@@ -1,49 +1,93 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Random scripts about one image with any creation options, and everything that `qemu-img` does to it: snapshots, resizing, amending, converting, repairs;
-//! with options of the open image, compressed writes and the VM state among the requests.
+//! Random scripts about one image with any creation options, and everything that `qemu-img` does to it: snapshots, resizing, amending, converting, repairs, bitmaps
+//! (`bitmaps`), passwords (`keys`); with options of the open image, compressed writes and the VM state among the requests. What the image is in the end is looked at in
+//! every way (`looks`).
 //!
 //! What differs on purpose (`docs/DIFFERENCES.md`) is kept out; each such place says so. Host offsets, file lengths and what depends on them are each side's own business, since
 //! most scripts free clusters.
 
 use std::fmt::Write;
 
+use super::keys::Keys;
 use super::{KIB, Writer, pick};
 
 /// What has been done to the image so far, as far as later steps depend on it.
 #[derive(Default)]
-struct History {
-    is_version_2: bool,
-    has_data_file: bool,
-    is_raw: bool,
+pub struct History {
+    pub is_version_2: bool,
+    pub has_data_file: bool,
+    pub is_raw: bool,
     has_backing: bool,
+    is_lazy: bool,
+    /// The passwords of an encrypted image.
+    pub keys: Option<Keys>,
+    /// Names of bitmaps.
+    pub bitmaps: Vec<String>,
+    /// There is another image, with a bitmap of its own.
+    pub has_other: bool,
     /// Something may be free in the middle of the file, or lie behind its last cluster.
-    has_freed: bool,
-    has_resized: bool,
-    has_vm_state: bool,
+    pub has_freed: bool,
+    pub has_resized: bool,
+    pub has_vm_state: bool,
     /// Clusters were preallocated in each side's own way.
-    has_own_layout: bool,
+    pub has_own_layout: bool,
     /// The least length that the disk ever had, in bytes.
-    least: usize,
-    snapshots: Vec<String>,
-    count: usize,
+    pub least: usize,
+    pub snapshots: Vec<String>,
+    pub count: usize,
+}
+
+impl History {
+    /// The image as words of a command line.
+    pub fn image(&self) -> String {
+        match &self.keys {
+            Some(keys) => format!("$S --image-opts {}", keys.options()),
+            None => "t.qcow2".to_owned(),
+        }
+    }
+
+    /// As [`image`](History::image), with its format.
+    fn image_with_format(&self) -> String {
+        match &self.keys {
+            Some(_) => self.image(),
+            None => "-f qcow2 t.qcow2".to_owned(),
+        }
+    }
+
+    /// The passwords as words of a command line, with a space behind them.
+    pub fn secrets(&self) -> &'static str {
+        if self.keys.is_some() { "$S " } else { "" }
+    }
 }
 
 impl Writer<'_> {
     pub fn features_script(mut self, seed: u64) -> String {
         self.line("export TZ=UTC");
-        self.line("dates() { sed -E 's/[0-9]{4}-[0-9-]+ [0-9:]+/DATE/'; }");
+        self.line(
+            "dates() { sed -E -e 's/[0-9]{4}-[0-9-]+ [0-9:]+/DATE/' -e 's/((date-n?sec|uuid|iters|master key iters)\"?: ).*/\\1 N/'; }",
+        );
         let mut history = self.create();
+        if self.random.below(3) == 0 {
+            for _ in 0..1 + self.random.below(3) {
+                self.bitmap(&mut history);
+            }
+        }
         self.features_session(&mut history);
         if self.random.below(3) == 0 {
             self.damage(&history);
         }
         for _ in 0..2 + self.random.below(7) {
-            match self.random.below(9) {
+            match self.random.below(13) {
                 0..3 => self.features_session(&mut history),
                 3 | 4 => self.snapshot(&mut history),
                 5 | 6 => self.resize(&mut history),
                 7 => self.amend(&mut history),
-                _ => self.convert(&history),
+                8 => self.convert(&history),
+                9 if !history.bitmaps.is_empty() => self.kill(&mut history),
+                9 | 10 if !history.bitmaps.is_empty() => self.bitmap(&mut history),
+                11 if history.keys.is_some() => self.change_keys(&mut history),
+                11 => self.bitmap(&mut history),
+                _ => self.look_at_something(&history),
             }
         }
         self.features_look(&history);
@@ -93,9 +137,19 @@ impl Writer<'_> {
                 history.is_raw = true;
             }
         }
+        history.is_lazy = options.iter().any(|o| o.starts_with("lazy"));
+        if self.random.below(5) == 0 {
+            history.keys = Some(self.keys(&mut options));
+        }
+        if self.random.below(20) == 0 {
+            let more = ["nocow=on", "extent_size_hint=1M", "encryption=off"];
+            options.push(pick(self.random, &more).to_owned());
+        }
         let is_extended = self.subcluster < self.cluster;
         history.has_backing = !history.is_raw && self.random.below(3) == 0;
-        if self.random.below(4) == 0 && (!history.has_backing || is_extended) {
+        // What QEMU preallocates in an encrypted image reads as noise.
+        let may_preallocate = history.keys.is_none() && (!history.has_backing || is_extended);
+        if self.random.below(4) == 0 && may_preallocate {
             let mode = pick(self.random, &["metadata", "falloc", "full"]);
             options.push(format!("preallocation={mode}"));
         }
@@ -112,8 +166,13 @@ impl Writer<'_> {
             below = format!("-b base -F {format} ");
         }
         let (whose, options, size) = (self.whose(), options.join(","), self.size);
+        let (quiet, secrets) = (pick(self.random, &["", "-q "]), history.secrets());
+        let unchecked = match history.has_backing && self.random.below(4) == 0 {
+            true => "-u ",
+            false => "",
+        };
         self.line(&format!(
-            "{whose}qemu-img create -q -f qcow2 -o {options} {below}t.qcow2 {size}"
+            "{whose}qemu-img create {quiet}{secrets}-f qcow2 -o {options} {unchecked}{below}t.qcow2 {size}"
         ));
         history
     }
@@ -127,25 +186,50 @@ impl Writer<'_> {
             let _infallible = write!(commands, " -c '{command}'");
         }
         let options = self.open_options(history);
+        let secrets = history.secrets();
+        let (key, opened) = match &history.keys {
+            Some(keys) => (format!("{},", keys.option()), "--image-opts"),
+            None => (String::new(), "-f qcow2"),
+        };
+        let image = match &history.keys {
+            Some(keys) => keys.options(),
+            None => "t.qcow2".to_owned(),
+        };
         let line = match self.random.below(4) {
             0 => format!(
-                "{whose}qemu-io --image-opts{commands} driver=qcow2,file.filename=t.qcow2,discard=unmap{options}"
+                "{whose}qemu-io {secrets}--image-opts{commands} {key}driver=qcow2,file.filename=t.qcow2,discard=unmap{options}"
             ),
             1 if !options.is_empty() => {
                 let options = options.trim_start_matches(',');
-                format!("{whose}qemu-io -c 'open -o {options} t.qcow2'{commands}")
+                format!("{whose}qemu-io {secrets}-c 'open -o {key}{options} t.qcow2'{commands}")
             }
             2 if !options.is_empty() => {
                 // Ours looks for the L2 tables of snapshots only when an image is opened.
                 let options = options.trim_start_matches(',').replace("=all", "=cached");
-                format!("{whose}qemu-io -c 'reopen -o {options}'{commands} t.qcow2")
+                format!(
+                    "{whose}qemu-io {secrets}-c 'reopen -o {options}'{commands} {opened} {image}"
+                )
             }
             _ => {
                 let cache = pick(self.random, &["writeback", "writethrough", "none"]);
-                format!("{whose}qemu-io -t {cache}{commands} -f qcow2 t.qcow2")
+                format!("{whose}qemu-io {secrets}-t {cache}{commands} {opened} {image}")
             }
         };
         self.line(&line);
+        self.line("echo \"status $?\"");
+    }
+
+    /// A session that ends before the image is closed: bitmaps can't be used any more.
+    fn kill(&mut self, history: &mut History) {
+        // What has not been written then is each side's own business.
+        if history.is_lazy {
+            return;
+        }
+        let command = self.features_command(history);
+        let (whose, image) = (self.whose(), history.image());
+        self.line(&format!(
+            "{{ {whose}qemu-io -c '{command}' -c flush -c 'sigraise 9' {image}; }} 2> /dev/null"
+        ));
         self.line("echo \"status $?\"");
     }
 
@@ -182,7 +266,8 @@ impl Writer<'_> {
                 history.has_freed = true;
                 format!("discard {offset} {bytes}")
             }
-            8..11 => {
+            // Ours compresses nothing into an encrypted image.
+            8..11 if history.keys.is_none() => {
                 history.has_freed = true;
                 // One cluster: how much of a request that fails has been done is each side's own business.
                 let start = offset / self.cluster * self.cluster;
@@ -201,31 +286,31 @@ impl Writer<'_> {
         }
     }
 
-    fn img(&mut self, words: &str) {
+    pub fn img(&mut self, words: &str) {
         let whose = self.whose();
         self.line(&format!("{whose}qemu-img {words}; echo \"status $?\""));
     }
 
     fn snapshot(&mut self, history: &mut History) {
-        let some = history.snapshots.len();
+        let (some, image) = (history.snapshots.len(), history.image());
         match self.random.below(5) {
             0..3 if some < 4 => {
                 history.count += 1;
                 let name = format!("s{}", history.count);
-                self.img(&format!("snapshot -c {name} t.qcow2"));
+                self.img(&format!("snapshot -c {name} {image}"));
                 history.snapshots.push(name);
             }
             3 if some > 0 => {
                 let name = history.snapshots[self.random.below(some)].clone();
-                self.img(&format!("snapshot -a {name} t.qcow2"));
+                self.img(&format!("snapshot -a {name} {image}"));
                 history.has_freed = true;
             }
             4 if some > 0 => {
                 let name = history.snapshots.remove(self.random.below(some));
-                self.img(&format!("snapshot -d {name} t.qcow2"));
+                self.img(&format!("snapshot -d {name} {image}"));
                 history.has_freed = true;
             }
-            _ => self.img("snapshot -a nobody t.qcow2"),
+            _ => self.img(&format!("snapshot -a nobody {image}")),
         }
     }
 
@@ -235,17 +320,19 @@ impl Writer<'_> {
             return;
         }
         history.has_resized = true;
+        let image = history.image_with_format();
         if self.random.below(3) == 0 {
             // Whole clusters are left: of a cut one QEMU shows the rest when the disk grows again.
             let clusters = self.size / self.cluster;
             self.size = (1 + self.random.below(clusters.max(1))) * self.cluster;
             history.least = history.least.min(self.size);
             let shrink = pick(self.random, &["", "--shrink ", "--shrink ", "--shrink "]);
-            self.img(&format!("resize -f qcow2 {shrink}t.qcow2 {}", self.size));
+            self.img(&format!("resize {shrink}{image} {}", self.size));
         } else {
             // What QEMU preallocates later may show what free clusters held.
             let modes = ["off", "metadata", "falloc", "full"];
-            let mode = modes[self.random.below(if history.has_freed { 1 } else { 4 })];
+            let is_own = history.has_freed || history.keys.is_some();
+            let mode = modes[self.random.below(if is_own { 1 } else { 4 })];
             history.has_own_layout |= mode == "falloc" || mode == "full";
             let more = self.random.below(2000) * 512;
             let length = match self.random.below(2) {
@@ -253,9 +340,7 @@ impl Writer<'_> {
                 _ => (self.size + more).to_string(),
             };
             self.size += more;
-            self.img(&format!(
-                "resize -f qcow2 --preallocation={mode} t.qcow2 {length}"
-            ));
+            self.img(&format!("resize --preallocation={mode} {image} {length}"));
         }
         history.has_freed = true;
     }
@@ -279,7 +364,9 @@ impl Writer<'_> {
         // It may have failed; then less is asked of the image from now on than it could do.
         history.is_version_2 |= options == "compat=0.10";
         history.has_freed = true;
-        self.img(&format!("amend -f qcow2 -o {options} t.qcow2"));
+        history.is_lazy |= options == "lazy_refcounts=on";
+        let image = history.image_with_format();
+        self.img(&format!("amend -o {options} {image}"));
     }
 
     fn convert(&mut self, history: &History) {
@@ -294,6 +381,12 @@ impl Writer<'_> {
         {
             let _infallible = write!(words, "-l {name} ");
         }
+        if !history.bitmaps.is_empty() && self.random.below(2) == 0 {
+            words += pick(
+                self.random,
+                &["--bitmaps ", "--bitmaps --skip-broken-bitmaps "],
+            );
+        }
         let option = pick(
             self.random,
             &[
@@ -307,7 +400,8 @@ impl Writer<'_> {
             ],
         );
         self.line("rm -f out.*");
-        self.img(&format!("{words}-O qcow2 -o {option} t.qcow2 out.qcow2"));
+        let image = history.image();
+        self.img(&format!("{words}-O qcow2 -o {option} {image} out.qcow2"));
         self.line(
             "[ -f out.qcow2 ] && qemu-img convert -O raw out.qcow2 out.raw && md5sum < out.raw",
         );
@@ -320,6 +414,8 @@ impl Writer<'_> {
     fn damage(&mut self, history: &History) {
         if history.has_freed
             || history.has_vm_state
+            || history.keys.is_some()
+            || !history.bitmaps.is_empty()
             || self.cluster < 4 * KIB
             || self.cluster > 64 * KIB
         {
@@ -349,26 +445,5 @@ impl Writer<'_> {
         ));
         self.line("qemu-img check t.qcow2 | grep -v -e 'Image end' -e allocated");
         self.line("qemu-img check -q -r all t.qcow2");
-    }
-
-    fn features_look(&mut self, history: &History) {
-        if !history.has_own_layout {
-            self.line("qemu-io -r -c map t.qcow2");
-        }
-        self.line("qemu-io -r -c length t.qcow2");
-        self.line("qemu-img convert -O raw t.qcow2 all.raw && md5sum < all.raw");
-        for name in &history.snapshots {
-            // QEMU shows as much of it as the disk is long now, and ours as much as it was.
-            self.line(&format!(
-                "qemu-img convert -l {name} -O raw t.qcow2 {name}.raw && head -c {} {name}.raw | md5sum",
-                history.least
-            ));
-        }
-        if history.is_raw {
-            self.line(&format!("head -c {} t.data | md5sum", self.size));
-        }
-        self.line("qemu-img snapshot -l t.qcow2 | dates");
-        self.line("qemu-img info t.qcow2 | grep -v 'file length' | dates");
-        self.line("qemu-img check t.qcow2 | grep -v -e 'Image end' -e allocated; echo \"status ${PIPESTATUS[0]}\"");
     }
 }
