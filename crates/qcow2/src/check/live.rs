@@ -31,6 +31,8 @@ impl Image {
                 _ => Err(BlockError::new(ErrorKind::ReadOnly, "Node is read-only")),
             };
         }
+        // INV REQ-DROP-1: what a dropped write has taken and not yet linked is none of a repair's leaks.
+        let _all = self.changing.begin(0, u64::MAX, true).await;
         let _no_commits = self.commits.none().await;
         match self.check_sound() {
             Ok(()) => self.commit_now().await?,

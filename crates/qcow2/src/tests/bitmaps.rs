@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use blockcore::testing::fault::{Event, Rule};
-use blockcore::testing::{CrashDriver, FaultDriver, Rng, given_up_after};
+use blockcore::testing::{CrashDriver, FaultDriver, Rng};
 use blockcore::{
     BlockError, Child, ChildRole, Diagnostics, NewBitmap, Node, NodeFlags, Options, Result,
     TruncateRequest, WriteFlags,
@@ -113,32 +113,6 @@ async fn changes_are_found_by_who_opens_the_image_next() {
     assert!(node.dirty_bitmaps().is_empty());
     assert!(image.header().extensions.is_empty());
     assert_eq!(findings(disk.snapshot()).await, Vec::<String>::new());
-}
-
-// INV REQ-DROP-1: a close that is given up goes on to its end: nobody can ask for it once more.
-#[tokio::test]
-async fn a_close_that_is_given_up_stores_all_the_same() {
-    let mut rounds = 0;
-    loop {
-        let disk = CrashDriver::new(image_with_bitmap().await);
-        let (node, _image) = open_on(disk.clone(), None).await;
-        write(&node, 8192, 512, 7).await.unwrap();
-        let is_over = given_up_after(rounds, close(node)).await.is_some();
-        for _ in 0..200 {
-            tokio::task::yield_now().await;
-        }
-        let (node, _image) = reopened(&disk).await;
-        // Not begun is not given up half way.
-        if rounds > 0 {
-            assert_eq!(dirty(&node, "b"), [(8192, 8704)], "after {rounds} rounds");
-            assert_eq!(findings(disk.snapshot()).await, [""; 0]);
-        }
-        if is_over {
-            break;
-        }
-        rounds += 1;
-    }
-    assert!(rounds > 10, "{rounds} rounds");
 }
 
 #[tokio::test]

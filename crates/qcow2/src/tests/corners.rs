@@ -258,8 +258,8 @@ async fn snapshots_come_and_go_where_their_tables_are_looked_after() {
 // What a growth that failed has left behind the end is no zero cluster after a downgrade: version 2 has none.
 #[tokio::test]
 async fn a_downgrade_leaves_no_zero_clusters_behind_the_end() {
-    let disk = CrashDriver::new(fresh_image(Shape::small(8 * CLUSTER)));
     for backing in [None, Some(vec![7; 64 * CLUSTER as usize])] {
+        let disk = CrashDriver::new(fresh_image(Shape::small(8 * CLUSTER)));
         let driver = blockcore::testing::FaultDriver::new(Box::new(disk.clone()));
         let faults = driver.faults();
         let file = driver.into_node(NodeFlags::default()).await.unwrap();

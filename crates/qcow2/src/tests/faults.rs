@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use blockcore::testing::Rng;
 use blockcore::testing::fault::Rule;
-use blockcore::{DebugEvent, WriteFlags};
+use blockcore::{CheckFix, DebugEvent, Preallocation, WriteFlags};
 
 use super::torture::{Op, Plan, Step};
 use super::{Backing, DataFileKind, Shape};
@@ -24,9 +24,7 @@ const NOT_PASSED: &[DebugEvent] = &[
     DebugEvent::RefblockAllocWrite,
     DebugEvent::RefblockAllocWriteBlocks,
     DebugEvent::ReftableUpdate,
-    // No VM state, no emptying, no copy-on-read yet.
-    DebugEvent::VmstateLoad,
-    DebugEvent::VmstateSave,
+    // No emptying, no copy-on-read yet.
     DebugEvent::EmptyImagePrepare,
     DebugEvent::CorWrite,
     DebugEvent::ClusterAllocSpace,
@@ -144,10 +142,17 @@ fn parts() -> Plan {
         Op::Flush,
         Op::Flush,
         Op::Width(16),
-        Op::Snapshot(1),
+        Op::SaveState(0..10, 40),
+        Op::Snapshot(2),
+        Op::SaveState(2..5, 41),
+        Op::LoadState(0..12),
         write(42, 1, 21),
+        Op::Snapshot(1),
+        Op::WriteDurably(43..45, 22),
         Op::Delete(1),
+        Op::Check(CheckFix::All),
         // A new L2 table in a place that was used before.
+        Op::Preallocate(900, Preallocation::Metadata),
         Op::Resize(5000),
         write(4200, 30, 5),
         Op::Flush,
@@ -224,7 +229,12 @@ fn data_file(kind: DataFileKind, of: Plan) -> Plan {
         let op = &step.op;
         !matches!(
             op,
-            Op::Pack(..) | Op::Snapshot(_) | Op::Goto(_) | Op::Delete(_)
+            Op::Pack(..)
+                | Op::Snapshot(_)
+                | Op::Goto(_)
+                | Op::Delete(_)
+                | Op::SaveState(..)
+                | Op::LoadState(_)
         )
     };
     let mut plan = Plan {

@@ -6,8 +6,8 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use blockcore::testing::fault::Rule;
-use blockcore::testing::{CrashDriver, FaultDriver, MemoryDriver, Rng};
+use blockcore::testing::fault::{Event, Rule};
+use blockcore::testing::{CrashDriver, FaultDriver, MemoryDriver, Rng, given_up_after};
 use blockcore::{CheckFix, ErrorKind, IoBufMut, Node, NodeFlags, Result, WriteFlags};
 
 use futures::FutureExt;
@@ -269,6 +269,26 @@ async fn what_can_not_be_repaired_in_use_says_so() {
     assert_eq!(error.kind(), ErrorKind::Corrupt);
     assert_eq!(node.check(CheckFix::None).await.unwrap().leaks, 1);
     assert!(disk.snapshot() == before);
+}
+
+// INV REQ-DROP-1: a dropped write that is still going on has clusters that nothing refers to yet, and they are no leaks.
+#[tokio::test]
+async fn a_repair_waits_for_dropped_writes() {
+    for rounds in 0..12 {
+        let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
+        let driver = FaultDriver::new(Box::new(disk.clone()));
+        driver
+            .faults()
+            .add(Rule::slow(Event::Write, 50).starting_with(7));
+        let file = driver.into_node(NodeFlags::default()).await.unwrap();
+        let (node, _image) = open_over(file, None).await.unwrap();
+        given_up_after(rounds, write(&node, 0, 4096, 7)).await;
+        let found = node.check(CheckFix::Leaks).await.unwrap();
+        assert_eq!(found.messages, [""; 0], "after {rounds} rounds");
+        write(&node, 8192, 4096, 8).await.unwrap();
+        node.driver().close().await.unwrap();
+        assert_eq!(findings(disk.snapshot()).await, [""; 0]);
+    }
 }
 
 // A repair whose runtime ends has changed what is on disk, and not what is in memory: the image says that it has to be opened again.
