@@ -157,6 +157,9 @@ impl Tool {
 
     /// What can be said before anything is copied: whether source and target can have bitmaps, and whether those of the source can be used.
     pub(crate) fn check_source_bitmaps(&self, sources: &[Backend], what: CopyBitmaps) -> Outcome {
+        if !what.copy {
+            return Ok(());
+        }
         let [source] = sources else {
             let text = "Copying bitmaps only possible with single source";
             return Err(self.console.fail(text));

@@ -3,7 +3,7 @@
 
 use blockcore::{Backend, Diagnostics, Options, SnapshotSelector, WriteFlags, chain_is_zero};
 use blockjob::convert::MAX_PARALLEL;
-use blockjob::create::known_options;
+use blockjob::create::{check_options, known_options};
 use blockjob::{ConvertOptions, CreatePlan, CreateRequest, convert};
 use toolkit::cache::CacheMode;
 use toolkit::getopt::{Arg, Long, long};
@@ -240,11 +240,6 @@ impl Tool {
         {
             return self.close_all(sources, Err(failed)).await;
         }
-        if request.bitmaps.copy
-            && let Err(failed) = self.check_source_bitmaps(&sources, request.bitmaps)
-        {
-            return self.close_all(sources, Err(failed)).await;
-        }
         let copied = self.convert_open(request, &sources, job).await;
         self.close_all(sources, copied).await
     }
@@ -267,7 +262,7 @@ impl Tool {
         let mut backing = request.backing.clone();
         let mut options = Options::new();
         if request.create {
-            let plan = self.create_target(request, total).await?;
+            let plan = self.create_target(request, sources, total).await?;
             backing = plan.option("backing_file").or(backing);
             // What it was encrypted with opens it.
             for key in ["key-secret", "encrypt.key-secret"] {
@@ -275,6 +270,8 @@ impl Tool {
                     options.set(key, secret);
                 }
             }
+        } else {
+            self.check_source_bitmaps(sources, request.bitmaps)?;
         }
         let format = request.target_format.clone();
         let target = self
@@ -309,11 +306,17 @@ impl Tool {
     }
 
     /// Makes the target. Its backing file is not looked at here: opening the target does that.
-    async fn create_target(&self, request: &Request, total: u64) -> Outcome<CreatePlan> {
+    async fn create_target(
+        &self,
+        request: &Request,
+        sources: &[Backend],
+        total: u64,
+    ) -> Outcome<CreatePlan> {
         let format = request.target_format.as_deref().unwrap_or("raw");
         let plain = |e| self.console.block_error("", &e);
-        known_options(&self.registry, format, Some(&request.target)).map_err(plain)?;
-        let mut options = request.options.parse().map_err(plain)?;
+        let known = known_options(&self.registry, format, Some(&request.target)).map_err(plain)?;
+        let given = request.options.parse().map_err(plain)?;
+        let mut options = check_options(&known, given).map_err(plain)?;
         let has_backing = request.backing.is_some() || options.contains("backing_file");
         let has_format = request.backing_format.is_some() || options.contains("backing_fmt");
         if request.compressed {
@@ -327,6 +330,7 @@ impl Tool {
             let text = "Use of backing file requires explicit backing format";
             return Err(self.console.fail(text));
         }
+        self.check_source_bitmaps(sources, request.bitmaps)?;
         let create = CreateRequest {
             format: format.to_owned(),
             filename: request.target.clone(),

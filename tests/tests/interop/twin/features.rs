@@ -19,6 +19,7 @@ pub struct History {
     pub is_raw: bool,
     has_backing: bool,
     is_lazy: bool,
+    is_preallocated: bool,
     /// The passwords of an encrypted image.
     pub keys: Option<Keys>,
     /// Names of bitmaps.
@@ -138,7 +139,8 @@ impl Writer<'_> {
             }
         }
         history.is_lazy = options.iter().any(|o| o.starts_with("lazy"));
-        if self.random.below(5) == 0 {
+        // What was never written to the raw data file of an encrypted image reads as noise.
+        if !history.is_raw && self.random.below(5) == 0 {
             history.keys = Some(self.keys(&mut options));
         }
         if self.random.below(20) == 0 {
@@ -152,6 +154,7 @@ impl Writer<'_> {
         if self.random.below(4) == 0 && may_preallocate {
             let mode = pick(self.random, &["metadata", "falloc", "full"]);
             options.push(format!("preallocation={mode}"));
+            history.is_preallocated = true;
         }
         let mut below = String::new();
         if history.has_backing {
@@ -225,7 +228,9 @@ impl Writer<'_> {
         if history.is_lazy {
             return;
         }
-        let command = self.features_command(history);
+        // A bitmap is in use here from the first change on, and not before.
+        let (offset, bytes) = self.range();
+        let command = format!("write {} {}", offset / 512 * 512, bytes.div_ceil(512) * 512);
         let (whose, image) = (self.whose(), history.image());
         self.line(&format!(
             "{{ {whose}qemu-io -c '{command}' -c flush -c 'sigraise 9' {image}; }} 2> /dev/null"
@@ -363,6 +368,8 @@ impl Writer<'_> {
         };
         // It may have failed; then less is asked of the image from now on than it could do.
         history.is_version_2 |= options == "compat=0.10";
+        // Zero clusters become what each side makes of them.
+        history.has_own_layout |= options == "compat=0.10";
         history.has_freed = true;
         history.is_lazy |= options == "lazy_refcounts=on";
         let image = history.image_with_format();
@@ -414,6 +421,7 @@ impl Writer<'_> {
     fn damage(&mut self, history: &History) {
         if history.has_freed
             || history.has_vm_state
+            || history.is_preallocated
             || history.keys.is_some()
             || !history.bitmaps.is_empty()
             || self.cluster < 4 * KIB

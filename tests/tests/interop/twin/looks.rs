@@ -23,7 +23,7 @@ impl Writer<'_> {
             4 if !history.has_freed && !history.has_own_layout => {
                 self.line(&format!("qemu-img map --output=json {image}"));
             }
-            _ => self.line(&format!("qemu-io -r -c info -c length {image} | grep -v vm")),
+            _ => self.line(&format!("qemu-io -r -c info -c length {image} | grep -v vm | dates")),
         }
     }
 
@@ -44,12 +44,12 @@ impl Writer<'_> {
             }
             _ => {}
         }
-        let strict = pick(self.random, &["", "-p ", "-q "]);
+        let quiet = pick(self.random, &["", "", "-q "]);
         let copy = match history.keys {
             Some(_) => "driver=raw,file.filename=copy.raw",
             None => "copy.raw",
         };
-        self.img(&format!("compare {strict}{image} {copy}"));
+        self.img(&format!("compare {quiet}{image} {copy}"));
     }
 
     pub fn features_look(&mut self, history: &History) {
