@@ -68,10 +68,15 @@ pub(crate) fn extension_data(header: &Header) -> Option<&[u8]> {
     counts.then_some(&extension.data)
 }
 
-/// Says that the bitmaps of an image are worthless, if they are: a program that knows nothing of them has changed it.
-pub(crate) fn warn_of_stale(header: &Header, diagnostics: &Diagnostics) {
+/// Whether there are bitmaps that don't count.
+pub(crate) fn has_stale(header: &Header) -> bool {
     let is_bitmaps = |e: &Extension| e.kind == extension::BITMAPS;
-    if extension_data(header).is_some() || !header.extensions.iter().any(is_bitmaps) {
+    extension_data(header).is_none() && header.extensions.iter().any(is_bitmaps)
+}
+
+/// Says that the bitmaps of an image are worthless, if they are: a program that knows nothing of them has changed it.
+fn warn_of_stale(header: &Header, diagnostics: &Diagnostics) {
+    if !has_stale(header) {
         return;
     }
     let what = match header.version {
@@ -133,8 +138,11 @@ pub(crate) async fn load(
     })
 }
 
-/// Reads the directory: where it is, and its entries.
-async fn read_stored(
+/// Reads the directory: where it is, how long it is, and its entries.
+///
+/// # Errors
+/// `InvalidImage` for what can't be, with QEMU's words; those of the file.
+pub(crate) async fn read_stored(
     file: &Child,
     header: &Header,
     data: &[u8],
@@ -157,6 +165,21 @@ async fn read_stored(
     Ok(((offset, size), entries))
 }
 
+/// Reads the table of a bitmap.
+///
+/// # Errors
+/// `InvalidArgument` for an entry that makes no sense; those of the file.
+pub(crate) async fn read_entries(
+    file: &Child,
+    cluster_bits: u32,
+    entry: &DirectoryEntry,
+) -> Result<Vec<TableEntry>> {
+    let words = read_table(file, entry.table_offset, entry.table_size as usize).await?;
+    let decode = |w: &u64| TableEntry::decode(*w, cluster_bits);
+    let table: Option<Vec<TableEntry>> = words.iter().map(decode).collect();
+    table.ok_or_else(|| BlockError::from_errno(libc::EINVAL))
+}
+
 struct Reader<'a> {
     file: &'a Child,
     cluster_bits: u32,
@@ -173,12 +196,14 @@ impl Reader<'_> {
             .persistent(true);
         if entry.is_in_use() {
             // What can't be read of it is lost when it is removed, and that is all.
-            let table = self.read_table(&entry).await.unwrap_or_default();
+            let table = read_entries(self.file, self.cluster_bits, &entry).await;
+            let table = table.unwrap_or_default();
             let data = data_offsets(&table);
             return Ok((StoredBitmap::new(entry, data), bitmap.inconsistent()));
         }
         let name = entry.name();
-        let table = self.read_table(&entry).await.map_err(|e| {
+        let table = read_entries(self.file, self.cluster_bits, &entry).await;
+        let table = table.map_err(|e| {
             e.context(format!(
                 "Could not read bitmap_table table from image for bitmap '{name}'"
             ))
@@ -188,13 +213,6 @@ impl Reader<'_> {
             read.map_err(|e| e.context(format!("Could not read bitmap '{name}' from image")))?;
         let data = data_offsets(&table);
         Ok((StoredBitmap::new(entry, data), bitmap.with_bits(bits)))
-    }
-
-    async fn read_table(&self, entry: &DirectoryEntry) -> Result<Vec<TableEntry>> {
-        let words = read_table(self.file, entry.table_offset, entry.table_size as usize).await?;
-        let decode = |w: &u64| TableEntry::decode(*w, self.cluster_bits);
-        let table: Option<Vec<TableEntry>> = words.iter().map(decode).collect();
-        table.ok_or_else(|| BlockError::from_errno(libc::EINVAL))
     }
 
     async fn read_bits(&mut self, entry: &DirectoryEntry, table: &[TableEntry]) -> Result<HBitmap> {
@@ -227,7 +245,8 @@ impl Reader<'_> {
     }
 }
 
-fn data_offsets(table: &[TableEntry]) -> Vec<u64> {
+/// Where the bits of a table lie.
+pub(crate) fn data_offsets(table: &[TableEntry]) -> Vec<u64> {
     let offset = |e: &TableEntry| match *e {
         TableEntry::Data(offset) => Some(offset),
         TableEntry::Zeroes | TableEntry::Ones => None,

@@ -135,6 +135,10 @@ async fn some_plan(rng: &mut Rng) -> Plan {
         plan.faults.push(some_fault(rng));
     }
     let drops = rng.chance(50);
+    plan.keeps_discarded = shape.version > 2 && rng.chance(25);
+    // A dropped one might stop half way, and what version 2 can't do would fail.
+    let is_plain = shape.version > 2 && !shape.extended_l2 && is_inside;
+    let may_downgrade = is_plain && shape.refcount_order == 4 && !plan.bitmap && !drops;
     let mut value = 0;
     let mut grown = sectors;
     let mut snapshots = 1;
@@ -172,6 +176,7 @@ async fn some_plan(rng: &mut Rng) -> Plan {
                     17 if task == 0 && shape.version > 2 && rng.chance(25) => {
                         Op::Width([16, 32, 64][rng.below(3) as usize])
                     }
+                    18 if task == 0 && may_downgrade && rng.chance(40) => Op::Downgrade,
                     16 if task == 0 && shape.version > 2 => {
                         match rng.below(3) {
                             0 if !plan.bitmap => grown = 1 + rng.below(grown as u64) as usize,
@@ -235,6 +240,9 @@ fn simpler(plan: &Plan) -> Vec<Plan> {
     }
     if plan.bitmap {
         with(&|p| p.bitmap = false);
+    }
+    if plan.keeps_discarded {
+        with(&|p| p.keeps_discarded = false);
     }
     if !plan.backing.layers.is_empty() || plan.backing.raw.is_some() {
         with(&|p| p.backing = Backing::default());

@@ -59,6 +59,8 @@ pub(crate) enum Op {
     Delete(u32),
     /// Gives refcounts so many bits.
     Width(u32),
+    /// Makes the image one of version 2, if it can be one, and of version 3 again.
+    Downgrade,
 }
 
 /// When a request is dropped.
@@ -107,6 +109,8 @@ pub(crate) struct Plan {
     pub data_file: DataFileKind,
     /// It has a dirty bitmap, which is empty before all else.
     pub bitmap: bool,
+    /// Discarded clusters keep their place: `discard-no-unref`.
+    pub keeps_discarded: bool,
     /// Requests to the file take random times, from this seed.
     pub delays: Option<u64>,
     /// What requests to the file have to be aligned to, in bytes.
@@ -141,6 +145,7 @@ impl Plan {
             snapshot: false,
             data_file: DataFileKind::Inside,
             bitmap: false,
+            keeps_discarded: false,
             delays: None,
             file_alignment: 1,
             faults: Vec::new(),
@@ -207,7 +212,7 @@ impl Plan {
     }
 
     /// The image, and what its data file holds.
-    async fn prepared_both(&self) -> (Vec<u8>, Option<Vec<u8>>) {
+    pub async fn prepared_both(&self) -> (Vec<u8>, Option<Vec<u8>>) {
         let mut bytes = fresh_image(self.shape);
         set_data_file(&mut bytes, self.data_file);
         for &(guest_cluster, value) in &self.compressed {
@@ -410,7 +415,11 @@ impl Disk {
             }
             None => file.into_node(flags).await?,
         };
-        open_over(file, &self.plan.backing).await
+        let (node, image) = open_over(file, &self.plan.backing).await?;
+        if let Ok(mut runtime) = image.runtime.write() {
+            runtime.discard_no_unref = self.plan.keeps_discarded;
+        }
+        Ok((node, image))
     }
 
     /// Opens the disk, has every task do its steps, closes it; gives back what failed on the way.
@@ -565,6 +574,16 @@ impl Disk {
                 let mut options = Options::new();
                 options.set("refcount_bits", bits.to_string());
                 node.amend(options).await?;
+            }
+            Op::Downgrade => {
+                let compat = |text: &str| Options::new().with("compat", text);
+                match node.amend(compat("0.10")).await {
+                    Ok(()) => node.amend(compat("1.1")).await?,
+                    // Snapshots of another length, other refcounts.
+                    Err(e) if e.kind() == ErrorKind::Unsupported => {}
+                    Err(e) if e.kind() == ErrorKind::InvalidArgument => {}
+                    Err(e) => return Err(e),
+                }
             }
             Op::Resize(sectors) => {
                 let behind = self.history.change(*sectors..usize::MAX - 2, 0, log_len);
