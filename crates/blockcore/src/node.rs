@@ -336,6 +336,21 @@ impl Node {
         self.set_length(old, still_short).await
     }
 
+    /// Makes the storage reach to the end of its last sector, which counts as being there. Runs to its end even if the future is dropped.
+    ///
+    /// # Errors
+    /// As [`truncate`](Node::truncate).
+    pub async fn fill_last_sector(self: &Arc<Self>) -> Result<()> {
+        self.check_writable(Op::Truncate)?;
+        if self.driver.length().await?.is_multiple_of(SECTOR_BYTES) {
+            return Ok(());
+        }
+        // What is in flight there comes first.
+        let last = self.length().saturating_sub(SECTOR_BYTES);
+        let all = |length| Some(TruncateRequest::to(length));
+        self.set_length(last, all).await
+    }
+
     /// Changes the length as `request` wants, which is told the length when nothing behind `from` is in flight any more.
     async fn set_length(
         self: &Arc<Self>,

@@ -68,10 +68,15 @@ pub(crate) fn extension_data(header: &Header) -> Option<&[u8]> {
     counts.then_some(&extension.data)
 }
 
-/// Says that the bitmaps of an image are worthless, if they are: a program that knows nothing of them has changed it.
-pub(crate) fn warn_of_stale(header: &Header, diagnostics: &Diagnostics) {
+/// Whether there are bitmaps that don't count.
+pub(crate) fn has_stale(header: &Header) -> bool {
     let is_bitmaps = |e: &Extension| e.kind == extension::BITMAPS;
-    if extension_data(header).is_some() || !header.extensions.iter().any(is_bitmaps) {
+    extension_data(header).is_none() && header.extensions.iter().any(is_bitmaps)
+}
+
+/// Says that the bitmaps of an image are worthless, if they are: a program that knows nothing of them has changed it.
+fn warn_of_stale(header: &Header, diagnostics: &Diagnostics) {
+    if !has_stale(header) {
         return;
     }
     let what = match header.version {
@@ -100,7 +105,7 @@ pub(crate) async fn load(
         warn_of_stale(header, diagnostics);
         return Ok(Bitmaps::default());
     };
-    let stored = read_directory(file, header, data).await?;
+    let stored = read_stored(file, header, data).await?;
     let disk_bytes = header.size / SECTOR_BYTES * SECTOR_BYTES;
     let mut reader = Reader {
         file,
@@ -133,11 +138,11 @@ pub(crate) async fn load(
     })
 }
 
-/// Reads the directory that the extension's bytes name: where it is, and its entries.
+/// Reads the directory: where it is, how long it is, and its entries.
 ///
 /// # Errors
-/// `InvalidImage` for what can't be; those of the file.
-pub(crate) async fn read_directory(
+/// `InvalidImage` for what can't be, with QEMU's words; those of the file.
+pub(crate) async fn read_stored(
     file: &Child,
     header: &Header,
     data: &[u8],
@@ -160,6 +165,21 @@ pub(crate) async fn read_directory(
     Ok(((offset, size), entries))
 }
 
+/// Reads the table of a bitmap.
+///
+/// # Errors
+/// `InvalidArgument` for an entry that makes no sense; those of the file.
+pub(crate) async fn read_entries(
+    file: &Child,
+    cluster_bits: u32,
+    entry: &DirectoryEntry,
+) -> Result<Vec<TableEntry>> {
+    let words = open::read_table(file, entry.table_offset, entry.table_size as usize).await?;
+    let decode = |w: &u64| TableEntry::decode(*w, cluster_bits);
+    let table: Option<Vec<TableEntry>> = words.iter().map(decode).collect();
+    table.ok_or_else(|| BlockError::from_errno(libc::EINVAL))
+}
+
 struct Reader<'a> {
     file: &'a Child,
     cluster_bits: u32,
@@ -176,14 +196,14 @@ impl Reader<'_> {
             .persistent(true);
         if entry.is_in_use() {
             // What can't be read of it is lost when it is removed, and that is all.
-            let table = read_table(self.file, &entry, self.cluster_bits).await;
+            let table = read_entries(self.file, self.cluster_bits, &entry).await;
             let table = table.unwrap_or_default();
             let data = data_offsets(&table);
             return Ok((StoredBitmap::new(entry, data), bitmap.inconsistent()));
         }
         let name = entry.name();
-        let table = read_table(self.file, &entry, self.cluster_bits);
-        let table = table.await.map_err(|e| {
+        let table = read_entries(self.file, self.cluster_bits, &entry).await;
+        let table = table.map_err(|e| {
             e.context(format!(
                 "Could not read bitmap_table table from image for bitmap '{name}'"
             ))
@@ -225,22 +245,7 @@ impl Reader<'_> {
     }
 }
 
-/// Reads a bitmap's table.
-///
-/// # Errors
-/// `InvalidArgument` for an entry that makes no sense; those of the file.
-pub(crate) async fn read_table(
-    file: &Child,
-    entry: &DirectoryEntry,
-    cluster_bits: u32,
-) -> Result<Vec<TableEntry>> {
-    let words = open::read_table(file, entry.table_offset, entry.table_size as usize).await?;
-    let decode = |w: &u64| TableEntry::decode(*w, cluster_bits);
-    let table: Option<Vec<TableEntry>> = words.iter().map(decode).collect();
-    table.ok_or_else(|| BlockError::from_errno(libc::EINVAL))
-}
-
-/// Byte offsets of the clusters of bits that a table names.
+/// Where the bits of a table lie.
 pub(crate) fn data_offsets(table: &[TableEntry]) -> Vec<u64> {
     let offset = |e: &TableEntry| match *e {
         TableEntry::Data(offset) => Some(offset),

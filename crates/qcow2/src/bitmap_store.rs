@@ -25,7 +25,7 @@ use crate::bitmap::{
     self, BitmapFlags, BitmapsExtension, DirectoryEntry, MAX_BITMAP_BYTES, MAX_BITMAPS,
     MAX_DIRECTORY_BYTES, MAX_NAME_BYTES, TableEntry,
 };
-use crate::bitmap_load::{Stored, StoredBitmap};
+use crate::bitmap_load::{self, Stored, StoredBitmap};
 use crate::extension::{self, Extension};
 use crate::header::{AUTOCLEAR_BITMAPS, Header};
 use crate::image::{Image, Owner, cancelled};
@@ -377,12 +377,7 @@ impl Image {
     /// # Errors
     /// Those of metadata I/O.
     pub async fn drop_stale_bitmaps(&self) -> Result<()> {
-        let header = self.header().clone();
-        let has_extension = header
-            .extensions
-            .iter()
-            .any(|e| e.kind == extension::BITMAPS);
-        if has_extension && crate::bitmap_load::extension_data(&header).is_none() {
+        if bitmap_load::has_stale(&self.header().clone()) {
             return self
                 .rewrite_header(|header| Stored::default().name_in(header))
                 .await;

@@ -290,7 +290,12 @@ impl BlockDriver for Qcow2 {
             return self.image.mark_corrupt_on_disk().await;
         }
         let stored = self.image.store_bitmaps().await;
-        self.image.commit().await.and(stored)
+        self.image.commit().await.and(stored)?;
+        // Compressed data ends anywhere. Programs that read past the host's cache want whole sectors, but nothing is lost without.
+        if let Err(e) = self.image.file.node().fill_last_sector().await {
+            tracing::debug!("the file does not end with a sector: {e}");
+        }
+        Ok(())
     }
 
     fn as_any(&self) -> &dyn std::any::Any {

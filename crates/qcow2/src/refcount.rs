@@ -301,6 +301,12 @@ impl Refcounts {
         self.blocks.len()
     }
 
+    /// How many blocks are in memory.
+    #[cfg(test)]
+    pub fn cached(&self) -> usize {
+        self.blocks.len()
+    }
+
     fn evict(&mut self) {
         let bytes = self.cache_bytes.load(Ordering::Relaxed);
         let capacity = (bytes >> self.cluster_bits).max(4);

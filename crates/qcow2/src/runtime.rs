@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Options of an open image: [`RuntimeOptions`]. They change how this writer works, not what the image holds.
 //!
-//! Taken at opening, and when an image is reopened: then what was given before and is not given again still holds, and all of it is looked at together.
+//! Taken at opening, and when an image is reopened: then what was given before still holds unless something else is said of the same, and all of it is looked
+//! at together.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -149,6 +150,25 @@ pub(crate) struct RuntimeOptions {
     given: Options,
 }
 
+/// Takes out of what was given before what `new` says in another way. `QEMU: qcow2_join_options`.
+fn drop_overridden(before: &mut Options, new: &Options) {
+    let mut drop_all = |keys: &[&str]| {
+        for key in keys {
+            before.take(key);
+        }
+    };
+    if new.contains("overlap-check") || new.contains("overlap-check.template") {
+        drop_all(&["overlap-check", "overlap-check.template"]);
+        let switches = SWITCHES.map(|(switch, _)| format!("overlap-check.{switch}"));
+        drop_all(&switches.each_ref().map(String::as_str));
+    }
+    if new.contains("cache-size") {
+        drop_all(&["l2-cache-size", "refcount-cache-size"]);
+    } else if new.contains("l2-cache-size") || new.contains("refcount-cache-size") {
+        drop_all(&["cache-size"]);
+    }
+}
+
 impl RuntimeOptions {
     /// Where nothing is said.
     pub fn new(cluster_bits: u32) -> RuntimeOptions {
@@ -166,12 +186,13 @@ impl RuntimeOptions {
         }
     }
 
-    /// Takes what is given out of `options`. What was given before stays, unless `null` takes it back.
+    /// Takes what is given out of `options`. What was given before stays, unless `null` takes it back, or something else is said of the same.
     ///
     /// # Errors
     /// `InvalidArgument` for values that make no sense, alone or together, in QEMU's words.
     pub fn take(&mut self, options: &mut Options, header: &Header) -> Result<()> {
         let mut given = self.given.clone();
+        drop_overridden(&mut given, options);
         let switches = SWITCHES.map(|(switch, _)| format!("overlap-check.{switch}"));
         let keys = KEYS.into_iter().chain(switches.iter().map(String::as_str));
         for key in keys {

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What header extensions refer to: the encryption header, and persistent bitmaps (directory, tables, data).
 
-use blockcore::{BlockError, Child, Diagnostics, ErrorKind, Result, SECTOR_BYTES};
+use blockcore::{BlockError, ErrorKind, Result, SECTOR_BYTES};
 
 use super::Checker;
 use super::count::Use;
-use crate::bitmap::DirectoryEntry;
+use crate::bitmap_load;
+use crate::extension;
 use crate::header::Header;
-use crate::{bitmap_load, extension};
 
 /// Bytes of the extension that names the encryption header: offset, length.
 const ENCRYPTION_BYTES: usize = 16;
@@ -59,20 +59,6 @@ pub(crate) fn encryption_header(header: &Header) -> Result<Option<(u64, u64)>> {
     Ok(Some((offset, length)))
 }
 
-/// Refuses an image whose bitmaps can't be loaded.
-///
-/// # Errors
-/// As [`bitmap_load::load`].
-pub(super) async fn check_loadable(header: &Header, file: &Child) -> Result<()> {
-    if bitmap_load::extension_data(header).is_none() {
-        // Whatever they are, nobody looks at them.
-        return Ok(());
-    }
-    // What there is to warn of is not a check's business.
-    let nobody = Diagnostics::default();
-    bitmap_load::load(file, header, &nobody).await.map(drop)
-}
-
 impl Checker<'_> {
     /// Counts what header extensions refer to.
     pub(super) async fn count_extensions(&mut self) -> Result<()> {
@@ -85,11 +71,16 @@ impl Checker<'_> {
         let Some(data) = bitmap_load::extension_data(&self.header) else {
             return Ok(());
         };
-        let directory = bitmap_load::read_directory(self.file, &self.header, data).await?;
-        let ((offset, bytes), entries) = directory;
+        let (file, header) = (self.file, &self.header);
+        let bits = header.cluster_bits;
+        let ((offset, bytes), entries) = bitmap_load::read_stored(file, header, data).await?;
         self.count(offset, bytes, Use::OTHER);
         for entry in entries {
-            self.count_bitmap(&entry).await?;
+            self.count(entry.table_offset, entry.table_bytes(), Use::OTHER);
+            let table = bitmap_load::read_entries(file, bits, &entry).await?;
+            for host in bitmap_load::data_offsets(&table) {
+                self.count(host, self.cluster, Use::OTHER);
+            }
         }
         Ok(())
     }
@@ -104,14 +95,5 @@ impl Checker<'_> {
         }
         let payload = u64::from(word(&head, LUKS_PAYLOAD_FIELD)) * SECTOR_BYTES;
         Ok(payload <= length)
-    }
-
-    async fn count_bitmap(&mut self, entry: &DirectoryEntry) -> Result<()> {
-        self.count(entry.table_offset, entry.table_bytes(), Use::OTHER);
-        let table = bitmap_load::read_table(self.file, entry, self.header.cluster_bits).await?;
-        for host in bitmap_load::data_offsets(&table) {
-            self.count(host, self.cluster, Use::OTHER);
-        }
-        Ok(())
     }
 }

@@ -33,9 +33,9 @@ pub(crate) async fn open(
 ) -> Result<Box<dyn BlockDriver>> {
     let file = ctx.take_file()?;
     let header = Header::read_for_check(&file).await?;
-    bitmap_load::warn_of_stale(&header, ctx.diagnostics());
     extensions::encryption_header(&header)?;
-    extensions::check_loadable(&header, &file).await?;
+    // Who uses the image could not do without them.
+    bitmap_load::load(&file, &header, ctx.diagnostics()).await?;
     // How a writer works is of no use to a check, but has to make sense.
     RuntimeOptions::new(header.cluster_bits).take(options, &header)?;
     // Metadata is not encrypted.

@@ -16,6 +16,7 @@ mod history;
 mod hostile;
 mod kept;
 mod model;
+mod options;
 mod parked;
 mod repair;
 mod repair_live;

@@ -13,7 +13,9 @@ use blockcore::{CheckFix, ErrorKind, IoBufMut, Node, NodeFlags, Result, WriteFla
 use futures::FutureExt;
 
 use super::repair::{Subject, check_bytes};
-use super::{READ_ONLY, Shape, findings, fresh_image, image_over, node_over, open_on, open_over};
+use super::{
+    READ_ONLY, Shape, findings, fresh_image, image_over, image_with, node_over, open_on, open_over,
+};
 use super::{read_all, write};
 use crate::format::OFLAG_COPIED;
 use crate::image::{Image, Intent};
@@ -128,7 +130,8 @@ async fn an_image_in_use_is_repaired_and_used_on() {
         // What two tables share may be found again, and what was counted behind the end of the file. What the disk holds is right.
         let file = MemoryDriver::new(disk.snapshot());
         let file = file.into_node(READ_ONLY).await.unwrap();
-        let again = image_over(file, subject.backing.clone().open().await).await;
+        let data = subject.backing.open_data().await.unwrap();
+        let again = image_with(file, subject.backing.clone().open().await, data).await;
         let node = node_over(again.unwrap(), READ_ONLY).await;
         assert_reads_as(&sectors(&node).await, &model, &story);
     }

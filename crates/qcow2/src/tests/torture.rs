@@ -256,7 +256,7 @@ impl Plan {
     }
 
     /// The image, and what its data file holds.
-    async fn prepared_both(&self) -> (Vec<u8>, Option<Vec<u8>>) {
+    pub async fn prepared_both(&self) -> (Vec<u8>, Option<Vec<u8>>) {
         let mut bytes = fresh_image(self.shape);
         set_data_file(&mut bytes, self.data_file);
         for &(guest_cluster, value) in &self.compressed {
