@@ -424,18 +424,23 @@ async fn a_parked_first_change_holds_up_nobody() {
 // INV QCOW2-BITMAP-1: no change without the mark.
 #[tokio::test]
 async fn a_copy_that_cannot_be_marked_stops_the_change() {
-    let disk = CrashDriver::new(image_with_bitmap().await);
-    let driver = FaultDriver::new(Box::new(disk.clone()));
-    let faults = driver.faults();
-    let file = driver.into_node(NodeFlags::default()).await.unwrap();
-    let (node, _image) = open_over(file, None).await.unwrap();
-    faults.add(Rule::fail(Event::Flush, libc::EIO).only(0));
-    assert!(write(&node, 0, 512, 1).await.is_err());
-    assert!(read_all(&node).await.iter().all(|&b| b == 0));
-    write(&node, 0, 512, 1).await.unwrap();
-    close(node).await.unwrap();
-    let (copy, _) = reopened(&disk).await;
-    assert_eq!(dirty(&copy, "b"), [(0, 512)]);
+    for event in [Event::Write, Event::Flush] {
+        let disk = CrashDriver::new(image_with_bitmap().await);
+        let driver = FaultDriver::new(Box::new(disk.clone()));
+        let faults = driver.faults();
+        let file = driver.into_node(NodeFlags::default()).await.unwrap();
+        let (node, _image) = open_over(file, None).await.unwrap();
+        faults.add(Rule::fail(event, libc::EIO).only(0));
+        assert!(write(&node, 0, 512, 1).await.is_err());
+        assert!(read_all(&node).await.iter().all(|&b| b == 0));
+        // The next change tries again.
+        write(&node, 0, 512, 1).await.unwrap();
+        let (copy, _) = reopened(&disk).await;
+        assert!(copy.dirty_bitmap("b").unwrap().is_inconsistent());
+        close(node).await.unwrap();
+        let (copy, _) = reopened(&disk).await;
+        assert_eq!(dirty(&copy, "b"), [(0, 512)]);
+    }
 }
 
 /// Sets one byte of an image.
