@@ -86,8 +86,10 @@ async fn some_backing(rng: &mut Rng, sectors: u64) -> Backing {
 fn some_fault(rng: &mut Rng) -> Rule {
     let errno = [libc::EIO, libc::ENOSPC][rng.below(2) as usize];
     let nth = rng.below(80) as u32;
-    match rng.below(4) {
+    match rng.below(6) {
         0 => Rule::fail_all(errno).not_before(nth),
+        2 => Rule::tear_all(errno).not_before(nth),
+        3 => Rule::tear_all(errno).only(nth),
         1 => Rule::fail(Event::Flush, errno).only(nth / 8),
         _ => Rule::fail_all(errno).only(nth),
     }
