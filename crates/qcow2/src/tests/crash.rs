@@ -256,8 +256,8 @@ impl Steps {
         let fix = [CheckFix::None, CheckFix::Leaks, CheckFix::All];
         match rng.below(8) {
             0..2 => Op::Width([1, 2, 4, 8, 16, 32, 64][rng.below(7) as usize]),
-            // A bitmap would not survive that.
-            2..5 if !plan.bitmap => Op::Version(2 + rng.below(2) as u32),
+            // Bitmaps, and clusters that keep their place, are none of version 2's.
+            2..5 if !plan.bitmap && !plan.keeps_places => Op::Version(2 + rng.below(2) as u32),
             _ => Op::Check(fix[rng.below(3) as usize]),
         }
     }
