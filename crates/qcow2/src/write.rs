@@ -229,9 +229,13 @@ impl Image {
                 };
                 let written = self.whole_subclusters(at, at + bytes);
                 let buf = buf.slice(..bytes as usize);
-                self.fill_run(at, buf, run, &written).await?;
-                self.link_run(written, run, false).await?;
-                Ok(bytes)
+                let filled = self.fill_run(at, buf, run, &written).await;
+                if filled.is_ok() || self.reads_raw() {
+                    // INV QCOW2-RAW-1: whatever has come of it, the file is what the disk reads as.
+                    filled.and(self.link_run(written, run, false).await)?;
+                    return Ok(bytes);
+                }
+                filled.map(|()| bytes)
             }
             _ => {
                 let bytes = self.needs_allocation(at, buf.len() as u64).await?;
@@ -303,12 +307,14 @@ impl Image {
             }
             Ok(())
         };
-        if let Err(e) = filled.await {
+        let filled = filled.await;
+        if filled.is_err() && !self.reads_raw() {
             let mut meta = self.meta.lock().await;
             self.unalloc_data(&mut meta, run).await?;
-            return Err(e);
+            return filled;
         }
-        self.link_run(written, run, sparse).await
+        // INV QCOW2-RAW-1: whatever has come of it, such a file is what the disk reads as.
+        filled.and(self.link_run(written, run, sparse).await)
     }
 
     /// Writes `buf` to where it belongs in the host clusters of `run`, with what the guest clusters hold around it: `written` in all.

@@ -4,7 +4,8 @@
 //! # Fault model
 //!
 //! A [`Rule`] picks requests by kind, place, length and content, or by the named point ([`DebugEvent`]) that comes before them; of those that it picks it
-//! lets the first ones pass, acts on the next, and lets the rest pass again, or acts on all. A request that fails has changed nothing; a request that is slow
+//! lets the first ones pass, acts on the next, and lets the rest pass again, or acts on all. A request that fails has changed nothing, or, where a write is torn,
+//! the first half of its sectors; a request that is slow
 //! lets other tasks run, a given number of times, before it begins; one that hangs never ends. The first rule that acts on a request decides.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -18,7 +19,7 @@ use crate::debug::DebugEvent;
 use crate::driver::{BlockDriver, ReadFlags, TruncateRequest, WriteFlags};
 use crate::error::{BlockError, Result};
 use crate::limits::BlockLimits;
-use crate::node::{Node, NodeConfig, NodeFlags};
+use crate::node::{Node, NodeConfig, NodeFlags, SECTOR_BYTES};
 use crate::status::{BlockStatus, StatusMode};
 
 /// A kind of request.
@@ -54,6 +55,7 @@ enum Trigger {
 #[derive(Clone, Copy, Debug)]
 enum Action {
     Fail(i32),
+    Tear(i32),
     Slow(u32),
     Hang,
 }
@@ -96,6 +98,11 @@ impl Rule {
     /// Every request that comes next after this point was passed fails with this errno, whatever its kind.
     pub fn fail_after(point: DebugEvent, errno: i32) -> Rule {
         Rule::new(Trigger::Point(point), Action::Fail(errno))
+    }
+
+    /// Every request fails with this errno, and writes change the first half of their sectors before.
+    pub fn tear_all(errno: i32) -> Rule {
+        Rule::new(Trigger::Any, Action::Tear(errno))
     }
 
     /// Every request of this kind lets other tasks run so many times before it begins.
@@ -190,7 +197,7 @@ impl State {
             self.rules.iter_mut().find_map(acts)
         });
         match found {
-            Some(Action::Fail(_)) => self.failed.push(*request),
+            Some(Action::Fail(_) | Action::Tear(_)) => self.failed.push(*request),
             Some(Action::Hang) => self.hung += 1,
             Some(Action::Slow(_)) | None => {}
         }
@@ -252,23 +259,27 @@ impl Faults {
         state.armed.extend(action);
     }
 
-    async fn meet(
-        &self,
-        event: Event,
-        offset: u64,
-        bytes: u64,
-        first_byte: Option<u8>,
-    ) -> Result<()> {
-        let request = Request {
+    async fn meet(&self, event: Event, offset: u64, bytes: u64) -> Result<()> {
+        self.act(Request {
             event,
             offset,
             bytes,
-            first_byte,
-        };
+            first_byte: None,
+        })
+        .await
+        .map_err(|met| met.error)
+    }
+
+    async fn act(&self, request: Request) -> Result<(), Met> {
         let action = self.lock().action(&request);
+        let failed = |errno, is_torn| {
+            let error = BlockError::from_errno(errno);
+            Err(Met { error, is_torn })
+        };
         match action {
             None => Ok(()),
-            Some(Action::Fail(errno)) => Err(BlockError::from_errno(errno)),
+            Some(Action::Fail(errno)) => failed(errno, false),
+            Some(Action::Tear(errno)) => failed(errno, true),
             Some(Action::Hang) => std::future::pending().await,
             Some(Action::Slow(yields)) => {
                 for _ in 0..yields {
@@ -278,6 +289,13 @@ impl Faults {
             }
         }
     }
+}
+
+/// An error that a request met.
+struct Met {
+    error: BlockError,
+    /// A part of a write was made before.
+    is_torn: bool,
 }
 
 /// Another driver, with faults.
@@ -365,7 +383,7 @@ impl BlockDriver for FaultDriver {
 
     async fn length(&self) -> Result<u64> {
         let length = self.inner.length().await;
-        self.faults.meet(Event::Length, 0, 0, None).await?;
+        self.faults.meet(Event::Length, 0, 0).await?;
         length
     }
 
@@ -376,17 +394,26 @@ impl BlockDriver for FaultDriver {
 
     async fn preadv(&self, offset: u64, buf: IoBufMut, flags: ReadFlags) -> Result<IoBufMut> {
         let bytes = buf.len() as u64;
-        self.faults.meet(Event::Read, offset, bytes, None).await?;
+        self.faults.meet(Event::Read, offset, bytes).await?;
         self.inner.preadv(offset, buf, flags).await
     }
 
     async fn pwritev(&self, offset: u64, buf: IoBuf, flags: WriteFlags) -> Result<()> {
-        let first_byte = buf.slice(..1).to_vec().first().copied();
-        let bytes = buf.len() as u64;
-        self.faults
-            .meet(Event::Write, offset, bytes, first_byte)
-            .await?;
-        self.inner.pwritev(offset, buf, flags).await
+        let request = Request {
+            event: Event::Write,
+            offset,
+            bytes: buf.len() as u64,
+            first_byte: buf.slice(..1).to_vec().first().copied(),
+        };
+        let Err(met) = self.faults.act(request).await else {
+            return self.inner.pwritev(offset, buf, flags).await;
+        };
+        let sector = SECTOR_BYTES as usize;
+        let half = buf.len() / 2 / sector * sector;
+        if met.is_torn && half > 0 {
+            self.inner.pwritev(offset, buf.slice(..half), flags).await?;
+        }
+        Err(met.error)
     }
 
     fn supported_write_flags(&self) -> WriteFlags {
@@ -398,16 +425,12 @@ impl BlockDriver for FaultDriver {
     }
 
     async fn pwrite_zeroes(&self, offset: u64, bytes: u64, flags: WriteFlags) -> Result<()> {
-        self.faults
-            .meet(Event::WriteZeroes, offset, bytes, None)
-            .await?;
+        self.faults.meet(Event::WriteZeroes, offset, bytes).await?;
         self.inner.pwrite_zeroes(offset, bytes, flags).await
     }
 
     async fn pdiscard(&self, offset: u64, bytes: u64) -> Result<()> {
-        self.faults
-            .meet(Event::Discard, offset, bytes, None)
-            .await?;
+        self.faults.meet(Event::Discard, offset, bytes).await?;
         self.inner.pdiscard(offset, bytes).await
     }
 
@@ -416,14 +439,12 @@ impl BlockDriver for FaultDriver {
     }
 
     async fn flush(&self) -> Result<()> {
-        self.faults.meet(Event::Flush, 0, 0, None).await?;
+        self.faults.meet(Event::Flush, 0, 0).await?;
         self.inner.flush().await
     }
 
     async fn truncate(&self, request: TruncateRequest) -> Result<()> {
-        self.faults
-            .meet(Event::Truncate, request.bytes, 0, None)
-            .await?;
+        self.faults.meet(Event::Truncate, request.bytes, 0).await?;
         self.inner.truncate(request).await
     }
 
@@ -443,7 +464,8 @@ mod tests {
 
     #[tokio::test]
     async fn rules_pick_their_requests() {
-        let driver = FaultDriver::new(Box::new(MemoryDriver::new(vec![0; 4096])));
+        let bytes = MemoryDriver::new(vec![0; 4096]);
+        let driver = FaultDriver::new(Box::new(bytes.clone()));
         let faults = driver.faults();
         let node = driver.into_node(NodeFlags::default()).await.unwrap();
         let write = async |offset: u64, byte: u8| {
@@ -464,12 +486,18 @@ mod tests {
         assert_eq!(write(1024, 9).await, Err(libc::EPERM));
         assert_eq!(write(1024, 8).await, Ok(()));
         faults.clear();
+        faults.add(Rule::tear_all(libc::EIO));
+        let torn = node.pwritev(0, vec![7; 2048].into(), WriteFlags::empty());
+        torn.await.unwrap_err();
+        let disk = bytes.snapshot();
+        assert_eq!((disk[0], disk[1023], disk[1024]), (7, 7, 8));
+        faults.clear();
         faults.add(Rule::fail_after(DebugEvent::L2Load, libc::EIO).only(1));
         for expected in [Ok(()), Err(libc::EIO), Ok(())] {
             node.debug_event(DebugEvent::L2Load).await;
             assert_eq!(write(0, 1).await, expected);
         }
         assert_eq!(faults.passed()[&DebugEvent::L2Load], 3);
-        assert_eq!(faults.failed().len(), 4);
+        assert_eq!(faults.failed().len(), 5);
     }
 }

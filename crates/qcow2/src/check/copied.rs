@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use blockcore::{CheckFix, Result};
+use blockcore::{CheckFix, ErrorKind, Result};
 
 use super::count::Use;
 use super::{Checker, Tally};
@@ -145,7 +145,17 @@ impl Checker<'_> {
     async fn wrong_copied(&mut self, entry: u64, host: u64, is_elsewhere: bool) -> Option<u64> {
         let refcount = match is_elsewhere {
             true => 1,
-            false => self.refcount(host / self.cluster).await.ok()?,
+            false => match self.refcount(host / self.cluster).await {
+                Ok(n) => n,
+                // A block at an impossible place has been told of.
+                Err(e) if e.kind() == ErrorKind::Corrupt => return None,
+                Err(e) => {
+                    self.tally.errors += 1;
+                    let (cluster, why) = (host / self.cluster, e.strerror());
+                    self.say(format!("Can't get refcount for cluster {cluster}: {why}"));
+                    return None;
+                }
+            },
         };
         let is_copied = entry & OFLAG_COPIED != 0;
         ((refcount == 1) != is_copied).then_some(refcount)

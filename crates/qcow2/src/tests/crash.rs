@@ -86,8 +86,10 @@ async fn some_backing(rng: &mut Rng, sectors: u64) -> Backing {
 fn some_fault(rng: &mut Rng) -> Rule {
     let errno = [libc::EIO, libc::ENOSPC][rng.below(2) as usize];
     let nth = rng.below(80) as u32;
-    match rng.below(4) {
+    match rng.below(6) {
         0 => Rule::fail_all(errno).not_before(nth),
+        2 => Rule::tear_all(errno).not_before(nth),
+        3 => Rule::tear_all(errno).only(nth),
         1 => Rule::fail(Event::Flush, errno).only(nth / 8),
         _ => Rule::fail_all(errno).only(nth),
     }
@@ -254,8 +256,8 @@ impl Steps {
         let fix = [CheckFix::None, CheckFix::Leaks, CheckFix::All];
         match rng.below(8) {
             0..2 => Op::Width([1, 2, 4, 8, 16, 32, 64][rng.below(7) as usize]),
-            // A bitmap would not survive that.
-            2..5 if !plan.bitmap => Op::Version(2 + rng.below(2) as u32),
+            // Bitmaps, and clusters that keep their place, are none of version 2's.
+            2..5 if !plan.bitmap && !plan.keeps_places => Op::Version(2 + rng.below(2) as u32),
             _ => Op::Check(fix[rng.below(3) as usize]),
         }
     }

@@ -156,6 +156,8 @@ pub(crate) struct Backing {
     pub layers: Vec<Vec<u8>>,
     /// The image's external data file, and the faults that it has.
     pub data: Option<(CrashDriver, Faults)>,
+    /// What requests to it have to be aligned to, in bytes; 0: nothing.
+    pub data_alignment: u32,
 }
 
 impl From<Option<Vec<u8>>> for Backing {
@@ -192,6 +194,7 @@ impl Backing {
             None => Ok(DataFile::Inside),
             Some((disk, faults)) => {
                 let file = FaultDriver::over(Box::new(disk.clone()), faults.clone());
+                let file = file.aligned_to(self.data_alignment.max(1));
                 let node = file.into_node(NodeFlags::default()).await?;
                 let child = Child::new("data-file", ChildRole::Data, node);
                 Ok(DataFile::Outside(child))

@@ -274,6 +274,34 @@ async fn what_can_not_be_repaired_in_use_says_so() {
     assert!(disk.snapshot() == before);
 }
 
+// What a check can not read it does not call sound.
+#[tokio::test]
+async fn a_check_tells_of_every_read_that_fails() {
+    let shape = Shape {
+        cluster_bits: 9,
+        refcount_order: 6,
+        ..Shape::small(1 << 20)
+    };
+    // So many clusters that there are several refcount blocks.
+    let disk = CrashDriver::new(fresh_image(shape));
+    for nth in 0.. {
+        let driver = FaultDriver::new(Box::new(disk.clone()));
+        let faults = driver.faults();
+        let file = driver.into_node(NodeFlags::default()).await.unwrap();
+        let (node, _image) = open_over(file, None).await.unwrap();
+        write(&node, 0, 300 * 512, 1).await.unwrap();
+        node.flush().await.unwrap();
+        faults.add(Rule::fail(Event::Read, libc::EIO).only(nth));
+        let found = node.check(CheckFix::None).await;
+        if faults.failed().is_empty() {
+            assert!(nth > 3 && found.unwrap().messages.is_empty());
+            break;
+        }
+        let is_told = found.is_err() || found.is_ok_and(|found| found.check_errors > 0);
+        assert!(is_told, "read {nth}");
+    }
+}
+
 // INV REQ-DROP-1: a dropped write that is still going on has clusters that nothing refers to yet, and they are no leaks.
 #[tokio::test]
 async fn a_repair_waits_for_dropped_writes() {

@@ -317,3 +317,26 @@ async fn a_raw_data_file_reads_as_the_disk_does_after_a_write_and_a_zero_write_a
         write(&node, 0, cluster, 1).await.unwrap();
     }
 }
+
+// INV QCOW2-RAW-1: nor is a write that has failed half way in the file alone.
+#[tokio::test]
+async fn a_raw_data_file_reads_as_the_disk_does_after_a_write_that_failed() {
+    for shape in [Shape::small(1 << 20), Shape::extended(1 << 20)] {
+        let mut image = fresh_image(shape);
+        set_data_file(&mut image, DataFileKind::Raw);
+        let disk = CrashDriver::new(image);
+        let backing = Backing::default().with_data(disk.beside(vec![0; 1 << 20], 1));
+        let (node, _image) = open_on(disk, &backing).await;
+        let (_, faults) = backing.data.as_ref().unwrap();
+        for at in [0, 5 * CLUSTER] {
+            faults.add(Rule::tear_all(libc::ENOSPC));
+            write(&node, at, 4096, 1).await.unwrap_err();
+            faults.clear();
+            let data = backing.data().unwrap();
+            assert!(data == read_all(&node).await, "after a write to {at:#x}");
+            // The next one finds a cluster that keeps its place.
+            let none = WriteFlags::empty();
+            node.pwrite_zeroes(5 * CLUSTER, 4096, none).await.unwrap();
+        }
+    }
+}

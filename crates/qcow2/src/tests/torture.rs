@@ -430,6 +430,7 @@ impl Disk {
         plan.backing = below(&plan.backing, &disk, start.data.clone());
         if let Some(data) = &mut plan.backing.data {
             data.1 = faults.clone();
+            plan.backing.data_alignment = plan.file_alignment;
         }
         Disk {
             plan,
