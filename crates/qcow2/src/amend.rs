@@ -14,6 +14,7 @@ use blockcore::{
 
 use luks::SlotChange;
 
+use crate::bitmap_load::Stored;
 use crate::create::option;
 use crate::crypto;
 use crate::extension::{self, Extension};
@@ -258,13 +259,18 @@ impl Image {
                     header.compression_type = CompressionType::Zlib;
                     header.autoclear = 0;
                     header.extensions.retain(|e| !names(e));
+                    // Nor does it have bitmaps.
+                    Stored::default().name_in(header);
                 } else if !header.extensions.iter().any(names) {
                     header.extensions.push(extension::feature_names());
                 }
             };
             image.rewrite_header(change).await?;
             image.format_version.store(version, Ordering::Release);
-            Ok(())
+            match version {
+                2 => image.free_unnamed_bitmaps().await,
+                _ => Ok(()),
+            }
         };
         self.spawn_alone(0, MAX_LENGTH_BYTES, work).await
     }
