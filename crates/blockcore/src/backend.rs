@@ -273,6 +273,28 @@ impl Backend {
         chain_status(self.root.node(), None, offset, bytes, mode).await
     }
 
+    /// Reads the VM state area.
+    ///
+    /// # Errors
+    /// As [`Node::load_vmstate`].
+    pub async fn load_vmstate(&self, offset: u64, buf: IoBufMut) -> Result<IoBufMut> {
+        let _in_flight = self.in_flight.enter();
+        self.root.load_vmstate(offset, buf).await
+    }
+
+    /// Writes the VM state area.
+    ///
+    /// # Errors
+    /// As [`Node::save_vmstate`].
+    pub async fn save_vmstate(&self, offset: u64, buf: IoBuf) -> Result<()> {
+        let _in_flight = self.in_flight.enter();
+        self.root.save_vmstate(offset, buf).await?;
+        match self.is_write_through() {
+            true => self.root.flush().await,
+            false => Ok(()),
+        }
+    }
+
     /// Waits until no request of this backend is in flight. New ones may start at once; it is the caller who keeps them away.
     pub async fn drain(&self) {
         self.in_flight.wait_idle().await;

@@ -46,7 +46,14 @@ impl Node {
             return Ok(());
         }
         self.outdate_copies().await?;
-        self.bitmaps.mark(offset..offset + bytes);
+        // Who stores bitmaps says himself how long the disk is. A change that has waited for a shorter disk fails there, and must not make a bitmap longer.
+        let end = match self.driver().dirty_bitmaps() {
+            Some(_) => self.length().min(offset + bytes),
+            None => offset + bytes,
+        };
+        if offset < end {
+            self.bitmaps.mark(offset..end);
+        }
         Ok(())
     }
 
@@ -98,7 +105,19 @@ impl Node {
             Ok(())
         })?;
         self.tracked.settled(0, u64::MAX).await;
+        if new.persistent
+            && let Err(e) = self.check_storable(&bitmap).await
+        {
+            // The disk has grown meanwhile. A growth that begins later looks at the bitmaps first.
+            self.forget(&bitmap);
+            return Err(e);
+        }
         Ok(bitmap)
+    }
+
+    fn forget(&self, bitmap: &Arc<DirtyBitmap>) {
+        self.bitmaps
+            .change(|all| all.retain(|b| !Arc::ptr_eq(b, bitmap)));
     }
 
     async fn default_granularity(&self) -> u64 {
@@ -138,8 +157,7 @@ impl Node {
             self.check_writable(Op::Write)?;
             self.outdate_copies().await?;
         }
-        self.bitmaps
-            .change(|all| all.retain(|b| !Arc::ptr_eq(b, &bitmap)));
+        self.forget(&bitmap);
         Ok(())
     }
 

@@ -43,29 +43,20 @@ impl Node {
     /// `Unsupported` for drivers without checks; `ReadOnly` for repairs on such a node; those of the driver, with [what was found till
     /// then](CheckAborted::found_before). An error in the middle of a repair leaves the node as readable as it was.
     pub async fn check(self: &Arc<Self>, fix: CheckFix) -> Result<CheckResult> {
-        let tell = |node: &Node, e: BlockError| e.during(Op::Check).on_node(node.name());
         if self.is_read_only() {
             if fix != CheckFix::None {
                 self.check_writable(Op::Check)?;
             }
-            return self.driver().check(fix).await.map_err(|e| tell(self, e));
+            let tell = |e: BlockError| e.during(Op::Check).on_node(self.name());
+            return self.driver().check(fix).await.map_err(tell);
         }
-        let tracked = self.tracked.enter(0, u64::MAX, true);
-        let (done, _unless_dropped) = self.orphans.watch();
-        let in_flight = self.tasks.enter_owned();
-        let node = self.clone();
-        let task = tokio::spawn(async move {
-            let _in_flight = in_flight;
-            let _done = done;
-            tracked.turn().await;
+        let work = async move |node: Arc<Node>| {
             let result = node.driver().check(fix).await;
             if fix != CheckFix::None {
                 node.mark_written();
             }
-            drop(tracked);
-            result.map_err(|e| tell(&node, e))
-        });
-        let cancelled = |_| Err(BlockError::from_errno(libc::ECANCELED).during(Op::Check));
-        task.await.unwrap_or_else(cancelled)
+            result
+        };
+        self.change_behind(0, Op::Check, work).await
     }
 }

@@ -28,7 +28,7 @@ use crate::limits::BlockLimits;
 use crate::open::{CreateContext, OpenContext};
 use crate::options::Options;
 use crate::perm::Permissions;
-use crate::snapshot::{SnapshotRequest, SnapshotSelector};
+use crate::snapshot::{AmendProgress, SnapshotRequest, SnapshotSelector};
 use crate::status::{BlockStatus, StatusFlags, StatusMode};
 
 bitflags! {
@@ -418,8 +418,9 @@ pub trait BlockDriver: Send + Sync + 'static {
     /// unsupported. *If the future is dropped*: it isn't; the caller has a task for it.
     ///
     /// One option is in no list: `force`, for what loses data for good, as the last password of an encrypted image. Whoever has no use for it leaves it.
-    async fn amend(&self, options: Options) -> Result<()> {
-        let _nothing = options;
+    /// What takes long tells `progress` of its steps.
+    async fn amend(&self, options: Options, progress: &AmendProgress) -> Result<()> {
+        let _nothing = (options, progress);
         let text = format!(
             "Format driver '{}' does not support option amendment",
             self.format_name()
@@ -459,7 +460,11 @@ pub trait BlockDriver: Send + Sync + 'static {
     /// *The caller guarantees* that no request is in flight. *Errors*: `NotFound`; those of reading metadata. *If omitted*: unsupported.
     async fn snapshot_load(&self, which: &SnapshotSelector) -> Result<()> {
         let _nothing = which;
-        Err(BlockError::from_errno(libc::ENOTSUP))
+        let text = format!(
+            "Block format '{}' used by device '' does not support temporarily loading internal snapshots",
+            self.format_name()
+        );
+        Err(BlockError::from_errno(libc::ENOTSUP).message(text))
     }
 
     /// The dirty bitmaps of a driver that can keep them in its image, those that are there already among them. The node shares the set.
@@ -497,6 +502,12 @@ pub trait BlockDriver: Send + Sync + 'static {
     /// The driver's own options that change what a guest sees; they are part of a node's [`full_name`](crate::Node::full_name). *If omitted*: none.
     fn strong_options(&self) -> &'static [&'static str] {
         &[]
+    }
+
+    /// The children beside the primary one that change what a guest sees, and that nothing but options names; they are part of a node's
+    /// [`full_name`](crate::Node::full_name). *If omitted*: none.
+    fn strong_children(&self) -> Vec<&Child> {
+        Vec::new()
     }
 
     /// The one name that a driver without files has (`null-co://`). *If omitted*: the name the node was opened by.

@@ -5,7 +5,13 @@ use crate::node::Node;
 use crate::options::OptionValue;
 
 /// Options come in this order in a `json:` name; the rest follows, and then [`LAST`].
-const ORDER: [&str; 4] = ["read-zeroes", "offset", "encrypt.key-secret", "driver"];
+const ORDER: [&str; 5] = [
+    "read-zeroes",
+    "offset",
+    "encrypt.key-secret",
+    "header",
+    "driver",
+];
 const LAST: &str = "key-secret";
 
 impl Node {
@@ -45,6 +51,8 @@ impl Node {
         let mut members = vec![("driver", quoted(self.format_name()))];
         let strong = self.strong_options();
         members.extend(strong.iter().map(|(k, v)| (*k, shown(v))));
+        let children = driver.strong_children();
+        members.extend(children.iter().map(|c| (c.name(), c.full_options())));
         match driver.primary() {
             Some(child) if !driver.is_protocol() => {
                 members.push((child.name(), child.full_options()));

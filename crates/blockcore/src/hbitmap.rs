@@ -154,6 +154,30 @@ impl Block {
         changed
     }
 
+    /// Sets the bits that are set in a word, whose first bit is `bit`, too, and says how many that were.
+    fn merge_word(&mut self, bits: u32, bit: u64, word: u64) -> u64 {
+        if word == 0 || *self == Block::Full {
+            return 0;
+        }
+        self.split(bits);
+        let part_bits = bits - FANOUT_BITS;
+        let index = (bit >> part_bits) as usize;
+        let added = match self {
+            Block::Leaf(words) => {
+                let added = word & !words[index];
+                words[index] |= word;
+                u64::from(added.count_ones())
+            }
+            Block::Branch(blocks) => {
+                let within = bit & ((1 << part_bits) - 1);
+                blocks[index].merge_word(part_bits, within, word)
+            }
+            Block::Clear | Block::Full => unreachable!("it was just taken apart"),
+        };
+        self.join(true);
+        added
+    }
+
     /// Sets the bits that are set in `other`, a block of the same size, too, and says how many that were.
     fn merge(&mut self, bits: u32, other: &Block) -> u64 {
         match (&*self, other) {
@@ -343,17 +367,14 @@ impl HBitmap {
     pub fn set_bytes(&mut self, first: u64, bytes: &[u8]) {
         debug_assert!(first.is_multiple_of(WORD_BITS));
         for (i, bytes) in bytes.chunks(8).enumerate() {
+            let bit = first + i as u64 * WORD_BITS;
+            if bit >= self.len {
+                return;
+            }
             let mut word = [0; 8];
             word[..bytes.len()].copy_from_slice(bytes);
-            let mut word = u64::from_le_bytes(word);
-            let base = first + i as u64 * WORD_BITS;
-            // Run by run: words of one run, or of none, are by far the most.
-            while word != 0 {
-                let start = u64::from(word.trailing_zeros());
-                let run = u64::from((word >> start).trailing_ones());
-                self.set(base + start..base + start + run);
-                word &= !mask(start..start + run);
-            }
+            let word = u64::from_le_bytes(word) & mask(0..self.len - bit);
+            self.count += self.root.merge_word(self.root_bits, bit, word);
         }
     }
 }
@@ -434,6 +455,19 @@ mod tests {
             check(&other, &model);
             bitmap.merge(&other);
             assert_eq!(bitmap, other);
+            // The same, by bytes that are set where some are set already, and by more of them than there are bits.
+            let all = bitmap.to_bytes(0, bitmap.len().div_ceil(8) as usize);
+            let mut read = HBitmap::new(bitmap.len());
+            read.set(random_range(&mut rng, bitmap.len()));
+            read.merge(&bitmap);
+            let mut some = HBitmap::new(bitmap.len());
+            read.ranges().step_by(2).for_each(|r| some.set(r));
+            some.set_bytes(0, &all);
+            read.ranges().step_by(2).for_each(|r| bitmap.set(r));
+            assert_eq!(some, bitmap);
+            let mut full = HBitmap::new(bitmap.len());
+            full.set_bytes(64, &vec![0xff; all.len() + 9]);
+            check(&full, &(0..full.len()).map(|b| b >= 64).collect::<Vec<_>>());
         }
     }
 

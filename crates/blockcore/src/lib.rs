@@ -73,6 +73,6 @@ pub use perm::{Perm, Permissions};
 pub use policy::OpenPolicy;
 pub use registry::{Diagnostics, Registry};
 pub use secret::{Secret, Secrets};
-pub use snapshot::{SnapshotRequest, SnapshotSelector};
+pub use snapshot::{AmendProgress, SnapshotRequest, SnapshotSelector};
 pub use status::{BlockStatus, ChainStatus, StatusFlags, StatusMode};
 pub use walk::{chain_below, chain_is_zero, chain_status};

@@ -10,6 +10,8 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock};
 
+use futures::future::BoxFuture;
+
 use crate::backend::InFlight;
 use crate::child::Child;
 use crate::debug::DebugEvent;
@@ -19,7 +21,7 @@ use crate::error::{BlockError, ErrorKind, Op, Result};
 use crate::limits::{BlockLimits, MAX_LENGTH_BYTES};
 use crate::options::{OptionValue, Options};
 use crate::orphan::Orphans;
-use crate::tracked::{TrackedRequest, TrackedRequests};
+use crate::tracked::TrackedRequests;
 
 /// The size of a sector in bytes. Lengths of nodes are multiples of it, as in QEMU.
 pub const SECTOR_BYTES: u64 = 512;
@@ -68,10 +70,12 @@ pub struct Node {
     unmap: AtomicBool,
     debug_events: bool,
     pub(crate) tracked: TrackedRequests,
-    /// Changes of the whole node whose future was dropped, and that go on: later reads wait for them.
+    /// Those of the tracked requests that go on when their future is dropped: changes of length, and of the whole node.
+    pub(crate) changes: TrackedRequests,
+    /// Those of these whose future was dropped: later reads and flushes wait for them.
     pub(crate) orphans: Orphans,
     pub(crate) bitmaps: Arc<DirtyBitmaps>,
-    /// Changes of length that go on when their future is dropped.
+    /// How many of them there are, for closing.
     pub(crate) tasks: Arc<InFlight>,
     /// Counts changes that are done, given up or failed. Two flushes without a step in between are one.
     write_generation: AtomicU64,
@@ -122,6 +126,7 @@ impl Node {
             unmap: AtomicBool::new(f.unmap),
             debug_events,
             tracked: TrackedRequests::default(),
+            changes: TrackedRequests::default(),
             orphans: Orphans::default(),
             bitmaps,
             tasks: Arc::default(),
@@ -264,6 +269,11 @@ impl Node {
     /// The driver's; nothing is known then about what is durable.
     pub async fn flush(&self) -> Result<()> {
         self.settle_orphans(0, u64::MAX).await;
+        self.flush_now().await
+    }
+
+    /// As [`flush`](Node::flush), for a request that is in flight itself: it waits for no other, since those may wait for it.
+    pub(crate) async fn flush_now(&self) -> Result<()> {
         if !self.driver.is_protocol() {
             // A format knows itself what it has to write, and its child below knows whether anything was.
             if let Some(child) = self.driver.primary() {
@@ -308,9 +318,7 @@ impl Node {
             return Err(BlockError::from_errno(libc::EFBIG).message(text));
         }
         let from = self.length().min(request.bytes);
-        // Serialising: nothing may write to what appears or goes while it does.
-        let tracked = self.tracked.enter(from, u64::MAX, true);
-        self.set_length(tracked, move |_| Some(request)).await
+        self.set_length(from, move |_| Some(request)).await
     }
 
     /// Makes the node at least `bytes` long. Never makes it shorter, whatever is written to it meanwhile. Runs to its end even if the future is dropped.
@@ -323,25 +331,33 @@ impl Node {
         if old >= bytes {
             return Ok(());
         }
-        let tracked = self.tracked.enter(old, u64::MAX, true);
         // Looked at again: what was in flight past the old end has made the node longer, and must not be cut off.
         let still_short = move |length| (length < bytes).then(|| TruncateRequest::to(bytes));
-        self.set_length(tracked, still_short).await
+        self.set_length(old, still_short).await
     }
 
-    /// Changes the length when it is the turn of `tracked`, as `request` wants, which is told the length at that time.
+    /// Makes the storage reach to the end of its last sector, which counts as being there. Runs to its end even if the future is dropped.
+    ///
+    /// # Errors
+    /// As [`truncate`](Node::truncate).
+    pub async fn fill_last_sector(self: &Arc<Self>) -> Result<()> {
+        self.check_writable(Op::Truncate)?;
+        if self.driver.length().await?.is_multiple_of(SECTOR_BYTES) {
+            return Ok(());
+        }
+        // What is in flight there comes first.
+        let last = self.length().saturating_sub(SECTOR_BYTES);
+        let all = |length| Some(TruncateRequest::to(length));
+        self.set_length(last, all).await
+    }
+
+    /// Changes the length as `request` wants, which is told the length when nothing behind `from` is in flight any more.
     async fn set_length(
         self: &Arc<Self>,
-        tracked: TrackedRequest,
+        from: u64,
         request: impl FnOnce(u64) -> Option<TruncateRequest> + Send + 'static,
     ) -> Result<()> {
-        let node = self.clone();
-        let in_flight = self.tasks.enter_owned();
-        let (done, _unless_dropped) = self.orphans.watch();
-        let task = tokio::spawn(async move {
-            let _in_flight = in_flight;
-            let _done = done;
-            tracked.turn().await;
+        let change = async move |node: Arc<Node>| {
             let Some(request) = request(node.length()) else {
                 return Ok(());
             };
@@ -356,12 +372,39 @@ impl Node {
             node.mark_written();
             let refreshed = node.refresh_length().await;
             node.bitmaps.set_length(node.length());
-            drop(tracked);
-            result
-                .map_err(|e| e.during(Op::Truncate).on_node(&node.name))
-                .and(refreshed.map(|_| ()))
+            result.and(refreshed.map(|_| ()))
+        };
+        self.change_behind(from, Op::Truncate, change).await
+    }
+
+    /// Changes something that concerns all of the node behind `from`, when nothing there is in flight any more. Runs to its end even if the future is dropped;
+    /// whatever is asked for later waits for it (INV REQ-DROP-1).
+    pub(crate) async fn change_behind<T, F>(
+        self: &Arc<Self>,
+        from: u64,
+        op: Op,
+        change: impl FnOnce(Arc<Node>) -> F,
+    ) -> Result<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T>> + Send + 'static,
+    {
+        // Serialising: nothing may write to what appears or goes while it does.
+        let tracked = self.tracked.enter(from, u64::MAX, true);
+        let listed = self.changes.enter(from, u64::MAX, false);
+        let (done, _unless_dropped) = self.orphans.watch();
+        let in_flight = self.tasks.enter_owned();
+        let node = self.clone();
+        let change = change(self.clone());
+        let task = tokio::spawn(async move {
+            let _in_flight = in_flight;
+            let _done = done;
+            tracked.turn().await;
+            let result = change.await;
+            drop((tracked, listed));
+            result.map_err(|e| e.during(op).on_node(&node.name))
         });
-        let cancelled = |_| Err(BlockError::from_errno(libc::ECANCELED).during(Op::Truncate));
+        let cancelled = |_| Err(BlockError::from_errno(libc::ECANCELED).during(op));
         task.await.unwrap_or_else(cancelled)
     }
 
@@ -420,20 +463,22 @@ impl Node {
     ///
     /// # Errors
     /// The first error of the driver or of a child; everything is closed all the same.
-    pub(crate) async fn release(self: &Arc<Node>) -> Result<()> {
-        if self.users.fetch_sub(1, Ordering::AcqRel) != 1 {
-            return Ok(());
-        }
-        self.tasks.wait_idle().await;
-        let mut result = self
-            .driver
-            .close()
-            .await
-            .map_err(|e| e.during(Op::Close).on_node(&self.name));
-        for child in self.driver.children() {
-            result = result.and(Box::pin(child.close()).await);
-        }
-        result
+    pub(crate) fn release(self: Arc<Node>) -> BoxFuture<'static, Result<()>> {
+        Box::pin(async move {
+            if self.users.fetch_sub(1, Ordering::AcqRel) != 1 {
+                return Ok(());
+            }
+            self.tasks.wait_idle().await;
+            let mut result = self
+                .driver
+                .close()
+                .await
+                .map_err(|e| e.during(Op::Close).on_node(&self.name));
+            for child in self.driver.children() {
+                result = result.and(child.close().await);
+            }
+            result
+        })
     }
 }
 
@@ -454,7 +499,8 @@ mod tests {
     use super::*;
     use crate::buffer::IoBuf;
     use crate::driver::WriteFlags;
-    use crate::testing::CrashDriver;
+    use crate::testing::fault::{Event, Faults, Rule};
+    use crate::testing::{CrashDriver, FaultDriver, MemoryDriver};
     use futures::FutureExt;
 
     // INV REQ-GEN-1: a flush is skipped only if nothing was written since the last one; a write that was given up counts, too.
@@ -475,5 +521,48 @@ mod tests {
         drop(dropped);
         node.flush().await.unwrap();
         assert_eq!(flushes(), 2, "nobody knows what the dropped write has done");
+    }
+
+    /// A node over a disk whose changes of length take their time, and the faults of the disk.
+    async fn node_that_grows_slowly() -> (Arc<Node>, Faults) {
+        let driver = FaultDriver::new(Box::new(MemoryDriver::new(vec![0; 4096])));
+        let faults = driver.faults();
+        faults.add(Rule::slow(Event::Truncate, 1000));
+        let node = driver.into_node(NodeFlags::default()).await.unwrap();
+        (node, faults)
+    }
+
+    /// Begins to make the node longer, and gives that up.
+    async fn give_up_a_growth(node: &Arc<Node>) {
+        let mut growth = Box::pin(node.truncate(TruncateRequest::to(8192)));
+        assert!(growth.as_mut().now_or_never().is_none());
+        tokio::task::yield_now().await;
+        drop(growth);
+        assert!(node.orphans.any(), "it goes on");
+    }
+
+    // INV REQ-DROP-1: who makes a write durable waits for no change that comes after the write, and so not for himself.
+    #[tokio::test(start_paused = true)]
+    async fn a_durable_write_is_not_held_up_by_a_change_of_length_that_was_given_up() {
+        let (node, _faults) = node_that_grows_slowly().await;
+        give_up_a_growth(&node).await;
+        let write = node.pwritev(0, IoBuf::from(vec![1; 512]), WriteFlags::FUA);
+        let done = tokio::time::timeout(std::time::Duration::from_secs(1), write).await;
+        done.expect("the write waits for itself").unwrap();
+    }
+
+    // INV REQ-PARK-1: a flush waits for changes that were given up, and not for others, which may never be polled again.
+    #[tokio::test(start_paused = true)]
+    async fn a_flush_that_waits_for_what_was_given_up_waits_for_nothing_else() {
+        let (node, faults) = node_that_grows_slowly().await;
+        faults.add(Rule::slow(Event::Write, 1));
+        let mut parked = Box::pin(node.pwritev(0, IoBuf::from(vec![1; 512]), WriteFlags::empty()));
+        assert!(parked.as_mut().now_or_never().is_none());
+        give_up_a_growth(&node).await;
+        let flush = tokio::time::timeout(std::time::Duration::from_secs(1), node.flush()).await;
+        flush
+            .expect("the flush waits for the parked write")
+            .unwrap();
+        assert_eq!(node.length(), 8192);
     }
 }

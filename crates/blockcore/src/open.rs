@@ -369,6 +369,10 @@ impl OpenContext<'_> {
         default: Option<&str>,
     ) -> Result<Option<Child>> {
         let own = options.take_subtree(name);
+        if let Some(reference) = options.take_str(name) {
+            let text = format!("Cannot find device='{reference}' nor node-name='{reference}'");
+            return Err(BlockError::new(ErrorKind::NotFound, text));
+        }
         let by_image = own.is_empty();
         let filename = if by_image {
             default.map(|d| resolve_beside(&self.filename, d))
@@ -389,6 +393,10 @@ impl OpenContext<'_> {
             for_check: false,
         };
         let node = Box::pin(open_node(self.shared, request)).await?;
+        if node.is_read_only() && !self.flags.read_only {
+            let text = "Block node is read-only";
+            return Err(BlockError::new(ErrorKind::ReadOnly, text));
+        }
         node.driver()
             .set_permissions(Permissions::storage(!self.flags.read_only))
             .await?;
@@ -409,7 +417,12 @@ impl OpenContext<'_> {
         match options.take("backing") {
             None => {}
             Some(OptionValue::Null) => return Ok(None),
-            Some(OptionValue::Str(s)) if s.is_empty() => return Ok(None),
+            Some(OptionValue::Str(s)) if s.is_empty() => {
+                self.diagnostics().warn(
+                    "warning: Use of \"backing\": \"\" is deprecated; use \"backing\": null instead",
+                );
+                return Ok(None);
+            }
             Some(other) => {
                 let text = format!("Cannot find device='{other}' nor node-name='{other}'");
                 return Err(BlockError::unsupported(text).context("Could not open backing file"));

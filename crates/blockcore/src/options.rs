@@ -11,7 +11,7 @@ use std::fmt;
 use serde_json::Value;
 
 use crate::error::{BlockError, Result};
-use crate::size::{SizeError, parse_size};
+use crate::size::{SizeError, parse_size_to};
 
 /// What tools print below an error about a size.
 const SUFFIX_HINT: &str = "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively.";
@@ -240,11 +240,19 @@ impl Options {
     /// # Errors
     /// `InvalidArgument` with QEMU's text.
     pub fn take_size(&mut self, key: &str) -> Result<Option<u64>> {
+        self.take_size_to(key, i64::MAX as u64)
+    }
+
+    /// As [`take_size`](Options::take_size), for up to `max` bytes.
+    ///
+    /// # Errors
+    /// As [`take_size`](Options::take_size).
+    pub fn take_size_to(&mut self, key: &str, max: u64) -> Result<Option<u64>> {
         let Some(value) = self.map.remove(key) else {
             return Ok(None);
         };
         let value = value.to_string();
-        parse_size(&value).map(Some).map_err(|e| match e {
+        parse_size_to(&value, max).map(Some).map_err(|e| match e {
             SizeError::Syntax => BlockError::invalid(format!(
                 "Parameter '{key}' expects a non-negative number below 2^64"
             ))
@@ -255,7 +263,7 @@ impl Options {
         })
     }
 
-    /// Takes a whole number.
+    /// Takes a whole number as C writes them: `16`, `0x10`, `020`. A negative one counts down from 2^64, as in QEMU.
     ///
     /// # Errors
     /// `InvalidArgument` with QEMU's text.
@@ -263,9 +271,13 @@ impl Options {
         let Some(value) = self.map.remove(key) else {
             return Ok(None);
         };
-        match value.to_string().parse() {
-            Ok(n) => Ok(Some(n)),
-            Err(_) => Err(BlockError::invalid(format!(
+        let value = value.to_string();
+        match parse_c_number(&value) {
+            Some(Ok(n)) => Ok(Some(n)),
+            Some(Err(_)) => Err(BlockError::invalid(format!(
+                "Value '{value}' is too large for parameter '{key}'"
+            ))),
+            None => Err(BlockError::invalid(format!(
                 "Parameter '{key}' expects a number"
             ))),
         }
@@ -301,6 +313,29 @@ impl Options {
     pub fn merge(&mut self, other: Options) {
         self.map.extend(other.map);
     }
+}
+
+/// A whole number as `strtoull` reads it with base 0, and nothing behind it. `Some(Err)`: one that doesn't fit.
+fn parse_c_number(text: &str) -> Option<Result<u64, std::num::ParseIntError>> {
+    let text = text.trim_start_matches([' ', '\t', '\n', '\r', '\u{b}', '\u{c}']);
+    let (is_negative, digits) = match text.strip_prefix('-') {
+        Some(digits) => (true, digits),
+        None => (false, text.strip_prefix('+').unwrap_or(text)),
+    };
+    let hex = digits.strip_prefix("0x").or(digits.strip_prefix("0X"));
+    let (radix, digits) = match hex {
+        Some(hex) => (16, hex),
+        None if digits.len() > 1 && digits.starts_with('0') => (8, &digits[1..]),
+        None => (10, digits),
+    };
+    if digits.is_empty() || !digits.chars().all(|c| c.is_digit(radix)) {
+        return None;
+    }
+    let number = u64::from_str_radix(digits, radix);
+    Some(number.map(|n| match is_negative {
+        true => n.wrapping_neg(),
+        false => n,
+    }))
 }
 
 /// Splits at single commas; a double comma stands for one comma of the text.
@@ -345,6 +380,31 @@ mod tests {
             Some("a,b")
         );
         assert_eq!(json.keys().collect::<Vec<_>>(), ["driver"]);
+    }
+
+    #[test]
+    fn numbers_are_those_of_c() {
+        let take = |text: &str| {
+            let mut options = Options::new().with("n", text);
+            options.take_number("n").map_err(|e| e.to_string())
+        };
+        for (text, value) in [
+            ("16", 16),
+            (" +16", 16),
+            ("0x1f", 31),
+            ("020", 16),
+            ("0", 0),
+            ("-1", u64::MAX),
+            ("18446744073709551615", u64::MAX),
+        ] {
+            assert_eq!(take(text), Ok(Some(value)), "{text}");
+        }
+        for text in ["", "-", "0x", "08", "16k", "1 ", "--1"] {
+            let error = "Parameter 'n' expects a number".to_owned();
+            assert_eq!(take(text), Err(error), "{text}");
+        }
+        let error = "Value '18446744073709551616' is too large for parameter 'n'".to_owned();
+        assert_eq!(take("18446744073709551616"), Err(error));
     }
 
     #[test]

@@ -53,7 +53,8 @@ impl Drop for WrittenOnDrop<'_> {
 }
 
 impl Node {
-    pub(crate) fn align(&self) -> u64 {
+    /// What requests to the driver are aligned to, in bytes.
+    pub fn align(&self) -> u64 {
         self.request_alignment.load(Ordering::Acquire).into()
     }
 
@@ -95,10 +96,12 @@ impl Node {
         self.driver().read_nowait(offset, buf)
     }
 
-    /// INV REQ-DROP-1: waits for changes of the whole node that nobody else waits for any more, as far as they concern `start..end`.
+    /// INV REQ-DROP-1: waits for changes of the whole node that nobody else waits for any more, as far as they concern `start..end`. Not for those who are in
+    /// flight themselves: such a change may wait for them.
     pub(crate) async fn settle_orphans(&self, start: u64, end: u64) {
         if self.orphans.any() {
-            self.tracked.settled(start, end).await;
+            // INV REQ-PARK-1: not for writes, which may never be polled again.
+            self.changes.settled(start, end).await;
         }
     }
 
@@ -283,7 +286,7 @@ impl Node {
         self.grow_length(end);
         if flags.contains(WriteFlags::FUA) && !supported.contains(WriteFlags::FUA) {
             self.mark_written();
-            self.flush().await?;
+            self.flush_now().await?;
         }
         Ok(())
     }
@@ -304,13 +307,15 @@ impl Node {
                     .during(Op::Write),
             );
         }
-        let end = offset + buf.len() as u64;
+        let bytes = buf.len() as u64;
+        self.check_range(offset, bytes, Op::Write)?;
+        let end = offset + bytes;
         let _tracked = self.tracked.begin(offset, end, false).await;
         let _written = WrittenOnDrop(self);
-        self.note_change(offset, end - offset).await?;
+        self.note_change(offset, bytes).await?;
         self.driver()
             .pwritev(offset, buf, WriteFlags::COMPRESSED)
             .await
-            .map_err(|e| e.during(Op::Write).at(offset))
+            .map_err(|e| e.during(Op::Write).on_node(self.name()).at(offset))
     }
 }

@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Changes of a whole node: internal snapshots, and amending. `QEMU: bdrv_snapshot_create` and its siblings, `bdrv_amend_options`.
+//! Changes of a whole node: internal snapshots with their VM state, and amending. `QEMU: bdrv_snapshot_create` and its siblings, `bdrv_amend_options`.
 //!
 //! Taking, applying and deleting a snapshot, and amending, concern every byte of a node, so each enters itself as one serialising change of all of it: it waits for the
 //! changes that are in flight, and those that come later wait for it. Each runs to its end even if its future is dropped.
 
 use std::sync::Arc;
 
+use crate::buffer::{IoBuf, IoBufMut};
 use crate::driver::SnapshotInfo;
 use crate::error::{BlockError, Op, Result};
 use crate::node::Node;
 use crate::options::Options;
+use crate::request::WrittenOnDrop;
+use crate::tracked::TrackedRequest;
 
 /// A snapshot that is to be taken.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -22,7 +25,7 @@ pub struct SnapshotRequest {
     pub date_nsec: u32,
     /// How long the guest has been running, in nanoseconds.
     pub vm_clock_nsec: u64,
-    /// Bytes of VM state that were saved for it (`BlockDriver::save_vmstate`). The active layer has none afterwards.
+    /// Bytes of VM state that were saved for it ([`Node::save_vmstate`]). The active layer has none afterwards.
     pub vm_state_size: u64,
     /// Instructions that the guest has executed, where they are counted.
     pub icount: Option<u64>,
@@ -84,12 +87,33 @@ impl SnapshotSelector {
     }
 }
 
+/// Who is told how far an amending is.
+#[derive(Clone, Default)]
+pub struct AmendProgress(Option<Arc<Observer>>);
+
+type Observer = dyn Fn(u64, u64) + Send + Sync;
+
+impl AmendProgress {
+    /// Calls `observer` with how many steps are done, and how many there are, on the thread that does them. It must not block. How many there are may become
+    /// known only on the way, so that the share that is done may become smaller.
+    pub fn observed(observer: impl Fn(u64, u64) + Send + Sync + 'static) -> AmendProgress {
+        AmendProgress(Some(Arc::new(observer)))
+    }
+
+    /// Tells how far it is.
+    pub fn tell(&self, done: u64, total: u64) {
+        if let Some(observer) = &self.0 {
+            observer(done, total);
+        }
+    }
+}
+
 /// A change of the whole node.
 enum Change {
     Create(SnapshotRequest),
     Goto(SnapshotSelector),
     Delete(SnapshotSelector),
-    Amend(Options),
+    Amend(Options, AmendProgress),
 }
 
 impl Node {
@@ -114,10 +138,6 @@ impl Node {
     /// # Errors
     /// `NotFound` where there is no such snapshot; EBUSY where there are dirty bitmaps, which would miss it; as [`snapshot_create`](Node::snapshot_create).
     pub async fn snapshot_goto(self: &Arc<Self>, which: SnapshotSelector) -> Result<()> {
-        if !self.bitmaps.list().is_empty() {
-            let text = "Device has active dirty bitmaps";
-            return Err(BlockError::from_errno(libc::EBUSY).message(text));
-        }
         self.change_all(Change::Goto(which)).await
     }
 
@@ -134,7 +154,19 @@ impl Node {
     /// # Errors
     /// `Unsupported` for drivers whose images can't be changed so; `InvalidArgument`; `ReadOnly`; those of the driver.
     pub async fn amend(self: &Arc<Self>, options: Options) -> Result<()> {
-        self.change_all(Change::Amend(options)).await
+        self.amend_observed(options, AmendProgress::default()).await
+    }
+
+    /// As [`amend`](Node::amend), and tells how far it is.
+    ///
+    /// # Errors
+    /// As [`amend`](Node::amend).
+    pub async fn amend_observed(
+        self: &Arc<Self>,
+        options: Options,
+        progress: AmendProgress,
+    ) -> Result<()> {
+        self.change_all(Change::Amend(options, progress)).await
     }
 
     /// Shows what the node was when the snapshot was taken, its length included, instead of what it is. The node is read-only, and stays so.
@@ -150,46 +182,71 @@ impl Node {
         Ok(())
     }
 
+    /// Reads the VM state area: `offset` counts from its start. What was never written is zero.
+    ///
+    /// # Errors
+    /// `Unsupported` for drivers without such an area; those of the driver.
+    pub async fn load_vmstate(&self, offset: u64, buf: IoBufMut) -> Result<IoBufMut> {
+        self.settle_orphans(self.length(), u64::MAX).await;
+        let _tracked = self.track_vmstate().await;
+        let loaded = self.driver().load_vmstate(offset, buf).await;
+        loaded.map_err(|e| e.during(Op::Read).on_node(self.name()))
+    }
+
+    /// Writes the VM state area, as [`load_vmstate`](Node::load_vmstate) reads it. The next snapshot keeps it.
+    ///
+    /// # Errors
+    /// `Unsupported` for drivers without such an area; `ReadOnly`; those of the driver.
+    pub async fn save_vmstate(&self, offset: u64, buf: IoBuf) -> Result<()> {
+        let _tracked = self.track_vmstate().await;
+        let _written = WrittenOnDrop(self);
+        let saved = self.driver().save_vmstate(offset, buf).await;
+        saved.map_err(|e| e.during(Op::Write).on_node(self.name()))
+    }
+
+    /// The area begins where the disk ends, and so lies still only as long as the length does.
+    async fn track_vmstate(&self) -> TrackedRequest {
+        self.tracked.begin(self.length(), u64::MAX, false).await
+    }
+
     async fn change_all(self: &Arc<Self>, change: Change) -> Result<()> {
         let op = match change {
-            Change::Amend(_) => Op::Amend,
+            Change::Amend(..) => Op::Amend,
             _ => Op::Snapshot,
         };
         self.check_writable(op)?;
-        let tracked = self.tracked.enter(0, u64::MAX, true);
-        let (done, _unless_dropped) = self.orphans.watch();
-        let in_flight = self.tasks.enter_owned();
-        let node = self.clone();
-        let task = tokio::spawn(async move {
-            let _in_flight = in_flight;
-            let _done = done;
-            tracked.turn().await;
+        let work = async move |node: Arc<Node>| {
             let driver = node.driver();
             let result = match change {
                 Change::Create(request) => driver.snapshot_create(request).await,
-                Change::Goto(which) => driver.snapshot_goto(&which).await,
+                Change::Goto(which) => node.goto_alone(&which).await,
                 Change::Delete(which) => driver.snapshot_delete(&which).await,
-                Change::Amend(options) => node.amend_alone(options).await,
+                Change::Amend(options, progress) => node.amend_alone(options, &progress).await,
             };
             node.mark_written();
             let refreshed = node.refresh_length().await;
             node.bitmaps.set_length(node.length());
-            drop(tracked);
-            result
-                .map_err(|e| e.during(op).on_node(node.name()))
-                .and(refreshed.map(|_| ()))
-        });
-        let cancelled = |_| Err(BlockError::from_errno(libc::ECANCELED).during(op));
-        task.await.unwrap_or_else(cancelled)
+            result.and(refreshed.map(|_| ()))
+        };
+        self.change_behind(0, op, work).await
+    }
+
+    /// Bitmaps would miss what changes. Who adds one after this look waits until it is over.
+    async fn goto_alone(&self, which: &SnapshotSelector) -> Result<()> {
+        if !self.bitmaps.list().is_empty() {
+            let text = "Device has active dirty bitmaps";
+            return Err(BlockError::from_errno(libc::EBUSY).message(text));
+        }
+        self.driver().snapshot_goto(which).await
     }
 
     /// The length may change, and with it what bitmaps cover.
-    async fn amend_alone(&self, options: Options) -> Result<()> {
+    async fn amend_alone(&self, options: Options, progress: &AmendProgress) -> Result<()> {
         if options.contains("size") {
             self.check_bitmaps_resizable()?;
         }
         self.outdate_copies().await?;
-        self.driver().amend(options).await
+        self.driver().amend(options, progress).await
     }
 }
 

@@ -142,7 +142,7 @@ impl Node {
         }
         if need_flush {
             self.mark_written();
-            self.flush().await?;
+            self.flush_now().await?;
         }
         Ok(())
     }

@@ -195,23 +195,18 @@ pub fn check_options(known: &[CreateOption], given: Options) -> Result<Options> 
         let text = value.to_string();
         match option.kind {
             OptionKind::String => out.set(key, text),
-            OptionKind::Bool => match text.as_str() {
-                "on" | "yes" | "true" | "y" => out.set(key, "on"),
-                "off" | "no" | "false" | "n" => out.set(key, "off"),
-                _ => {
-                    return Err(BlockError::invalid(format!(
-                        "Parameter '{key}' expects 'on' or 'off'"
-                    )));
-                }
-            },
-            OptionKind::Number => match text.parse::<u64>() {
-                Ok(n) => out.set(key, n.to_string()),
-                Err(_) => {
-                    return Err(BlockError::invalid(format!(
-                        "Parameter '{key}' expects a number"
-                    )));
-                }
-            },
+            OptionKind::Bool => {
+                let mut one = Options::new().with(key, text.as_str());
+                one.take_bool(key)?;
+                // Shown as it was written.
+                out.set(key, text);
+            }
+            OptionKind::Number => {
+                let mut one = Options::new().with(key, text);
+                let number = one.take_number(key)?.unwrap_or_default();
+                // Shown as QEMU shows it.
+                out.set(key, (number as i64).to_string());
+            }
             OptionKind::Size => out.set(key, option_size(key, &text)?.to_string()),
         }
     }

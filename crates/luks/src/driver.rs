@@ -8,12 +8,12 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use blockcore::{
-    BlockDriver, BlockError, BlockLimits, Child, DriverInfo, ErrorKind, IoBuf, IoBufMut,
-    MAX_LENGTH_BYTES, Options, ReadFlags, Result, Secrets, SpecificInfo, TruncateRequest,
+    AmendProgress, BlockDriver, BlockError, BlockLimits, Child, DriverInfo, ErrorKind, IoBuf,
+    IoBufMut, MAX_LENGTH_BYTES, Options, ReadFlags, Result, Secrets, SpecificInfo, TruncateRequest,
     WriteFlags,
 };
 
-use crate::header::{Header, Payload};
+use crate::header::Header;
 use crate::info::header_info;
 use crate::sector::{INLINE_BYTES_MAX, SECTOR_BYTES, SectorCipher};
 use crate::slot_change::SlotChange;
@@ -32,7 +32,6 @@ pub struct LuksDriver {
     pub(crate) header: Mutex<Header>,
     /// `None`: opened to be looked at, without a password.
     pub(crate) unlocked: Option<Unlocked>,
-    pub(crate) payload: Payload,
     pub(crate) payload_offset: u64,
     /// Where `amend` finds new passwords.
     pub(crate) secrets: Secrets,
@@ -75,13 +74,19 @@ impl BlockDriver for LuksDriver {
     }
 
     fn children(&self) -> Vec<&Child> {
-        std::iter::once(&self.file)
-            .chain(&self.header_file)
-            .collect()
+        self.header_file.iter().chain([&self.file]).collect()
+    }
+
+    fn primary(&self) -> Option<&Child> {
+        Some(&self.file)
     }
 
     fn strong_options(&self) -> &'static [&'static str] {
         &["key-secret"]
+    }
+
+    fn strong_children(&self) -> Vec<&Child> {
+        self.header_file.iter().collect()
     }
 
     fn limits(&self) -> BlockLimits {
@@ -147,7 +152,7 @@ impl BlockDriver for LuksDriver {
         }
     }
 
-    async fn amend(&self, mut options: Options) -> Result<()> {
+    async fn amend(&self, mut options: Options, _progress: &AmendProgress) -> Result<()> {
         let force = options.take_bool("force")?.unwrap_or(false);
         let change = SlotChange::take(&mut options)?;
         let store = FileStore(self.header_file.as_ref().unwrap_or(&self.file));
@@ -177,7 +182,7 @@ impl BlockDriver for LuksDriver {
     async fn specific_info(&self) -> Result<Option<SpecificInfo>> {
         Ok(Some(SpecificInfo {
             type_name: "luks",
-            data: header_info(&self.header(), self.payload, None),
+            data: header_info(&self.header(), None),
         }))
     }
 

@@ -50,13 +50,12 @@ impl DriverFactory for LuksFactory {
             }
         };
         match unlock(ctx, options, &file, header_file.as_ref()).await {
-            Ok((header, unlocked, payload)) => Ok(Box::new(LuksDriver {
+            Ok((header, unlocked)) => Ok(Box::new(LuksDriver {
                 file,
                 header_file,
                 payload_offset: header.payload_offset,
                 header: Mutex::new(header),
                 unlocked,
-                payload,
                 secrets: ctx.registry().secrets().clone(),
             })),
             Err(e) => {
@@ -114,7 +113,7 @@ async fn unlock(
     options: &mut Options,
     file: &Child,
     header_file: Option<&Child>,
-) -> Result<(Header, Option<Unlocked>, Payload)> {
+) -> Result<(Header, Option<Unlocked>)> {
     let key = options.take_str("key-secret");
     let payload = match header_file {
         Some(_) => Payload::Elsewhere,
@@ -123,7 +122,7 @@ async fn unlock(
     let store = FileStore(header_file.unwrap_or(file));
     let header = Header::read(&store, payload).await?;
     if ctx.no_io() {
-        return Ok((header, None, payload));
+        return Ok((header, None));
     }
     let password = ctx
         .registry()
@@ -131,7 +130,7 @@ async fn unlock(
         .password(&key.ok_or_else(no_key)?)?;
     let (_slot, key) = header.unlock(&store, &password).await?;
     let unlocked = Unlocked::new(&header, key)?;
-    Ok((header, Some(unlocked), payload))
+    Ok((header, Some(unlocked)))
 }
 
 fn take_preallocation(options: &mut Options) -> Result<Preallocation> {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use digest::{Digest, FixedOutput, Update};
 use hmac::{EagerHash, Hmac, KeyInit};
 use rustix::time::{ClockId, clock_gettime};
-use zeroize::Zeroize;
+use zeroize::{Zeroize, Zeroizing};
 
 use crate::algorithm::HashAlg;
 
@@ -55,7 +55,7 @@ impl HashAlg {
     }
 
     /// The digest of all parts, one behind the other.
-    pub(crate) fn digest(self, parts: &[&[u8]]) -> Vec<u8> {
+    pub(crate) fn digest(self, parts: &[&[u8]]) -> Zeroizing<Vec<u8>> {
         with_hash!(self, digest_of(parts))
     }
 
@@ -108,12 +108,16 @@ fn cpu_time() -> Duration {
     Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
 }
 
-fn digest_of<D: Digest>(parts: &[&[u8]]) -> Vec<u8> {
+fn digest_of<D: Digest>(parts: &[&[u8]]) -> Zeroizing<Vec<u8>> {
     let mut hash = D::new();
     for part in parts {
         Digest::update(&mut hash, part);
     }
-    hash.finalize().to_vec()
+    // The way to a key leads by digests.
+    let mut digest = hash.finalize();
+    let copy = Zeroizing::new(digest.to_vec());
+    digest.zeroize();
+    copy
 }
 
 fn pbkdf2_of<D: EagerHash>(

@@ -4,15 +4,16 @@
 use serde_json::{Map, Value, json};
 
 use crate::algorithm::IvGen;
-use crate::header::{Header, KeySlot, Payload};
+use crate::header::{Header, KeySlot};
 
 /// The facts of a header, in the order and the words of the tools. `format` is for headers that lie in images of another format.
-pub fn header_info(header: &Header, payload: Payload, format: Option<&str>) -> Map<String, Value> {
+pub fn header_info(header: &Header, format: Option<&str>) -> Map<String, Value> {
     let mut data = Map::new();
     let mut put = |key: &str, value: Value| data.insert(key.to_owned(), value);
     let spec = &header.spec;
     put("ivgen-alg", spec.iv_gen.name().into());
-    put("detached-header", (payload == Payload::Elsewhere).into());
+    // What counts is not where the header was found, but where it says that the payload is.
+    put("detached-header", (header.payload_offset == 0).into());
     put("hash-alg", header.hash.name().into());
     put("cipher-alg", spec.alg.name().into());
     put("uuid", header.uuid.as_str().into());

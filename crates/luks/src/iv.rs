@@ -2,7 +2,6 @@
 //! [`IvGenerator`]: the initialisation vector of a sector, made of its number. Called by `sector`.
 
 use blockcore::Result;
-use zeroize::Zeroizing;
 
 use crate::algorithm::{CipherSpec, IvGen};
 use crate::block_cipher::{BlockCipher, block_cipher};
@@ -27,7 +26,7 @@ impl IvGenerator {
             IvGen::Plain64 => IvGenerator::Plain64,
             IvGen::Essiv => {
                 let hash = spec.iv_hash.expect("a checked specification has one");
-                let salt = Zeroizing::new(hash.digest(&[key]));
+                let salt = hash.digest(&[key]);
                 IvGenerator::Essiv(block_cipher(spec.essiv_cipher(hash)?, &salt))
             }
         })

@@ -24,7 +24,9 @@ use crate::l2_table::Mapping;
 use crate::refcount::Refcounts;
 
 /// So many changed slices are written back without being asked for.
-const DIRTY_SLICES_MAX: usize = 1024;
+const DIRTY_SLICES_MAX: u64 = 1024;
+/// So many bytes of them are, too.
+const DIRTY_BYTES_MAX: u64 = 4 << 20;
 /// So many freed runs are made available without being asked for.
 const FREED_RUNS_MAX: usize = 4096;
 /// So many freed clusters are, too: 64 MiB of the usual size.
@@ -131,8 +133,10 @@ impl Meta {
     }
 
     /// Whether enough has piled up that it should be written back unasked.
-    pub fn wants_commit(&self) -> bool {
-        self.dirty_slices.len() >= DIRTY_SLICES_MAX
+    pub fn wants_commit(&self, slice_bytes: u64) -> bool {
+        let slices = self.dirty_slices.len() as u64;
+        slices >= DIRTY_SLICES_MAX
+            || slices * slice_bytes >= DIRTY_BYTES_MAX
             || self.freed.len() >= FREED_RUNS_MAX
             || self.freed.iter().map(|f| f.count).sum::<u64>() >= FREED_CLUSTERS_MAX
     }

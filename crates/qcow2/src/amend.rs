@@ -1,36 +1,27 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Changing what an image was created with: version, passwords, refcount width, lazy refcounts, length. Called by `driver`.
+//! Changing what an image was created with: version, passwords, refcount width, data file, lazy refcounts, length. Called by `driver`; `amend_version` is the
+//! part that changes the version.
 //!
 //! Options are all looked at before the first one takes effect. They take effect one after the other, in QEMU's order: what a newer version is needed for
 //! comes after the upgrade, and a downgrade comes last. An error leaves those before it done.
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use blockcore::{
-    BlockError, CreateOption, ErrorKind, IoBuf, MAX_LENGTH_BYTES, OptionKind, Options, Result,
+    AmendProgress, BlockError, CreateOption, MAX_LENGTH_BYTES, OptionKind, Options, Result,
     TruncateRequest,
 };
 
 use luks::SlotChange;
 
-use crate::bitmap_load::Stored;
 use crate::create::option;
 use crate::crypto;
-use crate::extension::{self, Extension};
-use crate::format::{L1E_OFFSET_MASK, OFLAG_COMPRESSED, OFLAG_ZERO};
-use crate::header::{Compatible, CompressionType, Header, Incompatible};
-use crate::image::{Image, Intent};
-use crate::l2_entry::L2Entry;
-use crate::l2_table::Mapping;
+use crate::header::{AUTOCLEAR_DATA_FILE_RAW, Compatible, Header};
+use crate::image::Image;
 use crate::overhaul::Overhaul;
-use crate::remap::Remap;
-use crate::snapshot::{self, Snapshot};
 
 /// Byte offset of the compatible feature bits in the header.
 const COMPATIBLE_OFFSET: u64 = 80;
-/// The most zeroes that one write carries, in bytes.
-const ZERO_WRITE_BYTES: u64 = 1 << 20;
 
 /// What `amend` knows, in the order in which tools show it.
 pub fn amend_options() -> &'static [CreateOption] {
@@ -38,13 +29,13 @@ pub fn amend_options() -> &'static [CreateOption] {
         option(
             "backing_file",
             OptionKind::String,
-            "Can't be amended; see rebase",
+            "Name of the backing file; can't be changed here, see rebase",
             None,
         ),
         option(
             "backing_fmt",
             OptionKind::String,
-            "Can't be amended; see rebase",
+            "Format of the backing file; can't be changed here, see rebase",
             None,
         ),
         option(
@@ -56,13 +47,13 @@ pub fn amend_options() -> &'static [CreateOption] {
         option(
             "data_file",
             OptionKind::String,
-            "External data file (not supported yet)",
+            "Name of the external data file",
             None,
         ),
         option(
             "data_file_raw",
             OptionKind::Bool,
-            "Keep the external data file valid as a raw image (not supported yet)",
+            "Keep the external data file valid as a raw image; can only be turned off",
             None,
         ),
         option(
@@ -113,99 +104,198 @@ pub fn amend_options() -> &'static [CreateOption] {
 }
 
 /// Options that have been looked at; `None`: as it is.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Request {
     version: u32,
     lazy: Option<bool>,
     refcount_order: u32,
     size: Option<u64>,
     slots: Option<SlotChange>,
+    /// The name of the external data file; empty: it has none in the image.
+    data_file: Option<String>,
+    data_file_raw: Option<bool>,
 }
 
 impl Request {
     fn new(options: &mut Options, header: &Header) -> Result<Request> {
-        let compat = options.take_str("compat");
-        let version = match compat.as_deref() {
-            None => header.version,
-            Some("0.10" | "v2") => 2,
-            Some("1.1" | "v3") => 3,
-            Some(other) => {
-                let text = format!("Unknown compatibility level {other}");
-                return Err(BlockError::invalid(text));
-            }
-        };
-        let size = options.take_size("size")?;
-        let backing = options.take_str("backing_file").is_some();
-        let backing = options.take_str("backing_fmt").is_some() || backing;
+        let version = take_version(options, header)?;
+        // As QEMU has it, a length of 0 is no length.
+        let size = options.take_size("size")?.filter(|size| *size > 0);
+        let backing = (
+            options.take_str("backing_file"),
+            options.take_str("backing_fmt"),
+        );
         let lazy = options.take_bool("lazy_refcounts")?;
-        let bits = options.take_number("refcount_bits")?;
-        let bits = bits.unwrap_or(1 << header.refcount_order);
-        if !bits.is_power_of_two() || bits > 64 {
-            let text = "Refcount width must be a power of two and may not exceed 64 bits";
-            return Err(BlockError::invalid(text));
-        }
-        if options.take_str("data_file").is_some() {
-            let text = "data-file can only be set for images that use an external data file";
-            return Err(BlockError::invalid(text));
-        }
-        if options.take_bool("data_file_raw")? == Some(true) {
-            let text = "data-file-raw cannot be set on existing images";
-            return Err(BlockError::invalid(text));
-        }
-        if backing {
-            let text = "Cannot amend the backing file";
-            let hint = "You can use 'qemu-img rebase' instead.";
-            return Err(BlockError::invalid(text).hint(hint));
-        }
-        if lazy == Some(true) && version < 3 {
+        let refcount_order = take_refcount_order(options, header, version)?;
+        let (data_file, data_file_raw) = take_data_file(options, header)?;
+        check_same_backing(backing, header)?;
+        let is_lazy = header.compatible.contains(Compatible::LAZY_REFCOUNTS);
+        if lazy == Some(true) && !is_lazy && version < 3 {
             let text = "Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or greater)";
             return Err(BlockError::invalid(text));
         }
-        if version < 3 && bits != 16 {
-            let text = match header.version {
-                2 => {
-                    "Refcount widths other than 16 bits require compatibility level 1.1 or above (use compat=1.1 or greater)"
-                }
-                _ => "compat=0.10 requires refcount_bits=16",
-            };
-            return Err(BlockError::invalid(text));
-        }
         let slots = crypto::take_slot_change(options, header.crypt_method)?;
+        if version < 3 && refcount_order != 4 {
+            return Err(BlockError::invalid("compat=0.10 requires refcount_bits=16"));
+        }
         Ok(Request {
             version,
             slots,
             lazy,
-            refcount_order: bits.trailing_zeros(),
+            refcount_order,
             size,
+            data_file,
+            data_file_raw,
         })
     }
 }
 
+fn take_version(options: &mut Options, header: &Header) -> Result<u32> {
+    let compat = options.take_str("compat");
+    match compat.as_deref() {
+        None => Ok(header.version),
+        Some("0.10" | "v2") => Ok(2),
+        Some("1.1" | "v3") => Ok(3),
+        Some(other) => {
+            let text = format!("Unknown compatibility level {other}");
+            Err(BlockError::invalid(text))
+        }
+    }
+}
+
+fn take_refcount_order(options: &mut Options, header: &Header, version: u32) -> Result<u32> {
+    let before = 1 << header.refcount_order;
+    let bits = options.take_number("refcount_bits")?.unwrap_or(before);
+    if !bits.is_power_of_two() || bits > 64 {
+        let text = "Refcount width must be a power of two and may not exceed 64 bits";
+        return Err(BlockError::invalid(text));
+    }
+    if version < 3 && bits != 16 && bits != before {
+        let text = "Refcount widths other than 16 bits require compatibility level 1.1 or above (use compat=1.1 or greater)";
+        return Err(BlockError::invalid(text));
+    }
+    Ok(bits.trailing_zeros())
+}
+
+/// The name of the data file, and whether it reads as the disk does.
+fn take_data_file(
+    options: &mut Options,
+    header: &Header,
+) -> Result<(Option<String>, Option<bool>)> {
+    let name = options.take_str("data_file");
+    let raw = options.take_bool("data_file_raw")?;
+    if name.is_some() && !header.has_data_file() {
+        let text = "data-file can only be set for images that use an external data file";
+        return Err(BlockError::invalid(text));
+    }
+    if raw == Some(true) && !header.is_data_file_raw() {
+        let text = "data-file-raw cannot be set on existing images";
+        return Err(BlockError::invalid(text));
+    }
+    Ok((name, raw))
+}
+
+/// The backing file stays what it is: only its own name is as good as none.
+fn check_same_backing(wanted: (Option<String>, Option<String>), header: &Header) -> Result<()> {
+    let is = header.backing.as_ref();
+    let name = is.map(|backing| backing.filename.clone());
+    let is = (name, is.and_then(|backing| backing.format.clone()));
+    if wanted == (None, None) || wanted == is {
+        return Ok(());
+    }
+    let text = "Cannot amend the backing file";
+    let hint = "You can use 'qemu-img rebase' instead.";
+    Err(BlockError::invalid(text).hint(hint))
+}
+
+/// How far an amending is in which one thing with many steps is done after the other. `QEMU: qcow2_amend_helper_cb`: what comes later counts for as many steps
+/// as what is being done.
+#[derive(Clone)]
+pub(crate) struct Steps(Arc<Mutex<StepCount>>);
+
+struct StepCount {
+    progress: AmendProgress,
+    /// So many things are still to be done after this one.
+    later: u64,
+    /// Steps of what is done.
+    before: u64,
+    /// Steps of what is being done.
+    current: u64,
+}
+
+impl Steps {
+    fn new(progress: AmendProgress, things: u64) -> Steps {
+        Steps(Arc::new(Mutex::new(StepCount {
+            progress,
+            later: things.saturating_sub(1),
+            before: 0,
+            current: 0,
+        })))
+    }
+
+    fn count(&self) -> MutexGuard<'_, StepCount> {
+        self.0
+            .lock()
+            .expect("no code panics while it holds this lock")
+    }
+
+    /// How far it is with what is being done.
+    pub fn tell(&self, done: u64, total: u64) {
+        let mut count = self.count();
+        count.current = total;
+        let all = count.before + total * (1 + count.later);
+        count.progress.tell(count.before + done, all);
+    }
+
+    /// The next thing begins.
+    fn next(&self) {
+        let mut count = self.count();
+        if count.current > 0 {
+            count.before += std::mem::take(&mut count.current);
+            count.later = count.later.saturating_sub(1);
+        }
+    }
+}
+
 impl Image {
-    /// Changes options of the image.
+    /// Changes options of the image, and tells how far it is.
     ///
     /// # Errors
     /// `InvalidArgument` for options that make no sense or can't be changed, before anything is; those of metadata I/O.
-    pub async fn amend(self: &Arc<Self>, mut options: Options) -> Result<()> {
+    pub async fn amend(
+        self: &Arc<Self>,
+        mut options: Options,
+        progress: &AmendProgress,
+    ) -> Result<()> {
         self.check_sound()?;
         let force = options.take_bool("force")?.unwrap_or(false);
-        let request = Request::new(&mut options, &self.header())?;
+        let header = self.header().clone();
+        let request = Request::new(&mut options, &header)?;
         if let Some((key, _)) = options.iter().next() {
             let text = format!("Invalid parameter '{key}'");
             return Err(BlockError::invalid(text));
         }
-        if request.version > self.version() {
-            self.change_version(3).await?;
+        let things = u64::from(request.version != header.version)
+            + u64::from(request.refcount_order != header.refcount_order)
+            + u64::from(request.slots.is_some());
+        let steps = Steps::new(progress.clone(), things);
+        if request.version > header.version {
+            self.change_version(3, &steps).await?;
+            steps.next();
         }
         if let Some(change) = request.slots {
             self.change_slots(change, force).await?;
         }
-        if request.refcount_order != self.header().refcount_order {
-            let order = request.refcount_order;
-            let work = move |image: Arc<Image>| async move { image.change_order(order).await };
+        if request.refcount_order != header.refcount_order {
+            let (order, told) = (request.refcount_order, steps.clone());
+            let work =
+                move |image: Arc<Image>| async move { image.change_order(order, &told).await };
             self.spawn_alone(0, MAX_LENGTH_BYTES, work).await?;
+            steps.next();
         }
-        if let Some(lazy) = request.lazy {
+        self.change_data_file(request.data_file, request.data_file_raw)
+            .await?;
+        if let Some(lazy) = request.lazy.filter(|_| request.version >= 3) {
             self.change_lazy(lazy).await?;
         }
         if let Some(size) = request.size {
@@ -213,18 +303,41 @@ impl Image {
             resize.exact = true;
             self.truncate(resize).await?;
         }
-        if request.version < self.version() {
-            self.change_version(2).await?;
+        if request.version < header.version {
+            self.change_version(2, &steps).await?;
         }
         Ok(())
     }
 
     /// Gives every refcount another width. The caller holds `changing` over all.
-    async fn change_order(self: Arc<Self>, order: u32) -> Result<()> {
-        let overhaul = Overhaul::begin_with_order(&self, order).await?;
+    async fn change_order(self: Arc<Self>, order: u32, steps: &Steps) -> Result<()> {
+        let overhaul = Overhaul::begin_with_order(&self, order, steps).await?;
         let mut header = self.header().clone();
         header.refcount_order = order;
         overhaul.finish(header, self.l1.to_vec()).await
+    }
+
+    /// Gives the external data file another name, an empty one for none, or says whether it reads as the disk does. The file that is open stays open.
+    async fn change_data_file(
+        self: &Arc<Self>,
+        name: Option<String>,
+        raw: Option<bool>,
+    ) -> Result<()> {
+        if name.is_none() && raw.is_none() {
+            return Ok(());
+        }
+        let work = move |image: Arc<Image>| async move {
+            let change = |header: &mut Header| {
+                if let Some(name) = name {
+                    header.name_data_file(&name);
+                }
+                if raw == Some(false) {
+                    header.autoclear &= !AUTOCLEAR_DATA_FILE_RAW;
+                }
+            };
+            image.rewrite_header(change).await
+        };
+        self.spawn_alone(0, MAX_LENGTH_BYTES, work).await
     }
 
     async fn change_lazy(self: &Arc<Self>, lazy: bool) -> Result<()> {
@@ -237,164 +350,5 @@ impl Image {
         self.write_header_bytes(COMPATIBLE_OFFSET, bytes).await?;
         self.header().compatible = features;
         Ok(())
-    }
-
-    /// Makes the header that of another version.
-    async fn change_version(self: &Arc<Self>, version: u32) -> Result<()> {
-        let work = move |image: Arc<Image>| async move {
-            match version {
-                2 => {
-                    image.check_downgrade().await?;
-                    image.replace_zero_clusters().await?;
-                }
-                _ => image.complete_snapshots().await?,
-            }
-            image.commit().await?;
-            let change = |header: &mut Header| {
-                header.version = version;
-                let names = |e: &Extension| e.kind == extension::FEATURE_NAMES;
-                if version < 3 {
-                    header.compatible = Compatible::empty();
-                    header.incompatible.remove(Incompatible::COMPRESSION);
-                    header.compression_type = CompressionType::Zlib;
-                    header.autoclear = 0;
-                    header.extensions.retain(|e| !names(e));
-                    // Nor does it have bitmaps.
-                    Stored::default().name_in(header);
-                } else if !header.extensions.iter().any(names) {
-                    header.extensions.push(extension::feature_names());
-                }
-            };
-            image.rewrite_header(change).await?;
-            image.format_version.store(version, Ordering::Release);
-            match version {
-                2 => image.free_unnamed_bitmaps().await,
-                _ => Ok(()),
-            }
-        };
-        self.spawn_alone(0, MAX_LENGTH_BYTES, work).await
-    }
-
-    /// Version 3 wants to know of each snapshot how long the disk was. In version 2 it can't have had another length than now. The caller holds `changing`
-    /// over all.
-    async fn complete_snapshots(self: &Arc<Self>) -> Result<()> {
-        let mut header = self.header().clone();
-        let mut table = snapshot::read_table(&header, &self.file).await?;
-        if table.snapshots.iter().all(|s| s.is_complete) {
-            return Ok(());
-        }
-        for s in &mut table.snapshots {
-            s.disk_size.get_or_insert(self.size());
-        }
-        let mut overhaul = Overhaul::begin(self).await?;
-        overhaul.write_snapshots(&mut header, &table).await?;
-        overhaul.finish(header, self.l1.to_vec()).await
-    }
-
-    /// Version 2 has no zero clusters: where nothing is below they become unallocated, else data. The caller holds `changing` over all.
-    async fn replace_zero_clusters(self: &Arc<Self>) -> Result<()> {
-        let header = self.header().clone();
-        for s in &snapshot::read_table(&header, &self.file).await?.snapshots {
-            for &entry in self
-                .snapshot_l1(s)
-                .await?
-                .iter()
-                .filter(|&&e| e & L1E_OFFSET_MASK != 0)
-            {
-                let bytes = self.cluster_size() as usize;
-                let table = self.read_words(entry & L1E_OFFSET_MASK, bytes).await?;
-                if table
-                    .iter()
-                    .any(|e| e & (OFLAG_ZERO | OFLAG_COMPRESSED) == OFLAG_ZERO)
-                {
-                    let text = format!(
-                        "Snapshot '{}' has zero clusters, which compat=0.10 has not",
-                        s.name
-                    );
-                    return Err(BlockError::new(ErrorKind::Unsupported, text));
-                }
-            }
-        }
-        let _epoch = self.epochs.enter();
-        let clusters = self.size().div_ceil(self.cluster_size());
-        if self.backing.is_none() {
-            return self
-                .remap(0, clusters, false, |mapping, _| match mapping {
-                    Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => {
-                        Remap::Replace(L2Entry::default())
-                    }
-                    _ => Remap::Keep,
-                })
-                .await;
-        }
-        let mut at = 0;
-        while at < self.size() {
-            let (mapping, bytes) = self.run(at, self.size() - at, Intent::Write).await?;
-            let mut done = 0;
-            while done < bytes
-                && matches!(mapping, Mapping::ZeroPlain | Mapping::ZeroAllocated { .. })
-            {
-                let n = (bytes - done).min(ZERO_WRITE_BYTES);
-                done += self
-                    .write_some(at + done, IoBuf::zeroes(n as usize))
-                    .await?;
-            }
-            at += bytes;
-        }
-        Ok(())
-    }
-
-    /// What version 2 has no words for, in QEMU's order. The caller holds `changing` over all.
-    async fn check_downgrade(self: &Arc<Self>) -> Result<()> {
-        let unsupported = |text: String| Err(BlockError::new(ErrorKind::Unsupported, text));
-        let header = self.header().clone();
-        if header.refcount_order != 4 {
-            return Err(BlockError::invalid("compat=0.10 requires refcount_bits=16"));
-        }
-        if header.incompatible.contains(Incompatible::DATA_FILE) {
-            return unsupported("Cannot downgrade an image with a data file".to_owned());
-        }
-        let snapshots = snapshot::read_table(&header, &self.file).await?.snapshots;
-        let is_new = |s: &Snapshot| {
-            s.vm_state_size > u64::from(u32::MAX)
-                || s.disk_size.is_some_and(|size| size != self.size())
-        };
-        if snapshots.iter().any(is_new) {
-            return unsupported("Internal snapshots prevent downgrade of image".to_owned());
-        }
-        let others = header.incompatible - Incompatible::COMPRESSION;
-        if !others.is_empty() {
-            let bits = others.bits();
-            return unsupported(format!(
-                "Cannot downgrade an image with incompatible features {bits:#x} set"
-            ));
-        }
-        if header.compression_type != CompressionType::Zlib {
-            self.commit().await?;
-            let mut has_compressed = self.has_compressed(&self.l1.to_vec()).await?;
-            for s in &snapshots {
-                has_compressed |= self.has_compressed(&self.snapshot_l1(s).await?).await?;
-            }
-            if has_compressed {
-                return unsupported(
-                    "Cannot downgrade an image with zstd compression type and existing compressed clusters"
-                        .to_owned(),
-                );
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether there are compressed clusters beneath an L1 table, which has no extended entries.
-    async fn has_compressed(&self, l1: &[u64]) -> Result<bool> {
-        for table in l1.iter().map(|entry| entry & L1E_OFFSET_MASK) {
-            if table != 0 {
-                let words = self.read_words(table, self.cluster_size() as usize).await?;
-                if words.iter().any(|entry| entry & OFLAG_COMPRESSED != 0) {
-                    return Ok(true);
-                }
-            }
-        }
-        Ok(false)
     }
 }

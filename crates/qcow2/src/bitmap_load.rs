@@ -14,10 +14,10 @@ use blockcore::{
 };
 
 use crate::bitmap::{self, BitmapFlags, BitmapsExtension, DirectoryEntry, TableEntry};
-use crate::extension;
+use crate::extension::{self, Extension};
 use crate::header::{AUTOCLEAR_BITMAPS, Header};
 use crate::image::{Image, Owner};
-use crate::open::read_table;
+use crate::open;
 
 /// A bitmap that the image holds, right or not.
 #[derive(Clone, Debug)]
@@ -68,6 +68,30 @@ pub(crate) fn extension_data(header: &Header) -> Option<&[u8]> {
     counts.then_some(&extension.data)
 }
 
+/// Whether there are bitmaps that don't count.
+pub(crate) fn has_stale(header: &Header) -> bool {
+    let is_bitmaps = |e: &Extension| e.kind == extension::BITMAPS;
+    extension_data(header).is_none() && header.extensions.iter().any(is_bitmaps)
+}
+
+/// Says that the bitmaps of an image are worthless, if they are: a program that knows nothing of them has changed it.
+fn warn_of_stale(header: &Header, diagnostics: &Diagnostics) {
+    if !has_stale(header) {
+        return;
+    }
+    let what = match header.version {
+        2 => {
+            "This qcow2 v2 image contains bitmaps, but they may have been modified by a program without persistent bitmap support; so now they must all be considered inconsistent"
+        }
+        _ => {
+            "a program lacking bitmap support modified this file, so all bitmaps are now considered inconsistent"
+        }
+    };
+    diagnostics.warn(&format!("warning: {what}"));
+    diagnostics
+        .warn("Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix.");
+}
+
 /// Reads all bitmaps of an image.
 ///
 /// # Errors
@@ -77,22 +101,8 @@ pub(crate) async fn load(
     header: &Header,
     diagnostics: &Diagnostics,
 ) -> Result<Bitmaps> {
-    let mut extensions = header.extensions.iter();
-    if extensions.all(|e| e.kind != extension::BITMAPS) {
-        return Ok(Bitmaps::default());
-    }
     let Some(data) = extension_data(header) else {
-        let what = match header.version {
-            2 => {
-                "This qcow2 v2 image contains bitmaps, but they may have been modified by a program without persistent bitmap support; so now they must all be considered inconsistent"
-            }
-            _ => {
-                "a program lacking bitmap support modified this file, so all bitmaps are now considered inconsistent"
-            }
-        };
-        diagnostics.warn(&format!("warning: {what}"));
-        diagnostics
-            .warn("Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix.");
+        warn_of_stale(header, diagnostics);
         return Ok(Bitmaps::default());
     };
     let stored = read_stored(file, header, data).await?;
@@ -128,8 +138,11 @@ pub(crate) async fn load(
     })
 }
 
-/// Reads the directory: where it is, and its entries.
-async fn read_stored(
+/// Reads the directory: where it is, how long it is, and its entries.
+///
+/// # Errors
+/// `InvalidImage` for what can't be, with QEMU's words; those of the file.
+pub(crate) async fn read_stored(
     file: &Child,
     header: &Header,
     data: &[u8],
@@ -152,6 +165,21 @@ async fn read_stored(
     Ok(((offset, size), entries))
 }
 
+/// Reads the table of a bitmap.
+///
+/// # Errors
+/// `InvalidArgument` for an entry that makes no sense; those of the file.
+pub(crate) async fn read_entries(
+    file: &Child,
+    cluster_bits: u32,
+    entry: &DirectoryEntry,
+) -> Result<Vec<TableEntry>> {
+    let words = open::read_table(file, entry.table_offset, entry.table_size as usize).await?;
+    let decode = |w: &u64| TableEntry::decode(*w, cluster_bits);
+    let table: Option<Vec<TableEntry>> = words.iter().map(decode).collect();
+    table.ok_or_else(|| BlockError::from_errno(libc::EINVAL))
+}
+
 struct Reader<'a> {
     file: &'a Child,
     cluster_bits: u32,
@@ -168,12 +196,14 @@ impl Reader<'_> {
             .persistent(true);
         if entry.is_in_use() {
             // What can't be read of it is lost when it is removed, and that is all.
-            let table = self.read_table(&entry).await.unwrap_or_default();
+            let table = read_entries(self.file, self.cluster_bits, &entry).await;
+            let table = table.unwrap_or_default();
             let data = data_offsets(&table);
             return Ok((StoredBitmap::new(entry, data), bitmap.inconsistent()));
         }
         let name = entry.name();
-        let table = self.read_table(&entry).await.map_err(|e| {
+        let table = read_entries(self.file, self.cluster_bits, &entry).await;
+        let table = table.map_err(|e| {
             e.context(format!(
                 "Could not read bitmap_table table from image for bitmap '{name}'"
             ))
@@ -183,13 +213,6 @@ impl Reader<'_> {
             read.map_err(|e| e.context(format!("Could not read bitmap '{name}' from image")))?;
         let data = data_offsets(&table);
         Ok((StoredBitmap::new(entry, data), bitmap.with_bits(bits)))
-    }
-
-    async fn read_table(&self, entry: &DirectoryEntry) -> Result<Vec<TableEntry>> {
-        let words = read_table(self.file, entry.table_offset, entry.table_size as usize).await?;
-        let decode = |w: &u64| TableEntry::decode(*w, self.cluster_bits);
-        let table: Option<Vec<TableEntry>> = words.iter().map(decode).collect();
-        table.ok_or_else(|| BlockError::from_errno(libc::EINVAL))
     }
 
     async fn read_bits(&mut self, entry: &DirectoryEntry, table: &[TableEntry]) -> Result<HBitmap> {
@@ -222,7 +245,8 @@ impl Reader<'_> {
     }
 }
 
-fn data_offsets(table: &[TableEntry]) -> Vec<u64> {
+/// Where the bits of a table lie.
+pub(crate) fn data_offsets(table: &[TableEntry]) -> Vec<u64> {
     let offset = |e: &TableEntry| match *e {
         TableEntry::Data(offset) => Some(offset),
         TableEntry::Zeroes | TableEntry::Ones => None,

@@ -25,10 +25,17 @@ use crate::bitmap::{
     self, BitmapFlags, BitmapsExtension, DirectoryEntry, MAX_BITMAP_BYTES, MAX_BITMAPS,
     MAX_DIRECTORY_BYTES, MAX_NAME_BYTES, TableEntry,
 };
-use crate::bitmap_load::{Stored, StoredBitmap};
+use crate::bitmap_load::{self, Stored, StoredBitmap};
 use crate::extension::{self, Extension};
 use crate::header::{AUTOCLEAR_BITMAPS, Header};
 use crate::image::{Image, Owner, cancelled};
+
+/// A bitmap that belongs on disk.
+struct Wanted {
+    bitmap: Arc<DirtyBitmap>,
+    /// Which of the stored ones is its copy.
+    place: Option<usize>,
+}
 
 /// Clusters that were taken for new copies. Nothing names them before the header does.
 #[derive(Debug, Default)]
@@ -51,13 +58,11 @@ impl Image {
         if name.contains('\0') {
             return Err(BlockError::invalid("Name contains a zero byte"));
         }
-        let bytes = bitmap::bitmap_bytes(self.size(), granularity.trailing_zeros());
-        if bytes > MAX_BITMAP_BYTES {
-            let text = "Too much space will be occupied by the bitmap. Use larger granularity";
-            return Err(BlockError::invalid(text));
-        }
+        check_space(self.size(), granularity)?;
         let all = self.bitmaps.set.list();
-        let stored = all.iter().filter(|b| b.is_persistent());
+        // It may be among them already.
+        let is_other = |b: &&Arc<DirtyBitmap>| b.is_persistent() && b.name() != name;
+        let stored = all.iter().filter(is_other);
         if stored.clone().count() >= MAX_BITMAPS as usize {
             let text = "Maximum number of persistent bitmaps is already reached";
             return Err(BlockError::invalid(text));
@@ -69,6 +74,16 @@ impl Image {
             return Err(BlockError::invalid(text));
         }
         Ok(())
+    }
+
+    /// Whether a disk of so many bytes can have the bitmaps that are stored.
+    ///
+    /// # Errors
+    /// `InvalidArgument` with the name of one that would be too long.
+    pub fn check_bitmaps_fit(&self, disk_bytes: u64) -> Result<()> {
+        let all = self.bitmaps.set.list();
+        let mut stored = all.iter().filter(|b| b.is_persistent());
+        stored.try_for_each(|b| check_fits(b, disk_bytes))
     }
 
     /// Makes it durable that the copies on disk are outdated. INV QCOW2-BITMAP-1.
@@ -158,39 +173,47 @@ impl Image {
     }
 
     /// The bitmaps that belong on disk: those that are there in their order, then the new ones, the newest first.
-    fn bitmaps_to_store(&self, stored: &Stored) -> Vec<Arc<DirtyBitmap>> {
+    fn bitmaps_to_store(&self, stored: &Stored) -> Vec<Wanted> {
         if self.version() < 3 {
             return Vec::new();
         }
-        let mut wanted = self.bitmaps.set.list();
-        wanted.retain(|b| b.is_persistent());
-        wanted.reverse();
         let of = |b: &StoredBitmap| b.of.as_ptr();
         let places: HashMap<_, _> = (stored.bitmaps.iter().zip(0..))
             .map(|(b, i)| (of(b), i))
             .collect();
-        wanted.sort_by_key(|b| places.get(&Arc::as_ptr(b)).copied().unwrap_or(usize::MAX));
+        let all = self.bitmaps.set.list().into_iter().rev();
+        let stored = all.filter(|b| b.is_persistent());
+        let mut wanted: Vec<Wanted> = stored
+            .map(|bitmap| Wanted {
+                place: places.get(&Arc::as_ptr(&bitmap)).copied(),
+                bitmap,
+            })
+            .collect();
+        wanted.sort_by_key(|w| w.place.unwrap_or(usize::MAX));
         wanted
     }
 
-    fn is_stored(&self, stored: &Stored, wanted: &[Arc<DirtyBitmap>]) -> bool {
-        let names = stored.bitmaps.iter().map(|b| b.entry.name());
+    fn is_stored(&self, stored: &Stored, wanted: &[Wanted]) -> bool {
+        let places = (0..stored.bitmaps.len()).map(Some);
         let are_current = self.bitmaps.set.copies_are_current();
-        names.eq(wanted.iter().map(|b| b.name()))
-            && (are_current || wanted.iter().all(|b| b.is_inconsistent()))
+        places.eq(wanted.iter().map(|w| w.place))
+            && (are_current || wanted.iter().all(|w| w.bitmap.is_inconsistent()))
     }
 
     /// Writes everything that the header is to name, and makes it durable.
     async fn write_bitmaps(
         self: &Arc<Self>,
         stored: &Stored,
-        wanted: &[Arc<DirtyBitmap>],
+        wanted: &[Wanted],
         made: &mut Made,
     ) -> Result<Stored> {
+        let bitmaps = wanted.iter().map(|w| &w.bitmap);
+        for bitmap in bitmaps.filter(|b| !b.is_inconsistent()) {
+            self.check_length(bitmap)?;
+        }
         let mut new = Stored::default();
-        for bitmap in wanted {
-            let mut old = stored.bitmaps.iter();
-            let old = old.find(|b| b.entry.name() == bitmap.name());
+        for Wanted { bitmap, place } in wanted {
+            let old = place.and_then(|i| stored.bitmaps.get(i));
             new.bitmaps.push(match old {
                 Some(old) if bitmap.is_inconsistent() => old.clone(),
                 _ => self.write_bitmap(bitmap, old, made).await?,
@@ -209,6 +232,17 @@ impl Image {
         // INV QCOW2-ORD-1, INV QCOW2-BITMAP-1: refcounts, what was written above, and the changes that it tells of.
         self.commit().await?;
         Ok(new)
+    }
+
+    /// Whether a bitmap is as long as readers want it to be: an image with another one is opened by nobody any more.
+    fn check_length(&self, bitmap: &DirtyBitmap) -> Result<()> {
+        if bitmap.length() != self.size() {
+            // A change of the length whose runtime has ended half way.
+            let name = bitmap.name();
+            let text = format!("Bitmap '{name}' is for a disk of another length");
+            return Err(BlockError::invalid(text));
+        }
+        check_fits(bitmap, self.size())
     }
 
     /// Writes a bitmap's bits and table.
@@ -355,18 +389,28 @@ impl Image {
     /// # Errors
     /// Those of metadata I/O.
     pub async fn drop_stale_bitmaps(&self) -> Result<()> {
-        let header = self.header().clone();
-        let has_extension = header
-            .extensions
-            .iter()
-            .any(|e| e.kind == extension::BITMAPS);
-        if has_extension && crate::bitmap_load::extension_data(&header).is_none() {
+        if bitmap_load::has_stale(&self.header().clone()) {
             return self
                 .rewrite_header(|header| Stored::default().name_in(header))
                 .await;
         }
         Ok(())
     }
+}
+
+/// Whether a bitmap for a disk of so many bytes is no longer than a reader takes.
+fn check_space(disk_bytes: u64, granularity: u64) -> Result<()> {
+    if bitmap::bitmap_bytes(disk_bytes, granularity.trailing_zeros()) > MAX_BITMAP_BYTES {
+        let text = "Too much space will be occupied by the bitmap. Use larger granularity";
+        return Err(BlockError::invalid(text));
+    }
+    Ok(())
+}
+
+fn check_fits(bitmap: &DirtyBitmap, disk_bytes: u64) -> Result<()> {
+    let name = bitmap.name();
+    check_space(disk_bytes, bitmap.granularity())
+        .map_err(|e| e.context(format!("Bitmap '{name}' doesn't satisfy the constraints")))
 }
 
 /// An entry that has no more than a name, for counting.

@@ -15,8 +15,7 @@ use blockcore::{
     SECTOR_BYTES, Secret, Secrets,
 };
 use luks::{
-    HeaderStore, INLINE_BYTES_MAX, MadeVolume, MasterKey, NewVolume, Payload, SectorCipher,
-    SlotChange, Unlocked,
+    HeaderStore, MadeVolume, MasterKey, NewVolume, Payload, SectorCipher, SlotChange, Unlocked,
 };
 use serde_json::{Map, Value};
 
@@ -94,6 +93,31 @@ fn password(registry: &Registry, key: Option<&str>) -> Result<Secret> {
     registry.secrets().password(id)
 }
 
+/// Refuses another format than that of the image.
+fn check_format(format: Option<String>, method: CryptMethod) -> Result<()> {
+    match (format, method.name()) {
+        (Some(format), None) => Err(BlockError::invalid(format!(
+            "No encryption in image header, but options specified format '{format}'"
+        ))),
+        (Some(format), Some(name)) if format != name => Err(BlockError::invalid(format!(
+            "Header reported '{name}' encryption format but options specify '{format}'"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Takes what a reopening may say of encryption without changing anything: the format, and of an image that isn't encrypted whatever it likes.
+///
+/// # Errors
+/// `InvalidArgument` for another format than that of the image.
+pub(crate) fn check_reopen(options: &mut Options, method: CryptMethod) -> Result<()> {
+    check_format(options.take_str("encrypt.format"), method)?;
+    if method == CryptMethod::None {
+        options.take_subtree("encrypt");
+    }
+    Ok(())
+}
+
 impl Crypto {
     /// Finds out how an image is encrypted, and unlocks it with the password that the options below `encrypt.` name, unless it is only looked at.
     ///
@@ -105,20 +129,10 @@ impl Crypto {
         image: &Image,
     ) -> Result<Option<Crypto>> {
         let method = image.header().crypt_method;
-        let format = options.take_str("format");
-        let Some(name) = method.name() else {
+        check_format(options.take_str("format"), method)?;
+        if method == CryptMethod::None {
             // Other options are of no use, and no harm.
-            return match format {
-                None => Ok(None),
-                Some(format) => Err(BlockError::invalid(format!(
-                    "No encryption in image header, but options specified format '{format}'"
-                ))),
-            };
-        };
-        if let Some(format) = format.filter(|f| f != name) {
-            return Err(BlockError::invalid(format!(
-                "Header reported '{name}' encryption format but options specify '{format}'"
-            )));
+            return Ok(None);
         }
         let key = options.take_str("key-secret");
         if let Some(other) = options.keys().next() {
@@ -193,7 +207,7 @@ impl Crypto {
     /// What the tools show of it.
     pub fn info(&self) -> Map<String, Value> {
         match (self.header(), self.method.name()) {
-            (Some(header), name) => luks::header_info(&header, Payload::Behind, name),
+            (Some(header), name) => luks::header_info(&header, name),
             (None, name) => [("format".to_owned(), name.into())].into_iter().collect(),
         }
     }
@@ -247,20 +261,24 @@ impl Image {
         crypto.cipher()?.decrypt_buf(sector, data).await
     }
 
-    /// As [`decrypt`](Image::decrypt), with `read` to fetch what the host offset holds, if that takes no time worth mentioning.
+    /// As [`decrypt`](Image::decrypt), with `read` to fetch what the host offset holds, if that takes no time worth mentioning: `inline` is how many bytes may
+    /// still be decrypted on the spot, in all pieces of one request.
     pub fn decrypt_nowait(
         &self,
         guest: u64,
         host: u64,
         data: &mut [u8],
+        inline: &mut usize,
         read: impl FnOnce(&mut [u8]) -> bool,
     ) -> bool {
         let Some(crypto) = &self.crypto else {
             return read(data);
         };
         let sector = crypto.sector(guest, host, data.len());
-        match (sector, &crypto.cipher) {
-            (Ok(sector), Some(cipher)) if data.len() <= INLINE_BYTES_MAX && read(data) => {
+        let left = inline.checked_sub(data.len());
+        match (sector, &crypto.cipher, left) {
+            (Ok(sector), Some(cipher), Some(left)) if read(data) => {
+                *inline = left;
                 cipher.decrypt(sector, data);
                 true
             }

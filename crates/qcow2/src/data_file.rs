@@ -17,6 +17,7 @@ use blockcore::{
 use crate::extension::{self, Extension};
 use crate::header::{AUTOCLEAR_DATA_FILE_RAW, Header, Incompatible};
 use crate::image::Image;
+use crate::remap::make_hole;
 
 /// Where the clusters of the guest lie.
 #[derive(Debug)]
@@ -45,11 +46,25 @@ impl Header {
         if raw {
             self.autoclear |= AUTOCLEAR_DATA_FILE_RAW;
         }
+        self.name_data_file(name);
+    }
+
+    /// Gives that file another name; with an empty one the image names none.
+    pub fn name_data_file(&mut self, name: &str) {
+        let is_name = |e: &Extension| e.kind == extension::DATA_FILE;
+        let before = self.extensions.iter().position(is_name);
+        self.extensions.retain(|e| !is_name(e));
+        if name.is_empty() {
+            return;
+        }
         let extension = Extension {
             kind: extension::DATA_FILE,
             data: name.as_bytes().to_vec(),
         };
-        self.insert_before_feature_names(extension);
+        match before {
+            Some(at) => self.extensions.insert(at, extension),
+            None => self.insert_before_feature_names(extension),
+        }
     }
 
     /// Adds an extension. Names of features come last: they may be left out.
@@ -81,14 +96,18 @@ impl DataFile {
         options: &mut Options,
         header: &Header,
     ) -> Result<DataFile> {
+        let is_given = options.contains("data-file") || options.has_subtree("data-file");
         if !header.has_data_file() {
-            if options.contains("data-file") || options.has_subtree("data-file") {
+            if is_given {
+                // That it can't be opened is told first.
+                ctx.open_child("data-file", ChildRole::Data, options, None)
+                    .await?;
                 let text = "'data-file' can only be set for images with an external data file";
                 return Err(BlockError::invalid(text));
             }
             return Ok(DataFile::Inside);
         }
-        if ctx.is_without_data() && !options.has_subtree("data-file") {
+        if ctx.is_without_data() && !is_given {
             return Ok(DataFile::NotOpened);
         }
         // A plain file name, whatever it looks like: no protocol, no options.
@@ -161,12 +180,11 @@ impl Image {
 
     /// Gives back what the data file has for clusters that don't use it any more. The caller holds `changing`. That the mapping may be durable only later is
     /// no harm: the guest said that it needs nothing of this, and what the file has there instead is zero; so where data is encrypted, nothing is given back.
+    /// A file that reads as the disk does has been [zeroed](Image::zero_raw_data) before.
     pub(crate) async fn discard_data(&self, offset: u64, bytes: u64) {
-        let Some(child) = self.data.child().filter(|_| !self.is_encrypted()) else {
-            return;
-        };
-        if let Err(e) = child.pdiscard(offset, bytes).await {
-            tracing::debug!("no hole at {offset:#x} of the data file: {e}");
+        let gives_back = !self.is_encrypted() && !self.reads_raw();
+        if let Some(child) = self.data.child().filter(|_| gives_back) {
+            make_hole(child, offset, bytes).await;
         }
     }
 

@@ -6,16 +6,16 @@ use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
 use blockcore::{
-    BackingName, BlockDriver, BlockError, BlockLimits, BlockStatus, CheckFix, CheckResult, Child,
-    DirtyBitmaps, DriverInfo, ErrorKind, IoBuf, IoBufMut, Options, PreparedReopen, ReadFlags,
-    ReopenRequest, Result, SECTOR_BYTES, SnapshotInfo, SnapshotRequest, SnapshotSelector,
-    SpecificInfo, StatusMode, TruncateRequest, WriteFlags,
+    AmendProgress, BackingName, BlockDriver, BlockError, BlockLimits, BlockStatus, CheckFix,
+    CheckResult, Child, DirtyBitmaps, DriverInfo, ErrorKind, IoBuf, IoBufMut, OptionValue, Options,
+    PreparedReopen, ReadFlags, ReopenRequest, Result, SECTOR_BYTES, SnapshotInfo, SnapshotRequest,
+    SnapshotSelector, SpecificInfo, StatusMode, TruncateRequest, WriteFlags,
 };
 
 use crate::header::{Header, Incompatible};
 use crate::image::Image;
 use crate::runtime::RuntimeOptions;
-use crate::{info, snapshot};
+use crate::{crypto, info, snapshot};
 
 /// The longest request to an encrypted image, in bytes: each write makes a copy.
 const ENCRYPTED_BYTES_MAX: u64 = 2 << 20;
@@ -171,6 +171,8 @@ impl BlockDriver for Qcow2 {
     }
 
     async fn snapshots(&self) -> Result<Vec<SnapshotInfo>> {
+        // The table that is being read may be on its way to be free.
+        let _epoch = self.image.epochs.enter();
         let table = snapshot::read_entries(&self.header(), &self.image.file).await?;
         let info = |s: snapshot::Snapshot| SnapshotInfo {
             id: s.id,
@@ -213,8 +215,8 @@ impl BlockDriver for Qcow2 {
         self.settle(result).await
     }
 
-    async fn amend(&self, options: Options) -> Result<()> {
-        let result = self.image.amend(options).await;
+    async fn amend(&self, options: Options, progress: &AmendProgress) -> Result<()> {
+        let result = self.image.amend(options, progress).await;
         self.settle(result).await
     }
 
@@ -250,10 +252,14 @@ impl BlockDriver for Qcow2 {
                 self.0.writable.store(self.1, Ordering::Release);
             }
         }
-        let before = self.image.runtime().clone();
-        let mut runtime = before.clone();
+        let mut runtime = self.image.runtime().clone();
         runtime.take(&mut request.options, &self.header())?;
-        runtime.check_change(&before)?;
+        if let Some(OptionValue::Str(reference)) = request.options.get("backing") {
+            let text = format!("Cannot find device='' nor node-name='{reference}'");
+            return Err(BlockError::new(ErrorKind::NotFound, text));
+        }
+        crypto::check_reopen(&mut request.options, self.header().crypt_method)?;
+        self.image.prepare_runtime(&runtime).await?;
         let writable = !request.read_only;
         if writable && !self.image.writable.load(Ordering::Acquire) {
             if self.image.shows_snapshot.load(Ordering::Acquire) {
@@ -261,7 +267,8 @@ impl BlockDriver for Qcow2 {
                 let text = "An image that shows a snapshot can't be made writable";
                 return Err(BlockError::unsupported(text));
             }
-            self.image.prepare_writing().await?;
+            let checks = runtime.overlap_checks;
+            self.image.prepare_writing_with(checks).await?;
         }
         if !writable && self.image.writable.load(Ordering::Acquire) {
             self.image.tasks.wait_idle().await;
@@ -283,7 +290,12 @@ impl BlockDriver for Qcow2 {
             return self.image.mark_corrupt_on_disk().await;
         }
         let stored = self.image.store_bitmaps().await;
-        self.image.commit().await.and(stored)
+        self.image.commit().await.and(stored)?;
+        // Compressed data ends anywhere. Programs that read past the host's cache want whole sectors, but nothing is lost without.
+        if let Err(e) = self.image.file.node().fill_last_sector().await {
+            tracing::debug!("the file does not end with a sector: {e}");
+        }
+        Ok(())
     }
 
     fn as_any(&self) -> &dyn std::any::Any {

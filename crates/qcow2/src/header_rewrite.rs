@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Changing more of the header than one sector: extensions that come and go, and with them the place of the backing file's name. Called by `bitmap_store`
-//! and `amend`.
+//! Changing more of the header than one sector: extensions that come and go, and with them the place of the backing file's name. Called by `bitmap_store`,
+//! `amend` and `check`.
 //!
 //! A disk writes a sector or doesn't; of several it may write any. So (INV QCOW2-ORD-6) the old header counts up to one write of its first sector, and from then on
 //! the new one:
@@ -15,7 +15,7 @@
 
 use std::sync::atomic::Ordering;
 
-use blockcore::{IoBuf, IoBufMut, ReadFlags, Result, WriteFlags};
+use blockcore::{Child, IoBuf, IoBufMut, ReadFlags, Result, WriteFlags};
 
 use crate::extension;
 use crate::format::V2_HEADER_BYTES;
@@ -25,8 +25,20 @@ use crate::image::Image;
 /// What a disk writes as a whole, in bytes.
 const SECTOR: usize = blockcore::SECTOR_BYTES as usize;
 
-/// Says that nobody knows what the header on disk is, unless it is told that somebody does.
-struct Uncertain<'a>(Option<&'a Image>);
+/// Says that nobody knows what is on disk, unless it is told that somebody does.
+pub(crate) struct Uncertain<'a>(Option<&'a Image>);
+
+impl<'a> Uncertain<'a> {
+    /// From now on nobody knows.
+    pub fn about(image: &'a Image) -> Uncertain<'a> {
+        Uncertain(Some(image))
+    }
+
+    /// Memory and disk agree.
+    pub fn resolve(mut self) {
+        self.0 = None;
+    }
+}
 
 impl Drop for Uncertain<'_> {
     fn drop(&mut self) {
@@ -46,34 +58,58 @@ impl Image {
         self.check_sound()?;
         let mut header = self.header().clone();
         change(&mut header);
+        let rewrite = Rewrite::prepare(&self.file, &header).await?;
+        let uncertain = Uncertain::about(self);
+        if let Err(e) = rewrite.write(&header).await {
+            if rewrite.undo().await.is_ok() {
+                uncertain.resolve();
+            }
+            return Err(e);
+        }
+        uncertain.resolve();
+        *self.header() = header;
+        Ok(())
+    }
+}
+
+/// A header on disk, and what takes its place.
+pub(crate) struct Rewrite<'a> {
+    file: &'a Child,
+    /// Whole sectors of both, equally many.
+    old: Vec<u8>,
+    new: Vec<u8>,
+    /// How many bytes of the old one are in use.
+    old_end: usize,
+}
+
+impl<'a> Rewrite<'a> {
+    /// Looks at what is there, and writes nothing.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a header that doesn't fit into a cluster; those of the file.
+    pub async fn prepare(file: &'a Child, header: &Header) -> Result<Rewrite<'a>> {
         let encoded = header.encode()?;
-        let cluster = IoBufMut::zeroed(self.cluster_size() as usize);
-        let read = self.file.preadv(0, cluster, ReadFlags::empty()).await?;
+        let cluster = IoBufMut::zeroed(1 << header.cluster_bits);
+        let read = file.preadv(0, cluster, ReadFlags::empty()).await?;
         let mut old = read.to_vec();
         let old_end = used_bytes(&old);
         old.truncate(old_end.max(encoded.len()).next_multiple_of(SECTOR));
         let mut new = old.clone();
         new[..encoded.len()].copy_from_slice(&encoded);
-
-        let mut uncertain = Uncertain(Some(self));
-        if let Err(e) = self.replace_head(&header, &old, old_end, &new).await {
-            if self.write_head(&old, 1..old.len() / SECTOR).await.is_ok() {
-                uncertain.0 = None;
-            }
-            return Err(e);
-        }
-        uncertain.0 = None;
-        *self.header() = header;
-        Ok(())
+        Ok(Rewrite {
+            file,
+            old,
+            new,
+            old_end,
+        })
     }
 
-    async fn replace_head(
-        &self,
-        header: &Header,
-        old: &[u8],
-        old_end: usize,
-        new: &[u8],
-    ) -> Result<()> {
+    /// Writes `header`, for which this was prepared, durably.
+    ///
+    /// # Errors
+    /// Those of the file; what is there then is for [`undo`](Rewrite::undo) to settle.
+    pub async fn write(&self, header: &Header) -> Result<()> {
+        let (old, new) = (&self.old, &self.new);
         let sectors = old.chunks(SECTOR).zip(new.chunks(SECTOR)).enumerate();
         let changed: Vec<usize> = sectors.filter(|(_, (a, b))| a != b).map(|s| s.0).collect();
         let (Some(&first), Some(&last)) = (changed.first(), changed.last()) else {
@@ -82,30 +118,41 @@ impl Image {
         if first == last {
             let at = first * SECTOR;
             let sector = new[at..at + SECTOR].to_vec();
-            return self.write_header_bytes(at as u64, sector).await;
+            return self.write_durably(at as u64, sector).await;
         }
-        if old_end > SECTOR
+        if self.old_end > SECTOR
             && let Some((head, name)) = short_form(header, new.len())
         {
             if let Some(name) = name {
-                self.write_header_bytes(new.len() as u64, name).await?;
+                self.write_durably(new.len() as u64, name).await?;
             }
-            self.write_header_bytes(0, head).await?;
+            self.write_durably(0, head).await?;
         }
         self.write_head(new, first.max(1)..last + 1).await
+    }
+
+    /// Writes the old header again.
+    ///
+    /// # Errors
+    /// Those of the file: nobody knows then which of both is there.
+    pub async fn undo(&self) -> Result<()> {
+        self.write_head(&self.old, 1..self.old.len() / SECTOR).await
     }
 
     /// Writes some sectors of a header, and then the first.
     async fn write_head(&self, head: &[u8], rest: std::ops::Range<usize>) -> Result<()> {
         let bytes = head[rest.start * SECTOR..rest.end * SECTOR].to_vec();
         if !bytes.is_empty() {
-            let at = (rest.start * SECTOR) as u64;
-            self.file
-                .pwritev(at, IoBuf::from(bytes), WriteFlags::empty())
+            self.write_durably((rest.start * SECTOR) as u64, bytes)
                 .await?;
-            self.file.flush().await?;
         }
-        self.write_header_bytes(0, head[..SECTOR].to_vec()).await
+        self.write_durably(0, head[..SECTOR].to_vec()).await
+    }
+
+    async fn write_durably(&self, at: u64, bytes: Vec<u8>) -> Result<()> {
+        let flags = WriteFlags::empty();
+        self.file.pwritev(at, IoBuf::from(bytes), flags).await?;
+        self.file.flush().await
     }
 }
 

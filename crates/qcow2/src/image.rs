@@ -11,7 +11,7 @@
 //!
 //! Whoever looks up a host offset and uses it is inside an epoch (`epoch`) until it is done with it.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard};
 
 use blockcore::orphan::Orphans;
@@ -125,6 +125,10 @@ pub(crate) struct Image {
     pub size: AtomicU64,
     pub l1: L1Table,
     pub l2: L2Cache,
+    /// What refcount blocks may take up in memory, in bytes.
+    pub refcount_cache_bytes: Arc<AtomicUsize>,
+    /// The caches will be looked at once `cache-clean-interval` is over, if there is one.
+    pub is_to_be_cleaned: AtomicBool,
     pub meta: tokio::sync::Mutex<Meta>,
     /// Which host clusters hold metadata. Empty for images that are open read-only.
     pub owned: RwLock<NumberMap<Owner>>,
@@ -236,6 +240,7 @@ impl Image {
         if self.slice_offset(number)?.is_none() {
             return Ok(None);
         }
+        self.note_cached();
         if let Some(slice) = self.l2.load_now(number, || self.read_slice_now(number)) {
             return Ok(Some(slice));
         }

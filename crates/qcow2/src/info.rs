@@ -44,7 +44,7 @@ pub fn specific_info(
     if let Some(crypto) = crypto {
         put("encrypt", crypto.info().into());
     }
-    if header.has_data_file() && header.data_file_name().is_some() {
+    if header.has_data_file() {
         put("data-file-raw", header.is_data_file_raw().into());
     }
     if header.version >= 3 {

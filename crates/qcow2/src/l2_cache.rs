@@ -13,7 +13,7 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use blockcore::Result;
@@ -22,6 +22,11 @@ use crate::l2_entry::L2Entry;
 
 /// How many maps the slices are spread over.
 const SHARDS: usize = 16;
+
+/// A slice was used since the last look of the eviction.
+const REFERENCED: u8 = 1 << 0;
+/// A slice was used since the last cleaning.
+const RECENT: u8 = 1 << 1;
 
 /// A hash for small whole numbers: one multiplication.
 #[derive(Default)]
@@ -55,8 +60,8 @@ pub(crate) struct L2Slice {
     entry_words: usize,
     /// How often an entry of two words began to change, or ended to.
     changes: AtomicU64,
-    /// Used since the last look of the eviction.
-    referenced: AtomicBool,
+    /// [`REFERENCED`], [`RECENT`].
+    used: AtomicU8,
     pins: AtomicU32,
 }
 
@@ -66,8 +71,16 @@ impl L2Slice {
             words: words.into_iter().map(AtomicU64::new).collect(),
             entry_words,
             changes: AtomicU64::new(0),
-            referenced: AtomicBool::new(true),
+            used: AtomicU8::new(REFERENCED | RECENT),
             pins: AtomicU32::new(0),
+        }
+    }
+
+    /// Notes that somebody uses it.
+    fn touch(&self) {
+        const USED: u8 = REFERENCED | RECENT;
+        if self.used.load(Ordering::Relaxed) != USED {
+            self.used.store(USED, Ordering::Relaxed);
         }
     }
 
@@ -178,45 +191,78 @@ pub(crate) struct L2Cache {
     shards: [Shard; SHARDS],
     /// The most slices that a shard keeps, pinned ones aside.
     shard_capacity: AtomicUsize,
-    slice_bits: u32,
+    /// A slice has `1 << slice_bits` entries. Changes only while nothing is in flight.
+    slice_bits: AtomicU32,
     entry_words: usize,
 }
 
 impl L2Cache {
     /// A cache of at most `bytes` bytes of slices with `1 << slice_bits` entries of `entry_words` words.
     pub fn new(bytes: usize, slice_bits: u32, entry_words: usize) -> L2Cache {
-        let slices = (bytes / entry_words) >> (slice_bits + 3);
-        L2Cache {
+        let cache = L2Cache {
             shards: Default::default(),
-            shard_capacity: AtomicUsize::new((slices / SHARDS).max(2)),
-            slice_bits,
+            shard_capacity: AtomicUsize::new(0),
+            slice_bits: AtomicU32::new(slice_bits),
             entry_words,
-        }
+        };
+        cache.set_size(bytes);
+        cache
     }
 
     /// Holds at most `bytes` bytes from now on. What is too much goes when something comes.
     pub fn set_size(&self, bytes: usize) {
-        let slices = bytes >> (self.slice_bits + 3);
+        let slices = bytes / self.slice_bytes() as usize;
         let capacity = (slices / SHARDS).max(2);
         self.shard_capacity.store(capacity, Ordering::Relaxed);
     }
 
+    /// Slices have `1 << slice_bits` entries from now on. Nothing is in flight, and no slice has changes.
+    pub fn set_slice_bits(&self, slice_bits: u32) {
+        for shard in &self.shards {
+            let mut slices = shard.write();
+            let pinned = |s: &Arc<L2Slice>| s.pins.load(Ordering::Acquire) > 0;
+            debug_assert!(!slices.values().any(pinned), "a slice that is in use");
+            slices.clear();
+        }
+        self.slice_bits.store(slice_bits, Ordering::Release);
+    }
+
+    fn slice_bits(&self) -> u32 {
+        self.slice_bits.load(Ordering::Relaxed)
+    }
+
     /// The slice of a guest cluster, and the place of its entry there.
     pub fn locate(&self, guest_cluster: u64) -> (u64, usize) {
+        let bits = self.slice_bits();
         (
-            guest_cluster >> self.slice_bits,
-            (guest_cluster & ((1 << self.slice_bits) - 1)) as usize,
+            guest_cluster >> bits,
+            (guest_cluster & ((1 << bits) - 1)) as usize,
         )
     }
 
     /// The number of entries in a slice.
     pub fn slice_entries(&self) -> u64 {
-        1 << self.slice_bits
+        1 << self.slice_bits()
     }
 
     /// The length of a slice on disk, in bytes.
     pub fn slice_bytes(&self) -> u64 {
         self.slice_entries() * self.entry_words as u64 * 8
+    }
+
+    /// Forgets the slices that nobody has used since the last time, and says how many are left.
+    pub fn clean(&self) -> usize {
+        let mut left = 0;
+        for shard in &self.shards {
+            let mut slices = shard.write();
+            slices.retain(|_, s| {
+                s.pins.load(Ordering::Acquire) > 0
+                    || s.used.fetch_and(!RECENT, Ordering::Relaxed) & RECENT != 0
+            });
+            slices.shrink_to_fit();
+            left += slices.len();
+        }
+        left
     }
 
     fn shard(&self, slice: u64) -> &Shard {
@@ -228,9 +274,7 @@ impl L2Cache {
         let (number, index) = self.locate(guest_cluster);
         let slices = self.shard(number).read();
         let slice = slices.get(&number)?;
-        if !slice.referenced.load(Ordering::Relaxed) {
-            slice.referenced.store(true, Ordering::Relaxed);
-        }
+        slice.touch();
         Some(slice.get(index))
     }
 
@@ -239,7 +283,7 @@ impl L2Cache {
         // The pin is set under the lock that the eviction takes, so a slice that was found stays.
         let slices = self.shard(number).read();
         let slice = slices.get(&number)?;
-        slice.referenced.store(true, Ordering::Relaxed);
+        slice.touch();
         Some(PinnedSlice::new(slice))
     }
 
@@ -295,11 +339,13 @@ impl L2Cache {
         self.forget(0..u64::MAX).await;
     }
 
-    /// Forgets slices, which have no changes. Those that are being loaded are forgotten once they are there.
+    /// Forgets slices, which have no changes: at once, and those that are being loaded once they are there.
     pub async fn forget(&self, numbers: std::ops::Range<u64>) {
+        let forget = |shard: &Shard| shard.write().retain(|number, _| !numbers.contains(number));
+        self.shards.iter().for_each(forget);
         for shard in &self.shards {
             let _loading = shard.loading.lock().await;
-            shard.write().retain(|number, _| !numbers.contains(number));
+            forget(shard);
         }
     }
 
@@ -310,7 +356,7 @@ impl L2Cache {
             slices.retain(|_, s| {
                 if surplus == 0
                     || s.pins.load(Ordering::Acquire) > 0
-                    || s.referenced.swap(false, Ordering::Relaxed)
+                    || s.used.fetch_and(!REFERENCED, Ordering::Relaxed) & REFERENCED != 0
                 {
                     return true;
                 }
@@ -326,6 +372,8 @@ impl L2Cache {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicBool;
+
     use super::*;
 
     #[tokio::test]
@@ -347,6 +395,50 @@ mod tests {
         }
         assert_eq!(cache.entry_now(3), None);
     }
+
+    #[tokio::test]
+    async fn a_cache_that_is_made_smaller_stays_within_its_new_size() {
+        for entry_words in [1, 2] {
+            let cache = L2Cache::new(SHARDS << 20, 4, entry_words);
+            cache.set_size(SHARDS * 4 * 8 * 16);
+            for n in 0..1000 {
+                let words = vec![n; 16 * entry_words];
+                cache.pinned(n, async { Ok(words) }).await.unwrap();
+            }
+            let total: usize = cache.shards.iter().map(|s| s.read().len()).sum();
+            assert!(total <= SHARDS * 4 / entry_words, "{total} slices");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_cleaning_forgets_what_was_not_used_since_the_last_one() {
+        let cache = L2Cache::new(1 << 20, 4, 1);
+        let pinned = cache.pinned(0, async { Ok(vec![1; 16]) }).await.unwrap();
+        for n in 1..10 {
+            cache.pinned(n, async { Ok(vec![n; 16]) }).await.unwrap();
+        }
+        assert_eq!(cache.clean(), 10, "all are new");
+        assert!(cache.entry_now(3 << 4).is_some());
+        assert_eq!(
+            cache.clean(),
+            2,
+            "the one that is pinned, the one that was read"
+        );
+        assert!(cache.entry_now(3 << 4).is_some() && cache.entry_now(4 << 4).is_none());
+        drop(pinned);
+        assert_eq!(cache.clean(), 2, "both were in use lately");
+        assert_eq!(cache.clean(), 0);
+    }
+
+    #[test]
+    fn a_size_counts_both_words_of_an_entry() {
+        let cache = L2Cache::new(SHARDS * 8 * 4096, 8, 2);
+        let before = cache.shard_capacity.load(Ordering::Relaxed);
+        cache.set_size(SHARDS * 8 * 4096);
+        assert_eq!(cache.shard_capacity.load(Ordering::Relaxed), before);
+        assert_eq!(before, 8);
+    }
+
     // INV QCOW2-PAIR-1: one thread changes an entry, always to a bitmap that is the other word's complement, and others read it meanwhile.
     #[test]
     fn nobody_sees_half_of_an_entry() {

@@ -79,6 +79,11 @@ impl EntryFormat {
         1 + usize::from(self.is_extended)
     }
 
+    /// Entries in a slice of `1 << bytes_bits` bytes, as a power of two.
+    pub fn slice_bits(self, bytes_bits: u32) -> u32 {
+        bytes_bits - 3 - u32::from(self.is_extended)
+    }
+
     /// The smallest part of a cluster that has a state of its own is `1 << subcluster_bits()` bytes.
     pub fn subcluster_bits(self) -> u32 {
         match self.is_extended {

@@ -3,15 +3,17 @@
 //!
 //! Reading order: `format` (what is on disk), `header`, `open`, `image` (one open image, its locks, lookup), `l2_table`, `l2_entry` and `l2_cache`, `read`, `write`,
 //! `alloc` and `refcount`, `commit` (the order on disk), `epoch`, `remap` (zero writes, discards), `truncate` and `shrink`, `map`,
-//! `overhaul` (changes of the whole image) with `snapshot_ops` and `amend`, `write_compressed`, `data_file`, `vm_state`, `runtime` (options), `check`, `create`.
+//! `overhaul` (changes of the whole image) with `snapshot_ops`, `amend` and `amend_version`, `write_compressed`, `data_file`, `vm_state`, `runtime` (options) and `cache_clean`, `check`, `create`.
 //!
 //! The driver knows its file and its backing node only as [`blockcore::Child`].
 
 mod alloc;
 mod amend;
+mod amend_version;
 mod bitmap;
 mod bitmap_load;
 mod bitmap_store;
+mod cache_clean;
 mod check;
 mod commit;
 mod compressed;

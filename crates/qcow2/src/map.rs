@@ -21,6 +21,7 @@ impl Image {
         bytes: u64,
         mode: StatusMode,
     ) -> Result<BlockStatus> {
+        self.settle_orphans(offset, bytes).await;
         let _epoch = self.epochs.enter();
         let (mapping, covered) = self.run(offset, bytes, Intent::Read).await?;
         let file = || match self.data.child() {

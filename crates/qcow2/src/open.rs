@@ -4,7 +4,7 @@
 //! Everything that is read is checked before it is used: the header by `header`, tables when they are loaded. Nothing is written until the first
 //! change, but for what the specification wants a writer to do at once (`prepare_writing`).
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 use async_trait::async_trait;
@@ -137,8 +137,9 @@ async fn open_with(
         is_extended: header.has_extended_l2(),
         has_data_file: header.has_data_file(),
     };
-    let slice_bits = runtime.slice_bytes_bits - 3 - u32::from(entries.is_extended);
+    let slice_bits = entries.slice_bits(runtime.slice_bytes_bits);
     let order = header.refcount_order;
+    let refcount_cache_bytes = Arc::new(AtomicUsize::new(runtime.refcount_cache_bytes));
     let meta = Meta {
         refcounts: Refcounts::new(
             order,
@@ -146,7 +147,7 @@ async fn open_with(
             table,
             header.refcount_table_offset,
             header.refcount_table_clusters,
-            runtime.refcount_cache_bytes,
+            refcount_cache_bytes.clone(),
         ),
         dirty_slices: Default::default(),
         dirty_l1: Default::default(),
@@ -173,6 +174,8 @@ async fn open_with(
         size: AtomicU64::new(header.size / SECTOR_BYTES * SECTOR_BYTES),
         l1: L1Table::new(l1),
         l2: L2Cache::new(runtime.l2_cache_bytes, slice_bits, entries.words()),
+        refcount_cache_bytes,
+        is_to_be_cleaned: AtomicBool::new(false),
         meta: tokio::sync::Mutex::new(meta),
         owned: Default::default(),
         changing: Default::default(),
@@ -219,10 +222,20 @@ impl Image {
     /// # Errors
     /// Those of metadata I/O; `Corrupt`, `Unsupported` where the image must not be written.
     pub async fn prepare_writing(&self) -> Result<()> {
+        let checks = self.runtime().overlap_checks;
+        self.prepare_writing_with(checks).await
+    }
+
+    /// As [`prepare_writing`](Image::prepare_writing), where these are the overlap checks from now on.
+    ///
+    /// # Errors
+    /// As [`prepare_writing`](Image::prepare_writing).
+    pub async fn prepare_writing_with(&self, checks: OverlapChecks) -> Result<()> {
         self.header().check_writable()?;
         self.repair_if_dirty().await?;
         let header = self.header().clone();
-        self.find_owners(&header, &*self.meta.lock().await).await?;
+        self.find_owners(&header, &*self.meta.lock().await, checks)
+            .await?;
         self.update_features(header).await
     }
 
@@ -245,7 +258,12 @@ impl Image {
         Ok(())
     }
 
-    pub(crate) async fn find_owners(&self, header: &Header, meta: &Meta) -> Result<()> {
+    pub(crate) async fn find_owners(
+        &self,
+        header: &Header,
+        meta: &Meta,
+        checks: OverlapChecks,
+    ) -> Result<()> {
         self.owned
             .write()
             .expect("no code panics while it holds this lock")
@@ -296,15 +314,18 @@ impl Image {
                     Owner::InactiveL1,
                 );
             }
-            if self
-                .runtime()
-                .overlap_checks
-                .contains(OverlapChecks::INACTIVE_L2)
-            {
+            if checks.contains(OverlapChecks::INACTIVE_L2) {
                 self.find_inactive_l2(&table).await?;
             }
         }
         Ok(())
+    }
+
+    /// Says where the L2 tables are that only snapshots use, from now on.
+    pub(crate) async fn own_inactive_l2(&self) -> Result<()> {
+        let header = self.header().clone();
+        let table = snapshot::read_table(&header, &self.file).await?;
+        self.find_inactive_l2(&table).await
     }
 
     /// Says where the L2 tables are that only snapshots use.

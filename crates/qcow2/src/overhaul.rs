@@ -18,12 +18,14 @@
 //! ends in the middle, nobody knows what the disk says: both trees are whole, and so nothing is written any more until the image is opened again.
 
 use std::collections::{HashSet, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use blockcore::{BlockError, IoBuf, Result, WriteFlags};
 
 use crate::alloc::{Freed, Meta};
+use crate::amend::Steps;
 use crate::format::L1E_OFFSET_MASK;
 use crate::header::{Header, TREE_FIELDS};
 use crate::image::{Hex, Image, Owner};
@@ -52,6 +54,8 @@ pub(crate) struct Overhaul<'a> {
     limbo: VecDeque<(u64, Freed)>,
     /// The refcounts as the header on disk has them.
     before: Refcounts,
+    /// `Meta::next_free` then.
+    next_free: u64,
     /// New metadata, start and length in bytes.
     made: Vec<(u64, u64)>,
     /// What only the old tree refers to. Freed at the end.
@@ -79,12 +83,14 @@ impl<'a> Overhaul<'a> {
         meta.packed = None;
         let limbo = meta.limbo.clone();
         let before = meta.refcounts.clone();
+        let next_free = meta.next_free;
         Ok(Overhaul {
             image,
             _no_commits: no_commits,
             meta,
             limbo,
             before,
+            next_free,
             made: Vec::new(),
             gone: Vec::new(),
             stage: Stage::Building,
@@ -95,27 +101,34 @@ impl<'a> Overhaul<'a> {
     ///
     /// # Errors
     /// As [`begin`](Overhaul::begin); `InvalidArgument` for a refcount that is too large for that width.
-    pub async fn begin_with_order(image: &'a Arc<Image>, order: u32) -> Result<Overhaul<'a>> {
+    pub async fn begin_with_order(
+        image: &'a Arc<Image>,
+        order: u32,
+        steps: &Steps,
+    ) -> Result<Overhaul<'a>> {
         let mut overhaul = Overhaul::prepare(image).await?;
-        overhaul.recount(order).await?;
+        overhaul.recount(order, steps).await?;
         overhaul.drop_given_up().await?;
         Ok(overhaul)
     }
 
     /// Copies every refcount to new blocks, which lie behind all that is in use.
-    async fn recount(&mut self, order: u32) -> Result<()> {
+    async fn recount(&mut self, order: u32, steps: &Steps) -> Result<()> {
         let bits = self.image.cluster_bits;
-        let entries = self.before.block_entries();
         let mut end = self
             .image
             .file
             .length()
             .div_ceil(1 << bits)
             .max(self.meta.fresh_from);
-        let mut after = Refcounts::new(order, bits, Vec::new(), 0, 0, self.before.cache_bytes);
+        let cache_bytes = self.before.cache_bytes.clone();
+        let mut after = Refcounts::new(order, bits, Vec::new(), 0, 0, cache_bytes);
         let mut wanted = std::collections::BTreeSet::new();
-        for number in self.before.existing_blocks() {
-            for cluster in number * entries..(number + 1) * entries {
+        // The steps are those of QEMU: two walks over the refcount table.
+        let numbers = self.before.table().len() as u64;
+        for number in 0..numbers {
+            steps.tell(number, 2 * numbers);
+            for cluster in self.before.counted_by(number) {
                 let references = self.before.get(&self.image.file, cluster).await?;
                 if references > after.max_refcount() {
                     let text = format!(
@@ -150,16 +163,20 @@ impl<'a> Overhaul<'a> {
         self.make(first << bits, count << bits, Owner::RefcountBlock);
         self.meta.fresh_from = self.meta.fresh_from.max(first + count);
         self.meta.refcounts = after;
-        for number in self.before.existing_blocks() {
-            for cluster in number * entries..(number + 1) * entries {
+        for number in 0..numbers {
+            steps.tell(numbers + number, 2 * numbers);
+            for cluster in self.before.counted_by(number) {
                 let references = self.before.get(&self.image.file, cluster).await?;
                 if references > 0 {
                     self.set(cluster, references).await?;
                 }
             }
             let old = self.before.table()[number as usize];
-            self.leave(old >> bits, 1, false);
+            if old != 0 {
+                self.leave(old >> bits, 1, false);
+            }
         }
+        steps.tell(2 * numbers, 2 * numbers);
         for cluster in first..first + count {
             self.set(cluster, 1).await?;
         }
@@ -241,6 +258,15 @@ impl<'a> Overhaul<'a> {
         bytes.resize((clusters << bits) as usize, 0);
         self.image.write_metadata(owner, host, bytes).await?;
         Ok(host)
+    }
+
+    /// Takes consecutive clusters for guest data.
+    ///
+    /// # Errors
+    /// Those of allocating.
+    pub async fn alloc_data(&mut self, count: u64) -> Result<Range<u64>> {
+        let run = self.image.alloc_run(&mut self.meta, count).await?;
+        Ok(run.cluster..run.cluster + count)
     }
 
     /// Notes that metadata at `offset` is not reached from the new tree, but for `table_bytes` of 0.
@@ -422,7 +448,9 @@ impl Overhaul<'_> {
     fn own_tables(&self, l1: &[u64]) {
         let cluster = self.image.cluster_size();
         for table in l1.iter().map(|entry| entry & L1E_OFFSET_MASK) {
-            if table != 0 && self.image.owner_in(table, cluster).is_none() {
+            let owner = self.image.owner_in(table, cluster);
+            if table != 0 && matches!(owner, None | Some(Owner::InactiveL2)) {
+                self.image.disown(table >> self.image.cluster_bits);
                 self.image.own(table, cluster, Owner::L2);
             }
         }
@@ -454,6 +482,8 @@ impl Drop for Overhaul<'_> {
         }
         self.meta.limbo = std::mem::take(&mut self.limbo);
         std::mem::swap(&mut self.meta.refcounts, &mut self.before);
+        // What was taken is free again.
+        self.meta.next_free = self.meta.next_free.min(self.next_free);
         self.meta.packed = None;
     }
 }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use futures::stream::{FuturesOrdered, StreamExt};
 
 use blockcore::{DebugEvent, IoBufMut, ReadFlags, Result};
+use luks::INLINE_BYTES_MAX;
 
 use crate::compressed;
 use crate::image::{Image, Intent};
@@ -23,6 +24,7 @@ impl Image {
         }
         let _epoch = self.epochs.enter();
         let mut at = offset;
+        let mut inline = INLINE_BYTES_MAX;
         let mut left = buf;
         while !left.is_empty() {
             let Some((mapping, bytes)) = self.run_now(at, left.len() as u64) else {
@@ -32,9 +34,9 @@ impl Image {
             let served = match mapping {
                 Mapping::Data { host, .. } => {
                     let host = host + self.in_cluster(at);
-                    self.decrypt_nowait(at, host, part, |part| {
-                        self.storage().is_ok_and(|s| s.read_nowait(host, part))
-                    })
+                    let read =
+                        |part: &mut [u8]| self.storage().is_ok_and(|s| s.read_nowait(host, part));
+                    self.decrypt_nowait(at, host, part, &mut inline, read)
                 }
                 Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => {
                     part.fill(0);
@@ -84,16 +86,7 @@ impl Image {
     /// # Errors
     /// Those of the file and the backing node; `Corrupt`.
     pub async fn read(self: &Arc<Self>, offset: u64, mut buf: IoBufMut) -> Result<IoBufMut> {
-        // INV REQ-DROP-1: a read waits for changes that nobody else waits for any more: what it has seen stays.
-        if self.orphans.any() {
-            let end = offset + buf.len() as u64;
-            self.changing
-                .settled(
-                    offset >> self.cluster_bits,
-                    end.div_ceil(self.cluster_size()),
-                )
-                .await;
-        }
+        self.settle_orphans(offset, buf.len() as u64).await;
         let _epoch = self.epochs.enter();
         let bytes = buf.len() as u64;
         let (mapping, first) = self.run(offset, bytes, Intent::Read).await?;
@@ -121,6 +114,15 @@ impl Image {
             done.append(part?);
         }
         Ok(done)
+    }
+
+    /// INV REQ-DROP-1: who looks waits for changes that nobody else waits for any more: what he has seen stays.
+    pub async fn settle_orphans(&self, offset: u64, bytes: u64) {
+        if self.orphans.any() {
+            let first = offset >> self.cluster_bits;
+            let end = (offset + bytes).div_ceil(self.cluster_size());
+            self.changing.settled(first, end).await;
+        }
     }
 
     /// Reads a range that one mapping covers. The caller is inside the epoch in which it looked the mapping up.

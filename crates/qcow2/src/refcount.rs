@@ -6,6 +6,8 @@
 
 use std::collections::BTreeSet;
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use blockcore::{BlockError, Child, DebugEvent, ErrorKind, IoBufMut, ReadFlags, Result};
 
@@ -50,8 +52,10 @@ pub(crate) struct Refcounts {
     pub dirty_entries: BTreeSet<usize>,
     blocks: NumberMap<Block>,
     clock: u64,
-    /// What is kept beside changed blocks, in bytes; at least four blocks.
-    pub cache_bytes: usize,
+    /// What `clock` was at the last cleaning.
+    cleaned_at: u64,
+    /// What is kept beside changed blocks, in bytes; at least four blocks. It may change at any time.
+    pub cache_bytes: Arc<AtomicUsize>,
 }
 
 impl Refcounts {
@@ -62,7 +66,7 @@ impl Refcounts {
         table: Vec<u64>,
         table_offset: u64,
         table_clusters: u32,
-        cache_bytes: usize,
+        cache_bytes: Arc<AtomicUsize>,
     ) -> Refcounts {
         Refcounts {
             order,
@@ -73,6 +77,7 @@ impl Refcounts {
             dirty_entries: BTreeSet::new(),
             blocks: NumberMap::default(),
             clock: 0,
+            cleaned_at: 0,
             cache_bytes,
         }
     }
@@ -101,6 +106,15 @@ impl Refcounts {
         let is_dirty = |n: &u64| self.blocks.get(n).is_some_and(|b| b.dirty.is_some());
         let there = (0..self.table.len() as u64).filter(|&n| self.table[n as usize] != 0);
         there.partition(is_dirty)
+    }
+
+    /// The clusters that a block counts; none where there is no such block.
+    pub fn counted_by(&self, number: u64) -> std::ops::Range<u64> {
+        let entries = self.block_entries();
+        match self.table[number as usize] {
+            0 => 0..0,
+            _ => number * entries..(number + 1) * entries,
+        }
     }
 
     /// The numbers of all blocks there are.
@@ -278,8 +292,24 @@ impl Refcounts {
         Ok(block)
     }
 
+    /// Forgets the blocks without changes that nobody has used since the last time, and says how many are left.
+    pub fn clean(&mut self) -> usize {
+        let cleaned_at = std::mem::replace(&mut self.cleaned_at, self.clock);
+        self.blocks
+            .retain(|_, b| b.dirty.is_some() || b.writing || b.last_use > cleaned_at);
+        self.blocks.shrink_to_fit();
+        self.blocks.len()
+    }
+
+    /// How many blocks are in memory.
+    #[cfg(test)]
+    pub fn cached(&self) -> usize {
+        self.blocks.len()
+    }
+
     fn evict(&mut self) {
-        let capacity = (self.cache_bytes >> self.cluster_bits).max(4);
+        let bytes = self.cache_bytes.load(Ordering::Relaxed);
+        let capacity = (bytes >> self.cluster_bits).max(4);
         while self.blocks.len() >= capacity {
             let idle = self
                 .blocks

@@ -13,7 +13,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use blockcore::{BlockError, Result, WriteFlags, chain_is_zero};
+use blockcore::{BlockError, Child, Result, WriteFlags, chain_is_zero};
 
 use crate::image::{Image, Intent};
 use crate::l2_entry::L2Entry;
@@ -51,6 +51,16 @@ impl Kept {
 
 fn not_supported<T>() -> Result<T> {
     Err(BlockError::from_errno(libc::EOPNOTSUPP))
+}
+
+/// Gives storage back that entries on disk may still name: what is there instead is zero. (What a device has there after a discard, nobody knows.)
+pub(crate) async fn make_hole(file: &Child, offset: u64, bytes: u64) {
+    let flags = WriteFlags::MAY_UNMAP | WriteFlags::NO_FALLBACK;
+    if file.flags().unmap
+        && let Err(e) = file.pwrite_zeroes(offset, bytes, flags).await
+    {
+        tracing::debug!("no hole at {offset:#x}: {e}");
+    }
 }
 
 impl Image {
@@ -245,16 +255,15 @@ impl Image {
     }
 
     /// Punches holes where clusters keep their place though they read as zero. The caller holds `changing`, so nobody is given them for new data meanwhile.
-    /// That the entries may be durable only later is no harm: the guest said that it needs nothing of this.
+    /// The entries may be durable only later, so that a power cut shows what is in the holes: zeroes, which the guest asked for; but where data is encrypted, noise,
+    /// and so nothing is given back there (INV QCOW2-CRYPT-1).
     async fn punch_kept(&self, kept: Kept) {
-        if self.has_data_file() || !self.runtime().pass_discard_request {
+        if self.has_data_file() || self.is_encrypted() || !self.runtime().pass_discard_request {
             return;
         }
         for host in kept.into_clusters() {
-            if self.owner_in(host, self.cluster_size()).is_none()
-                && let Err(e) = self.file.pdiscard(host, self.cluster_size()).await
-            {
-                tracing::debug!("no hole at {host:#x}: {e}");
+            if self.owner_in(host, self.cluster_size()).is_none() {
+                make_hole(&self.file, host, self.cluster_size()).await;
             }
         }
     }
@@ -264,7 +273,8 @@ impl Image {
     /// # Errors
     /// Those of the commit.
     pub async fn commit_if_wanted(self: &Arc<Self>) -> Result<()> {
-        if self.meta.lock().await.wants_commit() {
+        let wants_commit = self.meta.lock().await.wants_commit(self.l2.slice_bytes());
+        if wants_commit {
             return self.commit().await;
         }
         Ok(())
@@ -321,6 +331,12 @@ impl Image {
                 }
             }
             at = slice_end;
+            let wants_commit = meta.wants_commit(self.l2.slice_bytes());
+            drop(meta);
+            // A range may be as long as the disk, and its changes more than the memory holds.
+            if wants_commit {
+                self.commit().await?;
+            }
         }
         Ok(())
     }

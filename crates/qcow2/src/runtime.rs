@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Options of an open image: [`RuntimeOptions`]. They change how this writer works, not what the image holds.
 //!
-//! Taken at opening, and, but for `l2-cache-entry-size` and the template `all` (which would have to look at all that is cached already), when an image is
-//! reopened. `cache-clean-interval` is refused: nothing here runs by the clock.
+//! Taken at opening, and when an image is reopened: then what was given before still holds unless something else is said of the same, and all of it is looked
+//! at together.
 
-use blockcore::{BlockError, Options, Result};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use blockcore::{BlockError, OptionValue, Options, Result};
 
 use crate::format::MIN_CLUSTER_BITS;
 use crate::header::Header;
@@ -16,6 +19,8 @@ const L2_CACHE_BYTES: u64 = 32 << 20;
 const REFCOUNT_CACHE_BYTES: u64 = 1 << 20;
 /// Bytes in an L2 slice, as a power of two; a whole table where clusters are smaller.
 const SLICE_BYTES_BITS: u32 = 12;
+/// How long tables stay in memory that nobody uses, where nothing is said.
+const CACHE_CLEAN_INTERVAL: Duration = Duration::from_secs(600);
 
 bitflags::bitflags! {
     /// What guest data is kept from being written over (INV QCOW2-META-1).
@@ -32,6 +37,22 @@ bitflags::bitflags! {
         const BITMAP_DIRECTORY = 1 << 8;
     }
 }
+
+/// The options, but for the [`SWITCHES`].
+const KEYS: [&str; 12] = [
+    "cache-size",
+    "l2-cache-size",
+    "refcount-cache-size",
+    "l2-cache-entry-size",
+    "cache-clean-interval",
+    "lazy-refcounts",
+    "overlap-check",
+    "overlap-check.template",
+    "pass-discard-request",
+    "pass-discard-snapshot",
+    "pass-discard-other",
+    "discard-no-unref",
+];
 
 /// The switches, each below `overlap-check.`.
 const SWITCHES: [(&str, OverlapChecks); 9] = [
@@ -62,7 +83,7 @@ impl OverlapChecks {
         })
     }
 
-    fn take(options: &mut Options) -> Result<Option<OverlapChecks>> {
+    fn take(options: &mut Options) -> Result<OverlapChecks> {
         let whole = options.take_str("overlap-check");
         let template = options.take_str("overlap-check.template");
         if let (Some(a), Some(b)) = (&whole, &template)
@@ -73,7 +94,6 @@ impl OverlapChecks {
             )));
         }
         let name = template.or(whole);
-        let mut is_given = name.is_some();
         let name = name.unwrap_or_else(|| "cached".to_owned());
         let Some(mut checks) = OverlapChecks::template(&name) else {
             return Err(BlockError::invalid(format!(
@@ -83,10 +103,9 @@ impl OverlapChecks {
         for (switch, bit) in SWITCHES {
             if let Some(on) = options.take_bool(&format!("overlap-check.{switch}"))? {
                 checks.set(bit, on);
-                is_given = true;
             }
         }
-        Ok(is_given.then_some(checks))
+        Ok(checks)
     }
 
     /// Whether what lies there is among what is looked at.
@@ -118,6 +137,8 @@ pub(crate) struct RuntimeOptions {
     /// Bytes in an L2 slice, as a power of two.
     pub slice_bytes_bits: u32,
     pub refcount_cache_bytes: usize,
+    /// How long tables stay in memory that nobody uses; `None`: as long as there is room.
+    pub cache_clean_interval: Option<Duration>,
     pub overlap_checks: OverlapChecks,
     /// Whether storage goes back to the host that a guest's discard, a snapshot's end, or anything else has freed.
     pub pass_discard_request: bool,
@@ -125,6 +146,27 @@ pub(crate) struct RuntimeOptions {
     pub pass_discard_other: bool,
     /// Discarded clusters keep their place in the file.
     pub discard_no_unref: bool,
+    /// What was said.
+    given: Options,
+}
+
+/// Takes out of what was given before what `new` says in another way. `QEMU: qcow2_join_options`.
+fn drop_overridden(before: &mut Options, new: &Options) {
+    let mut drop_all = |keys: &[&str]| {
+        for key in keys {
+            before.take(key);
+        }
+    };
+    if new.contains("overlap-check") || new.contains("overlap-check.template") {
+        drop_all(&["overlap-check", "overlap-check.template"]);
+        let switches = SWITCHES.map(|(switch, _)| format!("overlap-check.{switch}"));
+        drop_all(&switches.each_ref().map(String::as_str));
+    }
+    if new.contains("cache-size") {
+        drop_all(&["l2-cache-size", "refcount-cache-size"]);
+    } else if new.contains("l2-cache-size") || new.contains("refcount-cache-size") {
+        drop_all(&["cache-size"]);
+    }
 }
 
 impl RuntimeOptions {
@@ -134,34 +176,42 @@ impl RuntimeOptions {
             l2_cache_bytes: L2_CACHE_BYTES as usize,
             slice_bytes_bits: SLICE_BYTES_BITS.min(cluster_bits),
             refcount_cache_bytes: REFCOUNT_CACHE_BYTES as usize,
+            cache_clean_interval: Some(CACHE_CLEAN_INTERVAL),
             overlap_checks: OverlapChecks::all() - OverlapChecks::INACTIVE_L2,
             pass_discard_request: true,
             pass_discard_snapshot: true,
             pass_discard_other: false,
             discard_no_unref: false,
+            given: Options::new(),
         }
     }
 
-    /// Takes what is given out of `options`; the rest stays as it is.
+    /// Takes what is given out of `options`. What was given before stays, unless `null` takes it back, or something else is said of the same.
     ///
     /// # Errors
-    /// `InvalidArgument` for values that make no sense, in QEMU's words; `Unsupported` for what isn't there.
+    /// `InvalidArgument` for values that make no sense, alone or together, in QEMU's words.
     pub fn take(&mut self, options: &mut Options, header: &Header) -> Result<()> {
-        self.take_caches(options)?;
-        if let Some(bytes) = options.take_size("l2-cache-entry-size")? {
-            let cluster = 1u64 << header.cluster_bits;
-            if !bytes.is_power_of_two() || bytes < 1 << MIN_CLUSTER_BITS || bytes > cluster {
-                return Err(BlockError::invalid(format!(
-                    "L2 cache entry size must be a power of two between 512 and the cluster size ({cluster})"
-                )));
+        let mut given = self.given.clone();
+        drop_overridden(&mut given, options);
+        let switches = SWITCHES.map(|(switch, _)| format!("overlap-check.{switch}"));
+        let keys = KEYS.into_iter().chain(switches.iter().map(String::as_str));
+        for key in keys {
+            match options.take(key) {
+                None => {}
+                Some(OptionValue::Null) => drop(given.take(key)),
+                Some(value) => given.set(key, value),
             }
-            self.slice_bytes_bits = bytes.trailing_zeros();
         }
-        if options.take_number("cache-clean-interval")?.unwrap_or(0) > 0 {
-            return Err(BlockError::unsupported(
-                "cache-clean-interval is not supported",
-            ));
-        }
+        let mut new = RuntimeOptions::new(header.cluster_bits);
+        new.given = given.clone();
+        new.take_all(given, header)?;
+        *self = new;
+        Ok(())
+    }
+
+    fn take_all(&mut self, mut options: Options, header: &Header) -> Result<()> {
+        let options = &mut options;
+        self.take_caches(options, header)?;
         // Only a permission to write refcounts late, and this writer never does.
         let lazy = options.take_bool("lazy-refcounts")?;
         if lazy == Some(true) && header.version < 3 {
@@ -169,9 +219,7 @@ impl RuntimeOptions {
                 "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level";
             return Err(BlockError::invalid(text));
         }
-        if let Some(checks) = OverlapChecks::take(options)? {
-            self.overlap_checks = checks;
-        }
+        self.overlap_checks = OverlapChecks::take(options)?;
         for (key, switch) in [
             ("pass-discard-request", &mut self.pass_discard_request),
             ("pass-discard-snapshot", &mut self.pass_discard_snapshot),
@@ -189,27 +237,13 @@ impl RuntimeOptions {
         Ok(())
     }
 
-    /// Refuses what an open image can't change.
-    ///
-    /// # Errors
-    /// `Unsupported`, with the name of the option.
-    pub fn check_change(&self, before: &RuntimeOptions) -> Result<()> {
-        let late = self.overlap_checks - before.overlap_checks;
-        let option = if self.slice_bytes_bits != before.slice_bytes_bits {
-            "l2-cache-entry-size"
-        } else if late.contains(OverlapChecks::INACTIVE_L2) {
-            "overlap-check.inactive-l2"
-        } else {
-            return Ok(());
-        };
-        let text = format!("The option '{option}' can only be set when the image is opened");
-        Err(BlockError::unsupported(text))
-    }
-
-    fn take_caches(&mut self, options: &mut Options) -> Result<()> {
-        let total = options.take_size("cache-size")?;
-        let l2 = options.take_size("l2-cache-size")?;
-        let refcount = options.take_size("refcount-cache-size")?;
+    fn take_caches(&mut self, options: &mut Options, header: &Header) -> Result<()> {
+        let size = |options: &mut Options, key| options.take_size_to(key, u64::MAX);
+        let total = size(options, "cache-size")?;
+        let l2 = size(options, "l2-cache-size")?;
+        let refcount = size(options, "refcount-cache-size")?;
+        let slice = size(options, "l2-cache-entry-size")?;
+        let interval = options.take_number("cache-clean-interval")?;
         let over = |part: Option<u64>| part > total && total.is_some();
         let fault = match total {
             Some(_) if l2.is_some() && refcount.is_some() => {
@@ -222,28 +256,101 @@ impl RuntimeOptions {
         if !fault.is_empty() {
             return Err(BlockError::invalid(fault));
         }
-        let rest = |part: Option<u64>| total.map(|t| t - part.unwrap_or(0));
-        if let Some(bytes) = l2.or(rest(refcount)) {
+        let cluster = 1u64 << header.cluster_bits;
+        if let Some(bytes) = slice {
+            if !bytes.is_power_of_two() || bytes < 1 << MIN_CLUSTER_BITS || bytes > cluster {
+                return Err(BlockError::invalid(format!(
+                    "L2 cache entry size must be a power of two between 512 and the cluster size ({cluster})"
+                )));
+            }
+            self.slice_bytes_bits = bytes.trailing_zeros();
+        }
+        let (l2, refcount) = match (total, l2, refcount) {
+            (Some(total), Some(l2), _) => (Some(l2), Some(total - l2)),
+            (Some(total), None, Some(refcount)) => (Some(total - refcount), Some(refcount)),
+            (Some(total), None, None) => {
+                let (l2, refcount) = self.share_cache(total, header);
+                (Some(l2), Some(refcount))
+            }
+            (None, l2, refcount) => (l2, refcount),
+        };
+        if let Some(bytes) = l2 {
             self.l2_cache_bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
         }
-        if let Some(bytes) = refcount.or(l2.and(rest(l2))) {
+        if let Some(bytes) = refcount {
+            if bytes >> header.cluster_bits > i32::MAX as u64 {
+                return Err(BlockError::invalid("Refcount cache size too big"));
+            }
             self.refcount_cache_bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+        }
+        if let Some(seconds) = interval {
+            if u32::try_from(seconds).is_err() {
+                return Err(BlockError::invalid("Cache clean interval too big"));
+            }
+            self.cache_clean_interval = (seconds > 0).then(|| Duration::from_secs(seconds));
         }
         Ok(())
     }
 }
 
-impl Image {
-    /// Works in another way from now on.
-    pub fn set_runtime(&self, runtime: RuntimeOptions) {
-        self.l2.set_size(runtime.l2_cache_bytes);
-        if let Ok(mut meta) = self.meta.try_lock() {
-            meta.refcounts.cache_bytes = runtime.refcount_cache_bytes;
+impl RuntimeOptions {
+    /// What the caches of L2 tables and of refcount blocks get of `total` bytes: those of all L2 tables go first, and the other gets what is left, but four blocks
+    /// at least.
+    fn share_cache(&self, total: u64, header: &Header) -> (u64, u64) {
+        let entry_bytes = 8 << u64::from(header.has_extended_l2());
+        let tables = header.size.div_ceil(1 << header.cluster_bits) * entry_bytes;
+        let tables = tables.next_multiple_of(1 << self.slice_bytes_bits);
+        let blocks_min = 4 << header.cluster_bits;
+        match total >= tables + blocks_min {
+            true => (tables, total - tables),
+            false => {
+                let blocks = blocks_min.min(total);
+                (total - blocks, blocks)
+            }
         }
+    }
+}
+
+impl Image {
+    /// Does what is needed before [`set_runtime`](Image::set_runtime): nothing has changes any more, and what `new` looks at is known.
+    ///
+    /// # Errors
+    /// Those of the commit, and of reading the tables of snapshots.
+    pub async fn prepare_runtime(self: &std::sync::Arc<Self>, new: &RuntimeOptions) -> Result<()> {
+        let before = self.runtime().clone();
+        let is_writable = self.writable.load(Ordering::Acquire);
+        if new.slice_bytes_bits != before.slice_bytes_bits {
+            // Dropped requests may go on in tasks.
+            self.tasks.wait_idle().await;
+            if is_writable {
+                self.commit().await?;
+            }
+        }
+        let late = new.overlap_checks - before.overlap_checks;
+        if is_writable && late.contains(OverlapChecks::INACTIVE_L2) {
+            self.own_inactive_l2().await?;
+        }
+        Ok(())
+    }
+
+    /// Works in another way from now on. Nothing is in flight.
+    pub fn set_runtime(self: &std::sync::Arc<Self>, runtime: RuntimeOptions) {
+        let before = self.runtime().clone();
+        if runtime.slice_bytes_bits != before.slice_bytes_bits {
+            let bits = self.entries().slice_bits(runtime.slice_bytes_bits);
+            self.l2.set_slice_bits(bits);
+        }
+        self.l2.set_size(runtime.l2_cache_bytes);
+        self.refcount_cache_bytes
+            .store(runtime.refcount_cache_bytes, Ordering::Relaxed);
+        let interval = runtime.cache_clean_interval;
         *self
             .runtime
             .write()
             .expect("no code panics while it holds this lock") = runtime;
+        if interval != before.cache_clean_interval {
+            self.clean_later(interval);
+        }
     }
 }
 
@@ -254,13 +361,16 @@ mod tests {
     #[test]
     fn templates_and_switches_say_what_is_looked_at() {
         let take = |text: &str| OverlapChecks::take(&mut Options::from_dotted(text).unwrap());
-        assert_eq!(take("size=1").unwrap(), None);
+        assert_eq!(
+            take("size=1").unwrap(),
+            OverlapChecks::all() - OverlapChecks::INACTIVE_L2
+        );
         assert_eq!(
             take("overlap-check=none,overlap-check.active-l1=on").unwrap(),
-            Some(OverlapChecks::ACTIVE_L1)
+            OverlapChecks::ACTIVE_L1
         );
         let all = take("overlap-check.template=all,overlap-check.main-header=off");
-        let all = all.unwrap().unwrap();
+        let all = all.unwrap();
         assert!(all.includes(Owner::InactiveL2) && !all.includes(Owner::Header));
         assert!(take("overlap-check=some").is_err());
         assert!(take("overlap-check=none,overlap-check.template=all").is_err());

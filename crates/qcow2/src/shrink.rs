@@ -51,7 +51,7 @@ impl Image {
 
     /// Frees all clusters behind the end. The caller holds `changing` over them.
     async fn free_behind(self: &Arc<Self>, new: u64) -> Result<()> {
-        let _epoch = self.epochs.enter();
+        let epoch = self.epochs.enter();
         let per_table = 1u64 << self.l2_bits();
         let first = new.div_ceil(self.cluster_size());
         let first_table = first.div_ceil(per_table);
@@ -62,14 +62,17 @@ impl Image {
             }
         })
         .await?;
+        drop(epoch);
         for index in first_table as usize..self.l1.len() {
             self.free_table(index).await?;
+            self.commit_if_wanted().await?;
         }
         Ok(())
     }
 
     /// Takes an L2 table with all it points at away from the active layer. Its entries are not changed: a snapshot may share it.
     async fn free_table(self: &Arc<Self>, index: usize) -> Result<()> {
+        let _epoch = self.epochs.enter();
         let mut meta = self.meta.lock().await;
         let table = self.l1.get(index) & L1E_OFFSET_MASK;
         if table == 0 {

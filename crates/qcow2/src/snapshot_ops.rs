@@ -25,7 +25,7 @@ use crate::snapshot::{self, Snapshot, SnapshotTable};
 
 /// What is counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Count {
+pub(crate) enum Count {
     /// One reference more.
     Up,
     /// One reference less.
@@ -40,6 +40,7 @@ impl Image {
     pub async fn snapshot_create(self: &Arc<Self>, request: SnapshotRequest) -> Result<()> {
         self.check_sound()?;
         self.check_no_data_file()?;
+        self.vm_state_range(0, request.vm_state_size)?;
         let work = |image: Arc<Image>| async move { image.snapshot_create_now(request).await };
         self.spawn_alone(0, MAX_LENGTH_BYTES, work).await
     }
@@ -134,13 +135,20 @@ impl Image {
         }
         let mut l1 = self.l1.to_vec();
         overhaul.share_tables(&mut l1).await?;
-        overhaul.count_tree(&l1, Count::Up).await?;
-        let bytes = words_to_bytes(&l1);
         let l1_size = l1.len() as u32;
         let kept = match l1_size {
             0 => 0,
-            _ => overhaul.write_new(Owner::InactiveL1, bytes.clone()).await?,
+            _ => {
+                let bytes = words_to_bytes(&l1);
+                overhaul.write_new(Owner::InactiveL1, bytes).await?
+            }
         };
+        if request.vm_state_size > 0 {
+            // It belongs to the snapshot alone.
+            let area = self.l1_index(self.vm_state_offset() >> self.cluster_bits);
+            l1.iter_mut().skip(area).for_each(|entry| *entry = 0);
+        }
+        overhaul.count_tree(&l1, Count::Up).await?;
         let ids = table
             .snapshots
             .iter()
@@ -150,9 +158,7 @@ impl Image {
         table.snapshots.push(entry);
         overhaul.write_snapshots(&mut header, &table).await?;
         overhaul.write_l1(&mut header, &l1).await?;
-        overhaul.finish(header, l1).await?;
-        // It belongs to the snapshot now.
-        self.clear_vm_state(request.vm_state_size).await
+        overhaul.finish(header, l1).await
     }
 
     async fn snapshot_goto_now(self: Arc<Self>, which: SnapshotSelector) -> Result<()> {
@@ -193,7 +199,7 @@ fn find(table: &SnapshotTable, which: &SnapshotSelector) -> Result<usize> {
         .ok_or_else(|| BlockError::from_errno(libc::ENOENT))
 }
 
-fn words_to_bytes(words: &[u64]) -> Vec<u8> {
+pub(crate) fn words_to_bytes(words: &[u64]) -> Vec<u8> {
     words.iter().flat_map(|w| w.to_be_bytes()).collect()
 }
 
@@ -214,10 +220,15 @@ impl Overhaul<'_> {
         Ok(())
     }
 
-    async fn count(&mut self, cluster: u64, count: Count, is_data: bool) -> Result<()> {
+    /// One reference to a cluster more or less.
+    ///
+    /// # Errors
+    /// `Corrupt` for one that holds other metadata than an L2 table, or with `is_data` any; as [`refer`](Overhaul::refer) and [`unrefer`](Overhaul::unrefer).
+    pub async fn count(&mut self, cluster: u64, count: Count, is_data: bool) -> Result<()> {
         // INV QCOW2-META-1: an entry that points at metadata must not make that metadata free, or a hole.
         let owner = self.image.owner_in(cluster << self.image.cluster_bits, 1);
-        if let Some(owner) = owner.filter(|&o| is_data || o != Owner::L2) {
+        let is_table = |o| matches!(o, Owner::L2 | Owner::InactiveL2);
+        if let Some(owner) = owner.filter(|&o| is_data || !is_table(o)) {
             let host = cluster << self.image.cluster_bits;
             return Err(self.image.refuse_overlap(host, owner));
         }
@@ -245,7 +256,10 @@ impl Overhaul<'_> {
     }
 
     /// Sets `COPIED` in the active L1 table and its L2 tables exactly where the only reference is this one (INV QCOW2-META-2).
-    async fn settle_flags(&mut self, l1: &mut [u64]) -> Result<()> {
+    ///
+    /// # Errors
+    /// Those of metadata I/O.
+    pub async fn settle_flags(&mut self, l1: &mut [u64]) -> Result<()> {
         let (words, bits) = (self.image.entries().words(), self.image.cluster_bits);
         for entry in l1.iter_mut().filter(|e| **e & L1E_OFFSET_MASK != 0) {
             let mut table = self.l2_table(*entry).await?;
@@ -277,7 +291,10 @@ impl Overhaul<'_> {
     }
 
     /// Writes the active L1 table to a new place.
-    async fn write_l1(&mut self, header: &mut Header, l1: &[u64]) -> Result<()> {
+    ///
+    /// # Errors
+    /// Those of allocating and of metadata I/O.
+    pub async fn write_l1(&mut self, header: &mut Header, l1: &[u64]) -> Result<()> {
         self.leave_table(header.l1_table_offset, u64::from(header.l1_size) * 8);
         header.l1_size = l1.len() as u32;
         header.l1_table_offset = match l1 {

@@ -53,6 +53,7 @@ impl Image {
         if request.bytes == old {
             return Ok(());
         }
+        self.check_bitmaps_fit(request.bytes)?;
         let whole_clusters = old.next_multiple_of(self.cluster_size()) < request.bytes;
         let shows_backing = self.backing.as_ref().is_some_and(|b| b.length() > old);
         if self.version() < 3 && whole_clusters && shows_backing {
@@ -86,8 +87,8 @@ impl Image {
         let table_bytes = 1u64 << (self.l2_bits() + self.cluster_bits);
         let l1_entries = new.div_ceil(table_bytes);
         if l1_entries * 8 > MAX_L1_BYTES {
-            let text = "Failed to grow the L1 table: Image size too big for its cluster size";
-            return Err(BlockError::from_errno(libc::EFBIG).message(text));
+            let text = "Failed to grow the L1 table";
+            return Err(BlockError::from_errno(libc::EFBIG).context(text));
         }
         {
             let _epoch = self.epochs.enter();
@@ -235,6 +236,8 @@ impl Image {
             }
             let mut meta = self.meta.lock().await;
             self.link_preallocated(&mut meta, at, run).await?;
+            drop(meta);
+            self.commit_if_wanted().await?;
             at += count;
             last = Some(run);
         }

@@ -8,8 +8,6 @@ use blockcore::{BlockError, DebugEvent, ErrorKind, IoBuf, IoBufMut, Result};
 
 use crate::format::MAX_L1_BYTES;
 use crate::image::Image;
-use crate::l2_entry::L2Entry;
-use crate::remap::Remap;
 
 impl Image {
     /// Guest bytes that one L1 entry covers.
@@ -23,7 +21,10 @@ impl Image {
     }
 
     /// A range of the area in guest bytes, start and end.
-    fn vm_state_range(&self, offset: u64, bytes: u64) -> Result<(u64, u64)> {
+    ///
+    /// # Errors
+    /// EFBIG for a range past what the format can address.
+    pub fn vm_state_range(&self, offset: u64, bytes: u64) -> Result<(u64, u64)> {
         let start = self.vm_state_offset().checked_add(offset);
         let end = start.and_then(|s| s.checked_add(bytes));
         match (start, end) {
@@ -61,27 +62,6 @@ impl Image {
             let entries = end.div_ceil(image.table_bytes()) as usize;
             image.grow_l1(entries).await?;
             image.write_allocating(start, buf).await
-        })
-        .await
-    }
-
-    /// Forgets what the area of the active layer holds. The caller holds `changing` over it.
-    pub(crate) async fn clear_vm_state(self: &Arc<Self>, bytes: u64) -> Result<()> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        let (start, end) = self.vm_state_range(0, bytes)?;
-        let _epoch = self.epochs.enter();
-        let (first, end) = (
-            start >> self.cluster_bits,
-            end.div_ceil(self.cluster_size()),
-        );
-        self.remap(first, end, true, |_, entry| {
-            let nothing = L2Entry::default();
-            match entry == nothing {
-                true => Remap::Keep,
-                false => Remap::Replace(nothing),
-            }
         })
         .await
     }

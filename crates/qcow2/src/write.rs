@@ -132,6 +132,11 @@ impl Image {
         offset: u64,
         bytes: u64,
     ) -> Result<Option<Vec<(u64, u64)>>> {
+        // INV REQ-PARK-1: a write to a part of a block, which may hold metadata besides, is not for the caller's own future, since a commit may have to wait.
+        let block = self.storage()?.align();
+        if block > self.cluster_size() {
+            return Ok(None);
+        }
         let mut runs = Vec::with_capacity(1);
         let mut at = offset;
         let end = offset + bytes;
@@ -182,7 +187,7 @@ impl Image {
     }
 
     /// Writes guest data to where it lies, encrypted if it has to be. INV QCOW2-CRYPT-1
-    async fn write_data(&self, offset: u64, host: u64, buf: IoBuf) -> Result<()> {
+    pub(crate) async fn write_data(&self, offset: u64, host: u64, buf: IoBuf) -> Result<()> {
         let data = self.encrypt(offset, host, buf).await?;
         self.storage()?
             .pwritev(host, data, WriteFlags::empty())
@@ -360,7 +365,7 @@ impl Image {
 
     /// What a guest range inside one cluster reads as. `None`: nothing, or zero, if the caller `may_skip` zeroes.
     ///
-    /// What lies past the end of the disk is zero, whatever the backing node has there: it must not show when the disk grows.
+    /// What lies past the end of the disk is zero, whatever the backing node has there: it must not show when the disk grows. The VM state behind it is data.
     async fn cow_part(
         self: &Arc<Self>,
         range: Range<u64>,
@@ -369,7 +374,11 @@ impl Image {
         if range.is_empty() {
             return Ok(None);
         }
-        let visible_end = range.end.min(self.size());
+        let is_vm_state = range.start >= self.vm_state_offset();
+        let visible_end = match is_vm_state {
+            true => range.end,
+            false => range.end.min(self.size()),
+        };
         let mut part = IoBuf::default();
         let mut is_zero = true;
         let mut at = range.start;

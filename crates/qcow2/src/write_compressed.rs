@@ -10,7 +10,7 @@
 
 use std::sync::Arc;
 
-use blockcore::{BlockError, DebugEvent, ErrorKind, IoBuf, Result, WriteFlags};
+use blockcore::{BlockError, DebugEvent, ErrorKind, IoBuf, Result, SECTOR_BYTES, WriteFlags};
 use futures::stream::{FuturesOrdered, StreamExt};
 
 use crate::alloc::{Meta, Run};
@@ -190,7 +190,8 @@ impl Image {
             }
             let l1_index = self.l1_index(one.guest_cluster);
             self.ensure_l2_table(&mut meta, l1_index).await?;
-            let end = (one.host + bytes).next_multiple_of(self.cluster_size());
+            // No further: what is compressed is to be short.
+            let end = (one.host + bytes).next_multiple_of(SECTOR_BYTES);
             meta.needed_length = meta.needed_length.max(end);
             self.file.debug_event(DebugEvent::L2UpdateCompressed).await;
             let entry = CompressedDescriptor::encode(one.host, bytes, self.cluster_bits);

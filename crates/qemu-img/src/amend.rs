@@ -38,7 +38,7 @@ impl Tool {
                 'p' => show = true,
                 'f' => format = Some(option.arg),
                 't' => cache = option.arg,
-                'o' => options.push(option.arg),
+                'o' => options.push(&self.console, option.arg)?,
                 FORCE => force = true,
                 _ => image_opts = true,
             }
@@ -80,9 +80,6 @@ impl Tool {
         force: bool,
         show: bool,
     ) -> Outcome {
-        let plain = |e: &BlockError| self.console.block_error("", e);
-        // Where nothing has to be copied it is done in one step.
-        let _started = progress::job(&self.console, show, 1.0);
         let known = self.amend_options(disk.root().format_name())?;
         let checked = options
             .parse()
@@ -92,15 +89,16 @@ impl Tool {
                 if force {
                     options.set("force", "on");
                 }
-                disk.root().amend(options).await
+                let progress = progress::amend(&self.console, show);
+                let amended = disk.root().amend_observed(options, progress).await;
+                progress::complete(&self.console, show);
+                amended
             }
             Err(e) => Err(e),
         };
-        if amended.is_ok() {
-            progress::complete(&self.console, show);
-        }
+        let amended = amended.map_err(|e| self.console.block_error("", &e));
         progress::end(&self.console, show);
-        amended.map_err(|e| plain(&e))
+        amended
     }
 
     fn checked_amend_options(

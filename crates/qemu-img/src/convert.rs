@@ -134,7 +134,7 @@ impl Tool {
                 'T' => source_cache = arg,
                 'O' => request.target_format = Some(arg),
                 TARGET_IMAGE_OPTS => request.target_image_opts = true,
-                'o' => request.options.push(arg),
+                'o' => request.options.push(&self.console, arg)?,
                 'c' => request.compressed = true,
                 't' => target_cache = arg,
                 'B' => request.backing = Some(arg),

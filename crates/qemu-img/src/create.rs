@@ -6,7 +6,7 @@ use blockjob::create::{CreatePlan, CreateRequest, known_options};
 use toolkit::getopt::{Arg, Long, long};
 
 use crate::Tool;
-use crate::console::Outcome;
+use crate::console::{Console, Outcome};
 use crate::number::MAX;
 use crate::options::{OBJECT, Words};
 
@@ -26,8 +26,14 @@ const LONG: &[Long] = &[
 pub(crate) struct CreateOptions(Vec<String>);
 
 impl CreateOptions {
-    pub fn push(&mut self, text: String) {
+    /// One more; an empty one, or one with a comma at an end, is printed as an error.
+    pub fn push(&mut self, console: &Console, text: String) -> Outcome {
+        let commas = text.len() - text.trim_end_matches(',').len();
+        if text.is_empty() || text.starts_with(',') || commas % 2 == 1 {
+            return Err(console.fail(&format!("Invalid option list: {text}")));
+        }
         self.0.push(text);
+        Ok(())
     }
 
     pub fn is_empty(&self) -> bool {
@@ -62,7 +68,7 @@ impl Tool {
             match option.value {
                 'q' => quiet = true,
                 'f' => format = option.arg,
-                'o' => options.push(option.arg),
+                'o' => options.push(&self.console, option.arg)?,
                 'b' => backing = Some(option.arg),
                 'F' => backing_format = Some(option.arg),
                 _ => unsafe_backing = true,

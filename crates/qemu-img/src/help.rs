@@ -165,7 +165,7 @@ const COMMANDS: [Help; 11] = [
             OUTPUT,
             (
                 "-r, --repair leaks|all",
-                "repair what is found (not supported yet)",
+                "repair what is found: leaked clusters only, or all that can be",
             ),
             FILENAME,
         ],
@@ -225,7 +225,7 @@ const COMMANDS: [Help; 11] = [
             ),
             (
                 "-l, --source-snapshot SNAPSHOT_PARAMS",
-                "copy a snapshot (not supported yet)",
+                "copy a snapshot: its id or name, or snapshot.id=...,snapshot.name=...",
             ),
             (
                 "-T, --source-cache SRC_CACHE",
@@ -243,7 +243,7 @@ const COMMANDS: [Help; 11] = [
                 "-o, --target-options TGT_OPTS",
                 "options for creating the target; 'help' lists them",
             ),
-            ("-c, --compress", "compress the target (not supported yet)"),
+            ("-c, --compress", "compress the target"),
             (
                 "-t, --target-cache TGT_CACHE",
                 "cache mode of the target; unsafe if not given",

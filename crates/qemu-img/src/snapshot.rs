@@ -136,6 +136,11 @@ impl Tool {
         if !arg.starts_with("snapshot.") {
             return Ok(SnapshotSelector::IdOrName(arg.to_owned()));
         }
+        for (key, meaning) in Options::short_switches(arg) {
+            self.console.error(&format!(
+                "warning: short-form boolean option '{key}' deprecated\nPlease use {meaning} instead"
+            ));
+        }
         let parsed = Options::from_dotted(arg).and_then(|mut options| {
             let selector = SnapshotSelector::Fields {
                 id: options.take_str("snapshot.id"),

@@ -122,8 +122,7 @@ impl Session {
         let backend = self.backend()?;
         let started = Instant::now();
         let result = if vmstate {
-            let root = backend.root().clone();
-            self.wait(async move { root.driver().load_vmstate(offset, buf).await })
+            self.wait(async { backend.load_vmstate(offset, buf).await })
                 .await
         } else {
             self.wait(async { backend.preadv(offset, buf, o.flags()).await })
@@ -322,7 +321,7 @@ impl Session {
                 if zero {
                     backend.pwrite_zeroes(offset, bytes, flags).await
                 } else if vmstate {
-                    backend.root().driver().save_vmstate(offset, data).await
+                    backend.save_vmstate(offset, data).await
                 } else if compressed {
                     backend.pwritev_compressed(offset, data).await
                 } else {

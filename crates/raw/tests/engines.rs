@@ -3,6 +3,7 @@
 
 mod common;
 
+use blockcore::buffer::BufferPool;
 use blockcore::{IoBuf, IoBufMut, OpenOptions, ReadFlags, WriteFlags};
 use bytes::Bytes;
 use common::Disk;
@@ -200,4 +201,41 @@ async fn dropped_reads_harm_nobody() {
         vec![7; 4096]
     );
     backend.close().await.unwrap();
+}
+
+/// Memory that comes back from a read that was given up has come back for good: whoever has it next finds in it what he puts there, whatever the kernel is still doing.
+#[tokio::test]
+async fn memory_that_came_back_is_no_longer_written_to() {
+    const BYTES: usize = 1 << 20;
+    let disk = Disk::create("16M").await;
+    let plain = disk.open(OpenOptions::new()).await;
+    let data = IoBuf::from(vec![7u8; 16 * BYTES]);
+    plain.pwritev(0, data, WriteFlags::empty()).await.unwrap();
+    plain.close().await.unwrap();
+    for (aio, direct) in [("threads", false), ("threads", true), ("io_uring", true)] {
+        let options = OpenOptions::new().option("file.aio", aio).direct(direct);
+        let backend = disk.open(options).await;
+        let pool = BufferPool::new(BYTES);
+        let mut given_up = 0;
+        let mut mine = Vec::new();
+        for round in 0..64u64 {
+            {
+                let read = backend.preadv((round % 16) << 20, pool.take(BYTES), ReadFlags::empty());
+                let mut read = std::pin::pin!(read);
+                given_up += u32::from(futures::poll!(read.as_mut()).is_pending());
+            }
+            let mut next = pool.take(BYTES);
+            next.fill(0xab);
+            mine.push(next);
+            if round % 8 == 7 {
+                // Time for the kernel to do harm.
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+                for buffer in mine.drain(..) {
+                    assert!(buffer.to_vec().iter().all(|b| *b == 0xab), "aio {aio}");
+                }
+            }
+        }
+        assert!(given_up > 0, "aio {aio}: every read was over at once");
+        backend.close().await.unwrap();
+    }
 }

@@ -186,7 +186,7 @@ impl<'a> Getopt<'a> {
             Some(l) => *l,
             None if candidates.is_empty() => {
                 return Err(GetoptError::Unknown(format!(
-                    "unrecognized option '--{name}'"
+                    "unrecognized option '--{text}'"
                 )));
             }
             None if !same => {
@@ -195,7 +195,7 @@ impl<'a> Getopt<'a> {
                     .map(|l| format!(" '--{}'", l.name))
                     .collect();
                 let text = format!(
-                    "option '--{name}' is ambiguous; possibilities:{}",
+                    "option '--{text}' is ambiguous; possibilities:{}",
                     all.concat()
                 );
                 return Err(GetoptError::Unknown(text));

@@ -118,6 +118,50 @@ async fn who_touches_a_bitmap_waits_for_changes_in_flight() {
     );
 }
 
+// INV REQ-DIRTY-1: a change whose mark is gone, or was never made, is there when the full backup begins that comes next.
+#[tokio::test]
+async fn who_clears_or_enables_a_bitmap_waits_for_changes_in_flight() {
+    let disk = CrashDriver::new(vec![0; 1 << 20]);
+    let node = disk.into_node(Default::default()).await.unwrap();
+    node.add_dirty_bitmap(fine("b")).await.unwrap();
+    for what in ["clear", "enable"] {
+        node.enable_dirty_bitmap("b", what == "clear")
+            .await
+            .unwrap();
+        let mut write = Box::pin(node.pwritev(0, data(512), WriteFlags::empty()));
+        assert!(write.as_mut().now_or_never().is_none());
+        let mut touch = Box::pin(async {
+            match what {
+                "clear" => node.clear_dirty_bitmap("b").await,
+                _ => node.enable_dirty_bitmap("b", true).await,
+            }
+        });
+        assert!(touch.as_mut().now_or_never().is_none(), "{what} waits");
+        write.await.unwrap();
+        touch.await.unwrap();
+        assert_eq!(dirty(&node, "b"), [], "{what}");
+    }
+}
+
+// INV REQ-DIRTY-1
+#[tokio::test]
+async fn a_bitmap_that_is_enabled_marks_though_nobody_had_to_look_before() {
+    let node = memory_node(1 << 20).await;
+    let off = NewBitmap {
+        enabled: false,
+        ..fine("b")
+    };
+    node.add_dirty_bitmap(off).await.unwrap();
+    assert!(!node.bitmaps.is_watching());
+    let none = WriteFlags::empty();
+    node.pwritev(0, data(512), none).await.unwrap();
+    node.enable_dirty_bitmap("b", true).await.unwrap();
+    node.pwritev(4096, data(512), none).await.unwrap();
+    assert_eq!(dirty(&node, "b"), [(4096, 4608)]);
+    node.enable_dirty_bitmap("b", false).await.unwrap();
+    assert!(!node.bitmaps.is_watching());
+}
+
 #[tokio::test]
 async fn a_backup_that_fails_forgets_nothing() {
     let node = memory_node(1 << 20).await;
@@ -157,6 +201,14 @@ async fn bitmaps_are_merged_over_granularities_and_disks() {
     let coarse = other.dirty_bitmap("coarse").unwrap();
     node.merge_dirty_bitmap("fine", &coarse).await.unwrap();
     assert_eq!(dirty(&node, "fine"), [(4096, 8192)]);
+    // A range that reaches into several bits.
+    node.pwritev(16 * KIB + 512, data(9 * 1024), none)
+        .await
+        .unwrap();
+    let fine = node.dirty_bitmap("fine").unwrap();
+    other.merge_dirty_bitmap("coarse", &fine).await.unwrap();
+    let wanted = [(4096, 8192), (16 * KIB, 28 * KIB)];
+    assert_eq!(dirty(&other, "coarse"), wanted);
     other.truncate(TruncateRequest::to(512)).await.unwrap();
     let e = node.merge_dirty_bitmap("fine", &coarse).await.unwrap_err();
     assert_eq!(

@@ -285,6 +285,7 @@ pub struct FaultDriver {
     inner: Box<dyn BlockDriver>,
     faults: Faults,
     request_alignment: u32,
+    nowait: bool,
 }
 
 impl FaultDriver {
@@ -299,7 +300,14 @@ impl FaultDriver {
             inner,
             faults,
             request_alignment: 1,
+            nowait: false,
         }
+    }
+
+    /// Reads that must not wait are served, where `inner` serves them, and meet no rules.
+    pub fn with_nowait(mut self) -> FaultDriver {
+        self.nowait = true;
+        self
     }
 
     /// Requests have to be aligned to so many bytes, a power of two: what isn't becomes a read and a write.
@@ -361,9 +369,9 @@ impl BlockDriver for FaultDriver {
         length
     }
 
-    fn read_nowait(&self, _offset: u64, _buf: &mut [u8]) -> bool {
-        // Every read is to meet the rules.
-        false
+    fn read_nowait(&self, offset: u64, buf: &mut [u8]) -> bool {
+        // Every read is to meet the rules, unless something else was asked for.
+        self.nowait && self.inner.read_nowait(offset, buf)
     }
 
     async fn preadv(&self, offset: u64, buf: IoBufMut, flags: ReadFlags) -> Result<IoBufMut> {

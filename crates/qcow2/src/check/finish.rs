@@ -4,7 +4,10 @@
 use blockcore::{CheckFix, Result};
 
 use super::{Checker, Tally};
+use crate::bitmap_load;
+use crate::extension::{self, Extension};
 use crate::header::{AUTOCLEAR_BITMAPS, Incompatible};
+use crate::header_rewrite::Rewrite;
 use crate::image::INCOMPATIBLE_OFFSET;
 
 /// Byte offset of the autoclear feature bits in the header.
@@ -21,7 +24,11 @@ const LEAKS_KEPT: &str =
 impl Checker<'_> {
     /// Clears the autoclear bits of features that this writer doesn't know, as the specification wants before the first change.
     pub(super) async fn clear_unknown_features(&mut self) -> Result<()> {
-        let kept = self.header.autoclear & AUTOCLEAR_KEPT;
+        let mut kept = self.header.autoclear & AUTOCLEAR_KEPT;
+        if !self.has_data_file() {
+            // Other programs don't even open such an image.
+            kept &= !AUTOCLEAR_RAW_DATA_FILE;
+        }
         if self.header.version < 3 || self.header.autoclear == kept {
             return Ok(());
         }
@@ -46,6 +53,7 @@ impl Checker<'_> {
             self.say(LEAKS_KEPT.to_owned());
         }
         self.clear_marks(found).await?;
+        self.drop_stale_bitmaps().await?;
         if found.is_clean() {
             self.punch_holes().await;
         }
@@ -68,6 +76,20 @@ impl Checker<'_> {
         self.write(INCOMPATIBLE_OFFSET, bytes).await?;
         self.header.incompatible = bits;
         self.file.flush().await
+    }
+
+    /// Takes bitmaps out of the header that are worthless: a writer that knew nothing of them has changed the image. Their clusters were leaks.
+    async fn drop_stale_bitmaps(&mut self) -> Result<()> {
+        if !bitmap_load::has_stale(&self.header) {
+            return Ok(());
+        }
+        let is_bitmaps = |e: &Extension| e.kind == extension::BITMAPS;
+        self.header.extensions.retain(|e| !is_bitmaps(e));
+        let rewrite = Rewrite::prepare(self.file, &self.header).await?;
+        if let Err(e) = rewrite.write(&self.header).await {
+            return rewrite.undo().await.and(Err(e));
+        }
+        Ok(())
     }
 
     /// Gives the storage of freed clusters back to the host. A host that can't is no reason to fail.

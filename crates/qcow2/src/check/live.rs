@@ -12,6 +12,7 @@ use blockcore::{BlockError, CheckAborted, CheckFix, CheckResult, ErrorKind, Resu
 use super::{check, check_beside};
 use crate::alloc::Meta;
 use crate::header::{Header, Incompatible};
+use crate::header_rewrite::Uncertain;
 use crate::image::Image;
 use crate::open::read_table;
 use crate::refcount::Refcounts;
@@ -30,6 +31,8 @@ impl Image {
                 _ => Err(BlockError::new(ErrorKind::ReadOnly, "Node is read-only")),
             };
         }
+        // INV REQ-DROP-1: what a dropped write has taken and not yet linked is none of a repair's leaks.
+        let _all = self.changing.begin(0, u64::MAX, true).await;
         let _no_commits = self.commits.none().await;
         match self.check_sound() {
             Ok(()) => self.commit_now().await?,
@@ -43,12 +46,15 @@ impl Image {
         let held: Vec<Range<u64>> = waiting
             .map(|freed| freed.cluster..freed.cluster + freed.count)
             .collect();
+        if fix == CheckFix::None {
+            return check_beside(&header, &self.file, fix, &held).await;
+        }
+        // Until it has been read again; the runtime may end before.
+        let uncertain = Uncertain::about(self);
         let result = check_beside(&header, &self.file, fix, &held).await;
-        if fix != CheckFix::None
-            && let Err(e) = self.reload_all(&mut meta).await
-        {
-            self.uncertain.store(true, Ordering::Release);
-            return result.and(Err(e));
+        match self.reload_all(&mut meta).await {
+            Ok(()) => uncertain.resolve(),
+            Err(e) => return result.and(Err(e)),
         }
         result
     }
@@ -83,7 +89,8 @@ impl Image {
     async fn reload_all(&self, meta: &mut Meta) -> Result<()> {
         self.reload(meta).await?;
         let header = self.header().clone();
-        self.find_owners(&header, meta).await
+        let checks = self.runtime().overlap_checks;
+        self.find_owners(&header, meta, checks).await
     }
 
     /// Reads again what is in memory of an image's metadata, which a repair has changed on disk. Nothing is waiting to be written.
@@ -95,7 +102,7 @@ impl Image {
         let entries = (clusters as usize) << (self.cluster_bits - 3);
         let table = read_table(&self.file, offset, entries).await?;
         let order = header.refcount_order;
-        let cache = meta.refcounts.cache_bytes;
+        let cache = self.refcount_cache_bytes.clone();
         meta.refcounts = Refcounts::new(order, self.cluster_bits, table, offset, clusters, cache);
         meta.l1_offset = l1_offset;
         meta.next_free = 0;

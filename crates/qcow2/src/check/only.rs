@@ -9,6 +9,7 @@ use blockcore::{
 };
 
 use super::{check, extensions};
+use crate::bitmap_load;
 use crate::data_file::DataFile;
 use crate::header::Header;
 use crate::runtime::RuntimeOptions;
@@ -33,7 +34,8 @@ pub(crate) async fn open(
     let file = ctx.take_file()?;
     let header = Header::read_for_check(&file).await?;
     extensions::encryption_header(&header)?;
-    extensions::check_loadable(&header, &file).await?;
+    // Who uses the image could not do without them.
+    bitmap_load::load(&file, &header, ctx.diagnostics()).await?;
     // How a writer works is of no use to a check, but has to make sense.
     RuntimeOptions::new(header.cluster_bits).take(options, &header)?;
     // Metadata is not encrypted.

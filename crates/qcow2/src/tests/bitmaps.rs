@@ -33,7 +33,7 @@ pub(crate) async fn with_bitmap(bytes: Vec<u8>, backing: &Backing, name: &str) -
     disk.snapshot()
 }
 
-fn stored(name: &str) -> NewBitmap {
+pub(crate) fn stored(name: &str) -> NewBitmap {
     NewBitmap {
         persistent: true,
         granularity: Some(SECTOR),
@@ -46,7 +46,7 @@ async fn image_with_bitmap() -> Vec<u8> {
     with_bitmap(fresh_image(Shape::small(DISK)), &Backing::default(), "b").await
 }
 
-async fn close(node: Arc<Node>) -> Result<()> {
+pub(crate) async fn close(node: Arc<Node>) -> Result<()> {
     Child::new("top", ChildRole::File, node).close().await
 }
 
@@ -72,7 +72,7 @@ pub(crate) fn covers(node: &Node, name: &str, before: &[u8], now: &[u8]) -> Resu
     Ok(true)
 }
 
-fn dirty(node: &Node, name: &str) -> Vec<(u64, u64)> {
+pub(crate) fn dirty(node: &Node, name: &str) -> Vec<(u64, u64)> {
     let bitmap = node.dirty_bitmap(name).unwrap();
     let bits = bitmap.bits();
     let granularity = bitmap.granularity();
@@ -340,7 +340,7 @@ async fn a_copy_that_was_stored_is_outdated_again_by_the_next_change() {
 // INV QCOW2-BITMAP-1: what changes a bitmap and no data counts, too.
 #[tokio::test]
 async fn a_bitmap_that_is_changed_by_hand_is_in_use_before() {
-    for what in 0..5 {
+    for what in 0..6 {
         let disk = CrashDriver::new(image_with_bitmap().await);
         let (node, _image) = open_on(disk.clone(), None).await;
         let source = node.add_dirty_bitmap(NewBitmap::new("source")).await;
@@ -352,7 +352,12 @@ async fn a_bitmap_that_is_changed_by_hand_is_in_use_before() {
                 let source = source.unwrap();
                 node.merge_dirty_bitmap("b", &source).await.unwrap();
             }
-            _ => node.truncate(TruncateRequest::to(512)).await.unwrap(),
+            4 => node.truncate(TruncateRequest::to(512)).await.unwrap(),
+            _ => {
+                let mut options = Options::new();
+                options.set("size", "1M");
+                node.amend(options).await.unwrap();
+            }
         }
         let (copy, _) = reopened(&disk).await;
         let b = copy.dirty_bitmap("b").unwrap();
@@ -364,6 +369,26 @@ async fn a_bitmap_that_is_changed_by_hand_is_in_use_before() {
         assert_eq!(b.is_enabled(), what != 1);
         assert!(copy.dirty_bitmap("source").is_err(), "not persistent");
     }
+}
+
+#[tokio::test]
+async fn a_bitmap_that_takes_the_name_of_a_removed_one_takes_nothing_else() {
+    let disk = CrashDriver::new(image_with_bitmap().await);
+    let (node, _image) = open_on(disk.clone(), None).await;
+    write(&node, 0, 512, 1).await.unwrap();
+    close(node).await.unwrap();
+    let (node, _image) = open_on(disk.clone(), None).await;
+    node.remove_dirty_bitmap("b").await.unwrap();
+    let coarse = NewBitmap {
+        granularity: Some(65536),
+        ..stored("b")
+    };
+    node.add_dirty_bitmap(coarse).await.unwrap();
+    close(node).await.unwrap();
+    let (copy, _) = reopened(&disk).await;
+    assert_eq!(dirty(&copy, "b"), []);
+    assert_eq!(copy.dirty_bitmap("b").unwrap().granularity(), 65536);
+    assert_eq!(findings(disk.snapshot()).await, Vec::<String>::new());
 }
 
 #[tokio::test]
@@ -399,18 +424,23 @@ async fn a_parked_first_change_holds_up_nobody() {
 // INV QCOW2-BITMAP-1: no change without the mark.
 #[tokio::test]
 async fn a_copy_that_cannot_be_marked_stops_the_change() {
-    let disk = CrashDriver::new(image_with_bitmap().await);
-    let driver = FaultDriver::new(Box::new(disk.clone()));
-    let faults = driver.faults();
-    let file = driver.into_node(NodeFlags::default()).await.unwrap();
-    let (node, _image) = open_over(file, None).await.unwrap();
-    faults.add(Rule::fail(Event::Flush, libc::EIO).only(0));
-    assert!(write(&node, 0, 512, 1).await.is_err());
-    assert!(read_all(&node).await.iter().all(|&b| b == 0));
-    write(&node, 0, 512, 1).await.unwrap();
-    close(node).await.unwrap();
-    let (copy, _) = reopened(&disk).await;
-    assert_eq!(dirty(&copy, "b"), [(0, 512)]);
+    for event in [Event::Write, Event::Flush] {
+        let disk = CrashDriver::new(image_with_bitmap().await);
+        let driver = FaultDriver::new(Box::new(disk.clone()));
+        let faults = driver.faults();
+        let file = driver.into_node(NodeFlags::default()).await.unwrap();
+        let (node, _image) = open_over(file, None).await.unwrap();
+        faults.add(Rule::fail(event, libc::EIO).only(0));
+        assert!(write(&node, 0, 512, 1).await.is_err());
+        assert!(read_all(&node).await.iter().all(|&b| b == 0));
+        // The next change tries again.
+        write(&node, 0, 512, 1).await.unwrap();
+        let (copy, _) = reopened(&disk).await;
+        assert!(copy.dirty_bitmap("b").unwrap().is_inconsistent());
+        close(node).await.unwrap();
+        let (copy, _) = reopened(&disk).await;
+        assert_eq!(dirty(&copy, "b"), [(0, 512)]);
+    }
 }
 
 /// Sets one byte of an image.

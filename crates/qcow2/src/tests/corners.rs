@@ -1,14 +1,20 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Corners that random tests rarely come by, each with the smallest case that breaks.
 
+use std::sync::atomic::Ordering;
+
 use blockcore::testing::fault::{Event, Rule};
-use blockcore::testing::{CrashDriver, Rng};
-use blockcore::{SnapshotRequest, SnapshotSelector, TruncateRequest, WriteFlags};
+use blockcore::testing::{CrashDriver, Rng, given_up_after};
+use blockcore::{
+    NodeFlags, Options, SnapshotRequest, SnapshotSelector, StatusMode, TruncateRequest, WriteFlags,
+};
 
 use super::{
-    Shape, corruptions, findings, fresh_image, open_on, open_with_faults, read_all, write,
+    Shape, corruptions, findings, fresh_image, image_over, node_over, open_on, open_over,
+    open_with_faults, read_all, write,
 };
 use crate::crypto::CryptMethod;
+use crate::runtime::OverlapChecks;
 
 const CLUSTER: u64 = 4096;
 
@@ -214,5 +220,99 @@ async fn the_place_of_a_dropped_refcount_block_waits_for_the_commit() {
         }
         node.driver().close().await.unwrap();
         assert_eq!(findings(disk.snapshot()).await, Vec::<String>::new());
+    }
+}
+
+// INV QCOW2-META-1: where the tables of snapshots are looked after, too, snapshots can be applied and deleted, and what was theirs can be written.
+#[tokio::test]
+async fn snapshots_come_and_go_where_their_tables_are_looked_after() {
+    let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
+    let (node, _image) = open_on(disk.clone(), None).await;
+    for (name, value) in [("a", 1), ("b", 2), ("c", 3)] {
+        write(&node, 0, 4096, value).await.unwrap();
+        let request = SnapshotRequest::now(name);
+        node.snapshot_create(request).await.unwrap();
+    }
+    write(&node, 0, 4096, 4).await.unwrap();
+    node.driver().close().await.unwrap();
+
+    let file = disk.clone().into_node(NodeFlags::default()).await.unwrap();
+    let image = image_over(file, None).await.unwrap();
+    image.runtime.write().unwrap().overlap_checks = OverlapChecks::all();
+    image.prepare_writing().await.unwrap();
+    image.writable.store(true, Ordering::Release);
+    let node = node_over(image, NodeFlags::default()).await;
+    let named = SnapshotSelector::name;
+    node.snapshot_delete(named("b")).await.unwrap();
+    node.snapshot_goto(named("a")).await.unwrap();
+    node.snapshot_delete(named("a")).await.unwrap();
+    write(&node, 2 * CLUSTER, 4096, 5).await.unwrap();
+    node.flush().await.unwrap();
+    node.driver().close().await.unwrap();
+    assert_eq!(findings(disk.snapshot()).await, [""; 0]);
+    let (again, _image) = open_on(disk, None).await;
+    let all = read_all(&again).await;
+    assert_eq!((all[0], all[2 * CLUSTER as usize]), (1, 5));
+}
+
+// What a growth that failed has left behind the end is no zero cluster after a downgrade: version 2 has none.
+#[tokio::test]
+async fn a_downgrade_leaves_no_zero_clusters_behind_the_end() {
+    for backing in [None, Some(vec![7; 64 * CLUSTER as usize])] {
+        let disk = CrashDriver::new(fresh_image(Shape::small(8 * CLUSTER)));
+        let driver = blockcore::testing::FaultDriver::new(Box::new(disk.clone()));
+        let faults = driver.faults();
+        let file = driver.into_node(NodeFlags::default()).await.unwrap();
+        let (node, _image) = open_over(file, backing).await.unwrap();
+        faults.add(Rule::fail(Event::Flush, libc::EIO));
+        let longer = TruncateRequest::to(16 * CLUSTER);
+        node.truncate(longer).await.unwrap_err();
+        faults.clear();
+        node.amend(Options::new().with("compat", "0.10"))
+            .await
+            .unwrap();
+        let shorter = TruncateRequest::to(4 * CLUSTER);
+        node.truncate(shorter).await.unwrap();
+        node.driver().close().await.unwrap();
+        assert_eq!(findings(disk.snapshot()).await, [""; 0]);
+    }
+}
+
+// INV REQ-DROP-1: who asks what is there sees what a dropped write makes of it, as who reads does.
+#[tokio::test]
+async fn a_dropped_write_is_settled_before_somebody_looks_at_the_mapping() {
+    let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
+    let (node, image, faults) = open_with_faults(disk).await;
+    faults.add(Rule::slow(Event::Write, 100).starting_with(7));
+    let dropped = given_up_after(5, write(&node, 0, 4096, 7)).await;
+    assert!(dropped.is_none() && image.orphans.any(), "it goes on");
+    let seen = node.block_status(0, 4096, StatusMode::Precise).await;
+    image.tasks.wait_idle().await;
+    let settled = node.block_status(0, 4096, StatusMode::Precise).await;
+    assert_eq!(seen.unwrap().flags, settled.unwrap().flags);
+}
+
+// INV QCOW2-CRYPT-1: clusters that keep their place get no holes where data is encrypted: until the mapping is durable, a hole reads as noise.
+#[tokio::test]
+async fn a_power_cut_shows_no_hole_as_data_of_an_encrypted_disk() {
+    let shape = Shape {
+        encryption: CryptMethod::Aes,
+        ..Shape::small(1 << 20)
+    };
+    let disk = CrashDriver::new(fresh_image(shape));
+    let (node, image) = open_on(disk.clone(), None).await;
+    image.runtime.write().unwrap().discard_no_unref = true;
+    write(&node, 0, 4096, 1).await.unwrap();
+    node.flush().await.unwrap();
+    let begun = disk.log_len();
+    let unmap = WriteFlags::MAY_UNMAP;
+    node.pwrite_zeroes(0, CLUSTER, unmap).await.unwrap();
+    node.flush().await.unwrap();
+    for cut in begun..=disk.log_len() {
+        let left = disk.image_after(cut, 100, &mut Rng::new(1));
+        let (node, _image) = open_on(CrashDriver::new(left), None).await;
+        let all = read_all(&node).await;
+        let cluster = &all[..CLUSTER as usize];
+        assert!(cluster.iter().all(|b| *b == cluster[0]) && cluster[0] < 2);
     }
 }

@@ -11,12 +11,12 @@
 
 use std::ops::Range;
 
-use blockcore::WriteFlags;
 use blockcore::testing::Rng;
 use blockcore::testing::fault::{Event, Rule};
+use blockcore::{CheckFix, Preallocation, WriteFlags};
 
 use super::torture::{Drop, Op, Plan, Step};
-use super::{Backing, DataFileKind, Shape};
+use super::{Backing, DataFileKind, Shape, kept};
 use crate::crypto::CryptMethod;
 
 /// How many tasks change the disk at the same time, beside one that flushes.
@@ -126,7 +126,11 @@ async fn some_plan(rng: &mut Rng) -> Plan {
         compressed,
         snapshot: is_inside && shape.refcount_order > 0 && rng.chance(40),
         bitmap: shape.version > 2 && rng.chance(30),
+        keeps_places: shape.version > 2 && rng.chance(20),
         data_file,
+        punches_all: rng.chance(20),
+        nowait: rng.chance(30),
+        reopens: rng.chance(40),
         delays: rng.chance(50).then(|| rng.next_u64()),
         file_alignment: [1, 1, 512, 4096][rng.below(4) as usize],
         ..Plan::over(shape)
@@ -135,53 +139,19 @@ async fn some_plan(rng: &mut Rng) -> Plan {
         plan.faults.push(some_fault(rng));
     }
     let drops = rng.chance(50);
-    let mut value = 0;
-    let mut grown = sectors;
-    let mut snapshots = 1;
-    for _ in 0..1 + rng.below(2) {
-        let mut steps = Vec::new();
+    let mut steps = Steps {
+        value: 0,
+        sectors,
+        snapshots: 1,
+    };
+    for _ in 0..1 + rng.below(3) {
+        let mut session = Vec::new();
         let writers = 1 + rng.below(WRITERS) as usize;
         for task in 0..=writers {
             for _ in 0..STEPS {
-                let most = [2 * cluster_sectors, 3 * shape.subcluster_sectors()];
-                let most = most[rng.below(2) as usize];
-                let range = some_range(rng, grown, most);
-                let op = match rng.below(20) {
-                    _ if task == writers => Op::Flush,
-                    0..10 => {
-                        value = value % 119 + 1;
-                        match rng.below(5) {
-                            0 if is_inside && !is_encrypted => Op::Pack(range, value),
-                            _ => Op::Write(range, value),
-                        }
-                    }
-                    10..14 => {
-                        let flags = [WriteFlags::MAY_UNMAP, WriteFlags::empty()];
-                        Op::Zero(range, flags[rng.below(2) as usize])
-                    }
-                    14 => Op::Discard(range),
-                    15 if task < 2 && is_inside && shape.refcount_order > 3 => match rng.below(4) {
-                        // With a bitmap there is no way back.
-                        0 if !plan.bitmap => Op::Goto(1 + rng.below(snapshots.into()) as u32),
-                        1 => Op::Delete(1 + rng.below(snapshots.into()) as u32),
-                        _ => {
-                            snapshots += 1;
-                            Op::Snapshot(snapshots)
-                        }
-                    },
-                    17 if task == 0 && shape.version > 2 && rng.chance(25) => {
-                        Op::Width([16, 32, 64][rng.below(3) as usize])
-                    }
-                    16 if task == 0 && shape.version > 2 => {
-                        match rng.below(3) {
-                            0 if !plan.bitmap => grown = 1 + rng.below(grown as u64) as usize,
-                            _ => grown += rng.below(60) as usize,
-                        }
-                        Op::Resize(grown)
-                    }
-                    15 => Op::Discard(range),
-                    16 => Op::Flush,
-                    _ => Op::Read(range),
+                let op = match task == writers {
+                    true => Op::Flush,
+                    false => steps.some_op(rng, &plan, task),
                 };
                 let drop = match rng.below(12) {
                     0 if drops => Drop::Rounds(rng.below(12) as u32),
@@ -189,7 +159,7 @@ async fn some_plan(rng: &mut Rng) -> Plan {
                     _ => Drop::Never,
                 };
                 let pause = rng.below(6) as u32;
-                steps.push(Step {
+                session.push(Step {
                     task,
                     pause,
                     op,
@@ -197,9 +167,98 @@ async fn some_plan(rng: &mut Rng) -> Plan {
                 });
             }
         }
-        plan.sessions.push(steps);
+        plan.sessions.push(session);
     }
     plan
+}
+
+/// What random steps go by.
+struct Steps {
+    /// Of the last write.
+    value: u8,
+    /// How long the disk is at most.
+    sectors: usize,
+    /// The number of the last snapshot.
+    snapshots: u32,
+}
+
+impl Steps {
+    fn next_value(&mut self) -> u8 {
+        self.value = self.value % 119 + 1;
+        self.value
+    }
+
+    fn some_op(&mut self, rng: &mut Rng, plan: &Plan, task: usize) -> Op {
+        let shape = plan.shape;
+        let is_inside = plan.data_file == DataFileKind::Inside;
+        let cluster_sectors = 1 << (shape.cluster_bits - 9);
+        let most = [2 * cluster_sectors, 3 * shape.subcluster_sectors()];
+        let most = most[rng.below(2) as usize];
+        let range = some_range(rng, self.sectors, most);
+        match rng.below(24) {
+            0..10 => match rng.below(6) {
+                0 if is_inside && shape.encryption == CryptMethod::None => {
+                    Op::Pack(range, self.next_value())
+                }
+                1 => Op::WriteDurably(range, self.next_value()),
+                _ => Op::Write(range, self.next_value()),
+            },
+            10..14 => {
+                let flags = [
+                    WriteFlags::MAY_UNMAP,
+                    WriteFlags::empty(),
+                    WriteFlags::NO_FALLBACK,
+                    WriteFlags::NO_FALLBACK | WriteFlags::MAY_UNMAP,
+                ];
+                Op::Zero(range, flags[rng.below(4) as usize])
+            }
+            14 => Op::Discard(range),
+            15 if task < 2 && is_inside && shape.refcount_order > 0 => match rng.below(4) {
+                // With a bitmap there is no way back.
+                0 if !plan.bitmap => Op::Goto(1 + rng.below(self.snapshots.into()) as u32),
+                1 => Op::Delete(1 + rng.below(self.snapshots.into()) as u32),
+                _ => {
+                    self.snapshots += 1;
+                    Op::Snapshot(self.snapshots)
+                }
+            },
+            16 if task == 0 => self.some_length(rng, plan),
+            17 if task == 0 => self.some_change_of_all(rng, plan),
+            18 if is_inside => {
+                let range = some_range(rng, kept::STATE_SECTORS, most);
+                match rng.below(3) {
+                    0 => Op::LoadState(range),
+                    _ => Op::SaveState(range, self.next_value()),
+                }
+            }
+            19 => Op::Status(range),
+            _ => Op::Read(range),
+        }
+    }
+
+    fn some_length(&mut self, rng: &mut Rng, plan: &Plan) -> Op {
+        use Preallocation::{Falloc, Full, Metadata};
+        match rng.below(4) {
+            0 if !plan.bitmap => self.sectors = 1 + rng.below(self.sectors as u64) as usize,
+            1 => {
+                self.sectors += rng.below(60) as usize;
+                let mode = [Metadata, Falloc, Full][rng.below(3) as usize];
+                return Op::Preallocate(self.sectors, mode);
+            }
+            _ => self.sectors += rng.below(60) as usize,
+        }
+        Op::Resize(self.sectors)
+    }
+
+    fn some_change_of_all(&mut self, rng: &mut Rng, plan: &Plan) -> Op {
+        let fix = [CheckFix::None, CheckFix::Leaks, CheckFix::All];
+        match rng.below(8) {
+            0..2 => Op::Width([1, 2, 4, 8, 16, 32, 64][rng.below(7) as usize]),
+            // A bitmap would not survive that.
+            2..5 if !plan.bitmap => Op::Version(2 + rng.below(2) as u32),
+            _ => Op::Check(fix[rng.below(3) as usize]),
+        }
+    }
 }
 
 /// Plans that are simpler than this one in one respect each, those that are much simpler first.
@@ -227,6 +286,17 @@ fn simpler(plan: &Plan) -> Vec<Plan> {
     if plan.delays.is_some() {
         with(&|p| p.delays = None);
     }
+    let switches: [fn(&mut Plan) -> &mut bool; 4] = [
+        |p| &mut p.keeps_places,
+        |p| &mut p.punches_all,
+        |p| &mut p.nowait,
+        |p| &mut p.reopens,
+    ];
+    for switch in switches {
+        if *switch(&mut plan.clone()) {
+            with(&|p| *switch(p) = false);
+        }
+    }
     if plan.data_file != DataFileKind::Inside {
         with(&|p| p.data_file = DataFileKind::Inside);
     }
@@ -235,6 +305,9 @@ fn simpler(plan: &Plan) -> Vec<Plan> {
     }
     if plan.bitmap {
         with(&|p| p.bitmap = false);
+    }
+    if plan.keeps_places {
+        with(&|p| p.keeps_places = false);
     }
     if !plan.backing.layers.is_empty() || plan.backing.raw.is_some() {
         with(&|p| p.backing = Backing::default());

@@ -8,8 +8,8 @@
 //!
 //! `BLOCKLAYER_DROP_STEP`: on a disk that takes its time (at most 200 ms for a request), how many milliseconds lie between two places (`cargo xtask drop`).
 
-use blockcore::WriteFlags;
 use blockcore::testing::Rng;
+use blockcore::{CheckFix, Preallocation, WriteFlags};
 
 use super::torture::{Drop, Op, Plan, Step};
 use super::{Backing, DataFileKind, Shape};
@@ -94,6 +94,33 @@ fn kinds() -> Vec<Kind> {
             "flush after a discard",
             vec![write(20, 8, 1), Op::Flush, Op::Discard(20..28), Op::Flush],
             Op::Flush,
+        ),
+        ("durable write", vec![], Op::WriteDurably(18..30, 2)),
+        (
+            "write of VM state",
+            vec![Op::SaveState(0..8, 1), Op::Snapshot(2)],
+            Op::SaveState(2..9, 2),
+        ),
+        (
+            "read of VM state",
+            vec![Op::SaveState(0..8, 1)],
+            Op::LoadState(0..12),
+        ),
+        (
+            "taking a snapshot with VM state",
+            vec![Op::SaveState(0..8, 1)],
+            Op::Snapshot(1),
+        ),
+        ("check", vec![write(20, 8, 1)], Op::Check(CheckFix::All)),
+        (
+            "upgrade",
+            vec![Op::Version(2), Op::SaveState(0..8, 1)],
+            Op::Version(3),
+        ),
+        (
+            "growth with preallocation",
+            vec![],
+            Op::Preallocate(860, Preallocation::Metadata),
         ),
         ("growth", vec![], Op::Resize(820)),
         ("growth with a longer L1 table", vec![], Op::Resize(5000)),

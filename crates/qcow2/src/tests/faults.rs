@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use blockcore::testing::Rng;
 use blockcore::testing::fault::Rule;
-use blockcore::{DebugEvent, WriteFlags};
+use blockcore::{CheckFix, DebugEvent, Preallocation, WriteFlags};
 
 use super::torture::{Op, Plan, Step};
 use super::{Backing, DataFileKind, Shape};
@@ -24,9 +24,7 @@ const NOT_PASSED: &[DebugEvent] = &[
     DebugEvent::RefblockAllocWrite,
     DebugEvent::RefblockAllocWriteBlocks,
     DebugEvent::ReftableUpdate,
-    // No VM state, no emptying, no copy-on-read yet.
-    DebugEvent::VmstateLoad,
-    DebugEvent::VmstateSave,
+    // No emptying, no copy-on-read yet.
     DebugEvent::EmptyImagePrepare,
     DebugEvent::CorWrite,
     DebugEvent::ClusterAllocSpace,
@@ -144,10 +142,17 @@ fn parts() -> Plan {
         Op::Flush,
         Op::Flush,
         Op::Width(16),
-        Op::Snapshot(1),
+        Op::SaveState(0..10, 40),
+        Op::Snapshot(2),
+        Op::SaveState(2..5, 41),
+        Op::LoadState(0..12),
         write(42, 1, 21),
+        Op::Snapshot(1),
+        Op::WriteDurably(43..45, 22),
         Op::Delete(1),
+        Op::Check(CheckFix::All),
         // A new L2 table in a place that was used before.
+        Op::Preallocate(900, Preallocation::Metadata),
         Op::Resize(5000),
         write(4200, 30, 5),
         Op::Flush,
@@ -218,13 +223,59 @@ fn subclusters() -> Plan {
     }
 }
 
+/// Zero clusters of all kinds, in snapshots that share tables, too, become those of version 2.
+fn downgrades() -> Plan {
+    let none = WriteFlags::empty();
+    let write = |first: usize, count: usize, value: u8| Op::Write(first..first + count, value);
+    let steps = [
+        write(20, 40, 1),
+        Op::Zero(24..44, none),
+        Op::Zero(100..140, WriteFlags::MAY_UNMAP),
+        Op::Snapshot(2),
+        Op::Snapshot(3),
+        write(26, 3, 2),
+        Op::Zero(44..52, none),
+        Op::Version(2),
+        Op::Version(3),
+        Op::Read(0..800),
+        Op::Zero(104..120, none),
+        Op::Zero(4..12, none),
+        Op::Snapshot(4),
+        Op::Delete(2),
+        Op::Version(2),
+        Op::Version(3),
+        Op::Goto(3),
+        Op::Version(2),
+        Op::Version(3),
+        Op::Flush,
+        Op::Read(0..800),
+    ];
+    let raw = (0..450).flat_map(|s| [200 + (s % 50) as u8; 512]);
+    Plan {
+        backing: Backing::from(Some(raw.collect())),
+        filled: vec![(0..10, 100), (64..80, 101)],
+        compressed: vec![(150, 110)],
+        snapshot: true,
+        sessions: vec![steps.into_iter().map(Step::new).collect()],
+        ..Plan::over(Shape {
+            cluster_bits: 11,
+            ..Shape::small(800 * 512)
+        })
+    }
+}
+
 /// Without what a data file rules out: snapshots and compressed clusters.
 fn data_file(kind: DataFileKind, of: Plan) -> Plan {
     let is_possible = |step: &Step| {
         let op = &step.op;
         !matches!(
             op,
-            Op::Pack(..) | Op::Snapshot(_) | Op::Goto(_) | Op::Delete(_)
+            Op::Pack(..)
+                | Op::Snapshot(_)
+                | Op::Goto(_)
+                | Op::Delete(_)
+                | Op::SaveState(..)
+                | Op::LoadState(_)
         )
     };
     let mut plan = Plan {
@@ -243,7 +294,7 @@ fn data_file(kind: DataFileKind, of: Plan) -> Plan {
 }
 
 /// All plans, by name.
-fn plans() -> [(&'static str, Plan); 6] {
+fn plans() -> [(&'static str, Plan); 7] {
     use DataFileKind::{Outside, Raw};
     [
         ("tables", tables()),
@@ -252,6 +303,7 @@ fn plans() -> [(&'static str, Plan); 6] {
         ("data file", data_file(Outside, parts())),
         ("raw data file, subclusters", data_file(Raw, subclusters())),
         ("encrypted", parts().encrypted(CryptMethod::Luks)),
+        ("downgrades", downgrades()),
     ]
 }
 

@@ -10,6 +10,10 @@ use std::sync::{Mutex, MutexGuard};
 pub(crate) const SECTOR: usize = 512;
 /// The place at which a length (in sectors) is noted.
 const LENGTH: usize = usize::MAX - 1;
+/// The places of the VM state area begin here. Places before are those of the disk.
+pub(crate) const STATE: usize = 1 << 40;
+/// The value of a place that may hold anything.
+pub(crate) const ANYTHING: u64 = 256;
 
 /// A change or a flush, with the times of call and end, and the places in the disk's log at those times.
 #[derive(Clone, Debug)]
@@ -19,6 +23,8 @@ struct Event {
     value: u64,
     /// It may also have changed nothing, in each sector: a discard, and what failed or was dropped.
     optional: bool,
+    /// It is durable once it has ended, without a flush.
+    durable: bool,
     called: u64,
     ended: u64,
     log_called: usize,
@@ -48,7 +54,12 @@ impl Events {
         };
         let here = self.changes.iter().chain(seen);
         let here: Vec<&Event> = here.filter(|e| e.places.contains(&place)).collect();
-        let covers = |later: &&&Event| later.ended < settled && !later.optional;
+        let is_settled = |e: &Event| match log_end {
+            usize::MAX => e.ended < settled,
+            // After a power cut.
+            _ => e.ended < settled || (e.durable && e.log_ended <= log_end),
+        };
+        let covers = |later: &&&Event| is_settled(later) && !later.optional;
         let is_gone = |ended: u64| here.iter().filter(covers).any(|l| ended < l.called);
         let mut values: BTreeSet<u64> = here
             .iter()
@@ -78,6 +89,12 @@ impl<L: Fn() -> usize> Recording<'_, L> {
     /// The change was made. With `is_hint`, or not.
     pub fn done(self, is_hint: bool) {
         self.history.lock().changes[self.index].optional = is_hint;
+    }
+
+    /// The change was made, and is durable.
+    pub fn done_durably(self) {
+        self.history.lock().changes[self.index].durable = true;
+        self.done(false);
     }
 }
 
@@ -111,6 +128,11 @@ impl History {
         self.begin(places, value.into(), log_len)
     }
 
+    /// A change begins after which these places may hold anything.
+    pub fn muddle<L: Fn() -> usize>(&self, places: Range<usize>, log_len: L) -> Recording<'_, L> {
+        self.begin(places, ANYTHING, log_len)
+    }
+
     /// A change of length begins.
     pub fn resize<L: Fn() -> usize>(&self, sectors: u64, log_len: L) -> Recording<'_, L> {
         self.begin(LENGTH..LENGTH + 1, sectors, log_len)
@@ -127,6 +149,7 @@ impl History {
             places,
             value,
             optional: true,
+            durable: false,
             called: events.tick(),
             ended: u64::MAX,
             log_called: log_len(),
@@ -148,6 +171,7 @@ impl History {
             places: 0..0,
             value: 0,
             optional: false,
+            durable: false,
             called,
             ended,
             log_called: 0,
@@ -174,6 +198,7 @@ impl History {
             places: sector..sector + 1,
             value,
             optional: false,
+            durable: false,
             called,
             ended,
             log_called: 0,

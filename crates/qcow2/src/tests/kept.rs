@@ -1,19 +1,31 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The snapshots of a disk under test: what each holds, and when it has to be there. Used by `torture`.
+//! The snapshots of a disk under test: what each holds, its VM state included, and when it has to be there. Used by `torture`.
 
 use std::sync::{Mutex, MutexGuard};
 
-use blockcore::SnapshotSelector;
 use blockcore::testing::CrashDriver;
+use blockcore::{IoBufMut, SnapshotSelector};
 
+use super::history::SECTOR;
 use super::{Backing, open_on, read_all};
+
+/// How much of the VM state area is looked at, in sectors.
+pub(crate) const STATE_SECTORS: usize = 24;
+
+/// What a snapshot, or a disk, holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Contents {
+    pub disk: Vec<u8>,
+    /// The beginning of its VM state.
+    pub state: Vec<u8>,
+}
 
 /// A snapshot that was taken.
 #[derive(Clone, Debug)]
 pub(crate) struct Kept {
     pub name: String,
     /// What it holds; a snapshot never changes.
-    pub contents: Vec<u8>,
+    pub contents: Contents,
     /// The place in the disk's log from which on it has to be there.
     taken: usize,
     /// The place from which on it may be gone, and that from which on it has to be.
@@ -26,12 +38,16 @@ pub(crate) struct Kept {
 pub(crate) struct Snapshots(Mutex<Vec<Kept>>);
 
 /// What a snapshot holds, and what else is in the image; `None`: there is no such snapshot.
-pub(crate) async fn contents(image: &[u8], backing: &Backing, name: &str) -> Option<Vec<u8>> {
+pub(crate) async fn contents(image: &[u8], backing: &Backing, name: &str) -> Option<Contents> {
     let (node, image) = open_on(CrashDriver::new(image.to_vec()), backing).await;
     let which = SnapshotSelector::name(name);
     image.snapshot_load(&which).await.ok()?;
     node.refresh_length().await.unwrap();
-    Some(read_all(&node).await)
+    let state = IoBufMut::zeroed(STATE_SECTORS * SECTOR);
+    Some(Contents {
+        disk: read_all(&node).await,
+        state: node.load_vmstate(0, state).await.unwrap().to_vec(),
+    })
 }
 
 impl Snapshots {
@@ -40,7 +56,7 @@ impl Snapshots {
     }
 
     /// One was taken, and is durable.
-    pub fn taken(&self, name: &str, contents: Vec<u8>, log_len: usize) {
+    pub fn taken(&self, name: &str, contents: Contents, log_len: usize) {
         self.lock().push(Kept {
             name: name.to_owned(),
             contents,
@@ -84,12 +100,14 @@ impl Snapshots {
                     return Err(format!("snapshot {name} is still there"));
                 }
                 Some(now) if now != kept.contents => {
-                    let pair = now.iter().zip(&kept.contents);
-                    let at = pair.clone().position(|(a, b)| a != b);
+                    let before = &kept.contents;
+                    let differ = |a: &[u8], b: &[u8]| a.iter().zip(b).position(|(a, b)| a != b);
+                    let at = differ(&now.disk, &before.disk);
+                    let state_at = differ(&now.state, &before.state);
                     return Err(format!(
-                        "snapshot {name} has changed at {at:?}; {} bytes, had {}",
-                        now.len(),
-                        kept.contents.len()
+                        "snapshot {name} has changed at {at:?}, and its state at {state_at:?}; {} bytes, had {}",
+                        now.disk.len(),
+                        before.disk.len()
                     ));
                 }
                 _ => {}

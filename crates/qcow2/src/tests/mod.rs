@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Tests of the format over test disks: a model, power cuts, and the rules of docs/INVARIANTS.md one by one.
 
+mod bitmap_lengths;
 mod bitmaps;
+mod bounds;
 mod corners;
 mod crash;
 mod dropped;
+mod encryption;
 mod failing;
 mod faults;
 mod forge;
@@ -13,6 +16,7 @@ mod history;
 mod hostile;
 mod kept;
 mod model;
+mod options;
 mod parked;
 mod repair;
 mod repair_live;
@@ -21,6 +25,7 @@ mod rules;
 mod stress;
 mod subclusters;
 mod torture;
+mod vm_state;
 
 use std::sync::Arc;
 

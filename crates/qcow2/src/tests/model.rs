@@ -28,8 +28,8 @@ async fn run(seed: u64) {
         encryption: CryptMethod::None,
     };
     let backing: Option<Vec<u8>> = rng.chance(60).then(|| {
-        let len = (rng.below(size / 512 + 20) * 512) as usize;
-        // Stretches of zeroes and of data.
+        let len = rng.below(size + 20 * 512) as usize;
+        // Stretches of zeroes and of data, and an end anywhere.
         let mut fill = 0;
         (0..len)
             .map(|i| {

@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use blockcore::testing::fault::{Event, Rule};
-use blockcore::testing::{CrashDriver, DelayDriver, Polls};
-use blockcore::{IoBufMut, NodeFlags, Result, WriteFlags};
+use blockcore::testing::{CrashDriver, DelayDriver, FaultDriver, Polls};
+use blockcore::{IoBufMut, NodeFlags, Result, SnapshotRequest, SnapshotSelector, WriteFlags};
 use futures::FutureExt;
 
 use super::{Shape, findings, fresh_image, open_on, open_over, open_with_faults, read_all, write};
@@ -39,6 +39,30 @@ async fn a_parked_read_holds_up_nobody() {
     in_time("a write elsewhere", write(&node, 2 * TABLE, 512, 3)).await;
     in_time("a flush", node.flush()).await;
     assert_eq!(read.await.unwrap().to_vec(), vec![1; 4096]);
+}
+
+// INV REQ-PARK-1: nor does a write in place to a cluster that shares a block of the file with metadata, which a commit writes.
+#[tokio::test]
+async fn a_parked_write_to_a_part_of_a_block_holds_up_nobody() {
+    let shape = Shape {
+        cluster_bits: 9,
+        ..Shape::small(1 << 20)
+    };
+    let disk = CrashDriver::new(fresh_image(shape));
+    let file = FaultDriver::new(Box::new(disk)).aligned_to(4096);
+    let file = file.into_node(NodeFlags::default()).await.unwrap();
+    let (node, _image) = open_over(file, None).await.unwrap();
+    write(&node, 0, 512, 1).await.unwrap();
+    node.flush().await.unwrap();
+    let mut parked = Box::pin(write(&node, 0, 512, 3));
+    assert!(parked.as_mut().now_or_never().is_none());
+    in_time("a write elsewhere", write(&node, 1024, 512, 3)).await;
+    in_time("a flush", node.flush()).await;
+    parked.await.unwrap();
+    assert_eq!(
+        read_all(&node).await[..2048],
+        [[3; 512], [0; 512], [3; 512], [0; 512]].concat()
+    );
 }
 
 // INV REQ-PARK-1: nor does a write in place that reaches behind the end of the file, which a commit makes longer.
@@ -145,4 +169,48 @@ async fn no_poll_waits_for_a_slow_disk() {
         polls.slept(),
         polls.count()
     );
+}
+
+// INV QCOW2-ORD-6: a runtime that ends when a snapshot has been applied leaves no old tables in memory beside the new ones.
+#[test]
+fn a_snapshot_that_is_applied_when_its_runtime_ends_shows_nothing_old() {
+    let runtime = || tokio::runtime::Builder::new_current_thread().build();
+    let (first, second) = (runtime().unwrap(), runtime().unwrap());
+    let slice = |number: u64| number * TABLE;
+    let (node, faults) = second.block_on(async {
+        let disk = CrashDriver::new(fresh_image(Shape::small(16 * TABLE)));
+        let (node, _image) = open_on(disk.clone(), None).await;
+        write(&node, slice(3), 512, 1).await.unwrap();
+        write(&node, slice(5), 512, 1).await.unwrap();
+        let request = SnapshotRequest::now("a");
+        node.snapshot_create(request).await.unwrap();
+        write(&node, slice(5), 512, 2).await.unwrap();
+        node.driver().close().await.unwrap();
+        let disk = CrashDriver::new(disk.snapshot());
+        let (node, _image, faults) = open_with_faults(disk).await;
+        (node, faults)
+    });
+    let read = async |offset| {
+        let read = node.preadv(offset, IoBufMut::zeroed(512), Default::default());
+        read.await.unwrap().to_vec()[0]
+    };
+    first.block_on(async {
+        assert_eq!(read(slice(5)).await, 2);
+        // Somebody is reading another table, and that takes for ever.
+        faults.add(Rule::hang().only(0));
+        let mut reading = Box::pin(read(slice(3)));
+        assert!(reading.as_mut().now_or_never().is_none());
+        while faults.hung() == 0 {
+            tokio::task::yield_now().await;
+        }
+        let mut applying = Box::pin(node.snapshot_goto(SnapshotSelector::name("a")));
+        for _ in 0..1000 {
+            assert!(applying.as_mut().now_or_never().is_none());
+            tokio::task::yield_now().await;
+        }
+    });
+    drop(first);
+    faults.clear();
+    assert_eq!(second.block_on(read(slice(5))), 1);
+    assert_eq!(second.block_on(read(slice(3))), 1);
 }

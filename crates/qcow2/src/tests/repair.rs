@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The rule: a repair never makes an image worse. The method: images of random shapes (version, refcount width, cluster size, backing, snapshot, compressed
-//! clusters) with random damage to the words of their metadata. What could be read before, of the disk and of its snapshots, reads the same afterwards;
-//! a second repair finds nothing more to do; and so it is after a power cut at any place of the repair, and after an error of any of its requests.
+//! clusters, subclusters, encryption, data file, dirty bitmap) with random damage to the words of their metadata. What could be read before, of the disk, of its
+//! snapshots and of its bitmaps, reads the same afterwards; a second repair finds nothing more to do; and so it is after a power cut at any place of the repair,
+//! and after an error of any of its requests.
 //!
 //! Tests of the rules INV QCOW2-REPAIR-1, INV QCOW2-REPAIR-2, INV QCOW2-REPAIR-3, INV QCOW2-REPAIR-4, INV QCOW2-REPAIR-5; see docs/TESTING.md for how each
 //! was seen to fail.
@@ -10,12 +11,16 @@
 
 use blockcore::testing::fault::Rule;
 use blockcore::testing::{CrashDriver, FaultDriver, MemoryDriver, Rng};
-use blockcore::{CheckFix, CheckResult, Child, ChildRole, IoBufMut, Node, NodeFlags, Result};
+use blockcore::{
+    CheckFix, CheckResult, Child, ChildRole, Diagnostics, IoBufMut, Node, NodeFlags, Result,
+};
 
 use super::torture::Plan;
-use super::{Backing, READ_ONLY, Shape, image_over, node_over};
+use super::{Backing, DataFileKind, READ_ONLY, Shape, image_with, node_over, open_on, write};
+use crate::bitmap_load;
 use crate::check::check;
 use crate::crypto::CryptMethod;
+use crate::extension;
 use crate::format::{L1E_OFFSET_MASK, OFLAG_COMPRESSED, OFLAG_COPIED, REFT_OFFSET_MASK};
 use crate::header::Header;
 use crate::snapshot::{self, Snapshot};
@@ -49,23 +54,49 @@ pub(super) struct Subject {
     pub bytes: Vec<u8>,
 }
 
+/// A shape for an image that is to be damaged.
+fn some_shape(rng: &mut Rng) -> Shape {
+    let version = if rng.chance(25) { 2 } else { 3 };
+    let encryption = match rng.below(8) {
+        0 => CryptMethod::Aes,
+        1 => CryptMethod::Luks,
+        _ => CryptMethod::None,
+    };
+    let refcount_order = if version == 2 { 4 } else { rng.below(7) as u32 };
+    if version == 3 && rng.chance(20) {
+        return Shape {
+            refcount_order,
+            encryption,
+            ..Shape::extended((24 + rng.below(400)) * 512)
+        };
+    }
+    Shape {
+        size: (24 + rng.below(200)) * 512,
+        cluster_bits: 9 + rng.below(4) as u32,
+        version,
+        refcount_order,
+        extended_l2: false,
+        encryption,
+    }
+}
+
 impl Subject {
     pub async fn new(rng: &mut Rng) -> Subject {
-        let version = if rng.chance(25) { 2 } else { 3 };
-        let shape = Shape {
-            size: (24 + rng.below(200)) * 512,
-            cluster_bits: 9 + rng.below(4) as u32,
-            version,
-            refcount_order: if version == 2 { 4 } else { rng.below(7) as u32 },
-            extended_l2: false,
-            encryption: CryptMethod::None,
-        };
+        let shape = some_shape(rng);
         let sectors = shape.size / 512;
+        let data_file = match rng.below(10) {
+            0 if shape.version > 2 => DataFileKind::Outside,
+            1 if shape.version > 2 => DataFileKind::Raw,
+            _ => DataFileKind::Inside,
+        };
+        let is_inside = data_file == DataFileKind::Inside;
         let mut plan = Plan {
-            snapshot: shape.refcount_order > 0 && rng.chance(50),
+            snapshot: is_inside && shape.refcount_order > 0 && rng.chance(50),
+            bitmap: shape.version > 2 && rng.chance(40),
+            data_file,
             ..Plan::over(shape)
         };
-        if rng.chance(40) {
+        if data_file != DataFileKind::Raw && rng.chance(40) {
             let count = rng.below(sectors + 10);
             let raw = (0..count).flat_map(|s| [200 + (s % 40) as u8; 512]);
             plan.backing.raw = Some(raw.collect());
@@ -75,19 +106,47 @@ impl Subject {
             let end = (first + 1 + rng.below(40) as usize).min(sectors as usize);
             plan.filled.push((first..end, 120 + value));
         }
+        let may_compress = is_inside && shape.encryption == CryptMethod::None;
         for value in 0..rng.below(3) as u8 {
             let cluster = rng.below((shape.size >> shape.cluster_bits).max(1));
-            if cluster < shape.size >> shape.cluster_bits
+            if may_compress
+                && cluster < shape.size >> shape.cluster_bits
                 && plan.compressed.iter().all(|c| c.0 != cluster)
             {
                 plan.compressed.push((cluster, 150 + value));
             }
         }
-        Subject {
+        let has_bitmap = plan.bitmap;
+        let (bytes, data) = plan.prepared_both().await;
+        let mut subject = Subject {
             shape,
-            bytes: plan.prepared().await,
+            bytes,
             backing: plan.backing,
+        };
+        if let Some(data) = data {
+            let disk = CrashDriver::new(Vec::new());
+            subject.backing = subject.backing.with_data(disk.beside(data, 1));
         }
+        if has_bitmap {
+            subject.mark_bitmap(rng).await;
+        }
+        subject
+    }
+
+    /// Has the bitmap something to say.
+    async fn mark_bitmap(&mut self, rng: &mut Rng) {
+        let disk = CrashDriver::new(self.bytes.clone());
+        let (node, _image) = open_on(disk.clone(), &self.backing).await;
+        let sectors = self.shape.size / 512;
+        for value in 0..1 + rng.below(3) as u8 {
+            let first = rng.below(sectors);
+            let count = 1 + rng.below(20).min(sectors - first - 1);
+            write(&node, first * 512, count as usize * 512, 160 + value)
+                .await
+                .unwrap();
+        }
+        node.driver().close().await.unwrap();
+        self.bytes = disk.snapshot();
     }
 
     pub fn cluster(&self) -> u64 {
@@ -104,6 +163,17 @@ impl Subject {
             let table = word(image, l1) & L1E_OFFSET_MASK;
             some_entry(rng, table, (self.cluster() / 8).min(40))
         };
+        let extensions = self.extensions();
+        if !extensions.is_empty() && rng.chance(15) {
+            let (kind, at) = extensions[rng.below(extensions.len() as u64) as usize];
+            let directory = word(image, at + 16);
+            return match rng.below(5) {
+                _ if kind == extension::ENCRYPTION => some_entry(rng, at, 2),
+                0 => some_entry(rng, at, 3),
+                1 | 2 => some_entry(rng, directory, 4),
+                _ => some_entry(rng, word(image, directory), 2),
+            };
+        }
         match rng.below(12) {
             0 => some_entry(rng, word(image, 48), 3),
             1..4 => {
@@ -117,6 +187,23 @@ impl Subject {
             11 if snapshots != 0 => some_entry(rng, snapshots, 8),
             _ => [48, 56, 64][rng.below(3) as usize],
         }
+    }
+
+    /// The extensions that name places in the file: what they are, and where.
+    fn extensions(&self) -> Vec<(u32, u64)> {
+        let mut at = match self.shape.version {
+            2 => 72,
+            _ => half(&self.bytes, 100),
+        };
+        let mut all = Vec::new();
+        while half(&self.bytes, at) != 0 {
+            let kind = half(&self.bytes, at) as u32;
+            if kind == extension::BITMAPS || kind == extension::ENCRYPTION {
+                all.push((kind, at + 8));
+            }
+            at = (at + 8 + half(&self.bytes, at + 4)).next_multiple_of(8);
+        }
+        all
     }
 
     /// Changes some words of metadata, or cuts the file short.
@@ -154,7 +241,7 @@ impl Subject {
 
     /// What the disk holds, and each snapshot whose table entry makes sense: one value for each guest cluster, none where it can't be read.
     async fn readable(&self, bytes: &[u8]) -> Readable {
-        let mut all = vec![self.layer(bytes.to_vec()).await];
+        let mut layers = vec![self.layer(bytes.to_vec()).await];
         for snapshot in snapshots(bytes).await {
             let mut active = bytes.to_vec();
             let size = snapshot.disk_size.unwrap_or(word(bytes, 24));
@@ -162,9 +249,12 @@ impl Subject {
             put(&mut active, 36, &snapshot.l1_size.to_be_bytes());
             put(&mut active, 40, &snapshot.l1_table_offset.to_be_bytes());
             put(&mut active, 60, &[0; 12]);
-            all.push(self.layer(active).await);
+            layers.push(self.layer(active).await);
         }
-        Readable(all)
+        Readable {
+            layers,
+            bitmaps: bitmaps(bytes.to_vec()).await,
+        }
     }
 
     async fn layer(&self, mut bytes: Vec<u8>) -> Option<Vec<Option<Vec<u8>>>> {
@@ -197,19 +287,43 @@ async fn snapshots(bytes: &[u8]) -> Vec<Snapshot> {
 
 async fn open_read_only(bytes: Vec<u8>, backing: &Backing) -> Result<std::sync::Arc<Node>> {
     let file = MemoryDriver::new(bytes).into_node(READ_ONLY).await?;
-    let image = image_over(file, backing.clone().open().await).await?;
+    let data = backing.open_data().await?;
+    let image = image_with(file, backing.clone().open().await, data).await?;
     Ok(node_over(image, READ_ONLY).await)
 }
 
+/// Name, what it says, whether it says anything.
+type Bitmap = (String, Vec<std::ops::Range<u64>>, bool);
+
+/// What the bitmaps of an image say, if they can be read.
+async fn bitmaps(bytes: Vec<u8>) -> Option<Vec<Bitmap>> {
+    let file = MemoryDriver::new(bytes).into_node(READ_ONLY).await.ok()?;
+    let file = Child::new("file", ChildRole::File, file);
+    let header = Header::read(&file).await.ok()?;
+    let silent = Diagnostics::new(|_| {});
+    let loaded = bitmap_load::load(&file, &header, &silent).await.ok()?;
+    let says = |b: &std::sync::Arc<blockcore::DirtyBitmap>| {
+        let ranges = b.bits().ranges().collect();
+        (b.name().to_owned(), ranges, b.is_inconsistent())
+    };
+    Some(loaded.set.list().iter().map(says).collect())
+}
+
 /// The disk, then its snapshots.
-struct Readable(Vec<Option<Vec<Option<Vec<u8>>>>>);
+struct Readable {
+    layers: Vec<Option<Vec<Option<Vec<u8>>>>>,
+    bitmaps: Option<Vec<Bitmap>>,
+}
 
 impl Readable {
     /// Where `after` has lost something that this has.
     fn lost_in(&self, after: &Readable) -> Option<String> {
-        for (layer, before) in self.0.iter().enumerate() {
+        if self.bitmaps.is_some() && self.bitmaps != after.bitmaps {
+            return Some(format!("{:?} became {:?}", self.bitmaps, after.bitmaps));
+        }
+        for (layer, before) in self.layers.iter().enumerate() {
             let Some(before) = before else { continue };
-            let Some(Some(after)) = after.0.get(layer) else {
+            let Some(Some(after)) = after.layers.get(layer) else {
                 return Some(format!("layer {layer} can't be opened any more"));
             };
             for (i, cluster) in before.iter().enumerate() {

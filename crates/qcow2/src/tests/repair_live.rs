@@ -6,12 +6,16 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use blockcore::testing::fault::Rule;
-use blockcore::testing::{CrashDriver, FaultDriver, MemoryDriver, Rng};
+use blockcore::testing::fault::{Event, Rule};
+use blockcore::testing::{CrashDriver, FaultDriver, MemoryDriver, Rng, given_up_after};
 use blockcore::{CheckFix, ErrorKind, IoBufMut, Node, NodeFlags, Result, WriteFlags};
 
+use futures::FutureExt;
+
 use super::repair::{Subject, check_bytes};
-use super::{READ_ONLY, Shape, findings, fresh_image, image_over, node_over, open_on, open_over};
+use super::{
+    READ_ONLY, Shape, findings, fresh_image, image_over, image_with, node_over, open_on, open_over,
+};
 use super::{read_all, write};
 use crate::format::OFLAG_COPIED;
 use crate::image::{Image, Intent};
@@ -126,7 +130,8 @@ async fn an_image_in_use_is_repaired_and_used_on() {
         // What two tables share may be found again, and what was counted behind the end of the file. What the disk holds is right.
         let file = MemoryDriver::new(disk.snapshot());
         let file = file.into_node(READ_ONLY).await.unwrap();
-        let again = image_over(file, subject.backing.clone().open().await).await;
+        let data = subject.backing.open_data().await.unwrap();
+        let again = image_with(file, subject.backing.clone().open().await, data).await;
         let node = node_over(again.unwrap(), READ_ONLY).await;
         assert_reads_as(&sectors(&node).await, &model, &story);
     }
@@ -267,4 +272,64 @@ async fn what_can_not_be_repaired_in_use_says_so() {
     assert_eq!(error.kind(), ErrorKind::Corrupt);
     assert_eq!(node.check(CheckFix::None).await.unwrap().leaks, 1);
     assert!(disk.snapshot() == before);
+}
+
+// INV REQ-DROP-1: a dropped write that is still going on has clusters that nothing refers to yet, and they are no leaks.
+#[tokio::test]
+async fn a_repair_waits_for_dropped_writes() {
+    for rounds in 0..12 {
+        let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
+        let driver = FaultDriver::new(Box::new(disk.clone()));
+        driver
+            .faults()
+            .add(Rule::slow(Event::Write, 50).starting_with(7));
+        let file = driver.into_node(NodeFlags::default()).await.unwrap();
+        let (node, _image) = open_over(file, None).await.unwrap();
+        given_up_after(rounds, write(&node, 0, 4096, 7)).await;
+        let found = node.check(CheckFix::Leaks).await.unwrap();
+        assert_eq!(found.messages, [""; 0], "after {rounds} rounds");
+        write(&node, 8192, 4096, 8).await.unwrap();
+        node.driver().close().await.unwrap();
+        assert_eq!(findings(disk.snapshot()).await, [""; 0]);
+    }
+}
+
+// A repair whose runtime ends has changed what is on disk, and not what is in memory: the image says that it has to be opened again.
+#[test]
+fn a_repair_that_ends_with_its_runtime_leaves_nothing_to_be_written() {
+    let runtime = || tokio::runtime::Builder::new_current_thread().build();
+    let mut changed = 0;
+    for nth in 0.. {
+        let (first, second) = (runtime().unwrap(), runtime().unwrap());
+        let disk = second.block_on(with_faults_of_three_kinds());
+        let driver = FaultDriver::new(Box::new(disk.clone()));
+        let faults = driver.faults();
+        let (node, _image) = second.block_on(async {
+            let file = driver.into_node(NodeFlags::default()).await.unwrap();
+            open_over(file, None).await.unwrap()
+        });
+        let before = disk.snapshot();
+        faults.add(Rule::hang().only(nth));
+        let is_over = first.block_on(async {
+            let mut repair = Box::pin(node.check(CheckFix::All));
+            while faults.hung() == 0 {
+                if repair.as_mut().now_or_never().is_some() {
+                    return true;
+                }
+                tokio::task::yield_now().await;
+            }
+            false
+        });
+        drop(first);
+        if is_over {
+            break;
+        }
+        faults.clear();
+        if disk.snapshot() != before {
+            changed += 1;
+            let written = second.block_on(write(&node, 0, 4096, 9));
+            assert!(written.is_err(), "after {nth} requests");
+        }
+    }
+    assert!(changed > 3, "{changed} places");
 }

@@ -12,6 +12,7 @@
 //!   what it was, and the image can be used.
 
 mod afterwards;
+mod request;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -21,15 +22,15 @@ use std::time::Duration;
 use blockcore::testing::fault::{Event, Faults, Rule};
 use blockcore::testing::{CrashDriver, DelayDriver, FaultDriver, Rng, given_up_after};
 use blockcore::{
-    BlockError, Child, ChildRole, ErrorKind, IoBufMut, Node, NodeFlags, Options, ReadFlags, Result,
-    SnapshotRequest, SnapshotSelector, StatusMode, TruncateRequest, WriteFlags, chain_status,
+    Backend, BlockError, CheckFix, Child, ChildRole, Node, NodeFlags, Options, Preallocation,
+    Result, WriteFlags,
 };
 use futures::FutureExt;
 
 use super::bitmaps::with_bitmap;
 use super::history::{History, SECTOR};
-use super::kept::{self, Snapshots};
-use super::{Backing, DataFileKind, forge, fresh_image, open_on, open_over, read_all};
+use super::kept::Snapshots;
+use super::{Backing, DataFileKind, READ_ONLY, forge, fresh_image, open_on, open_over, read_all};
 use super::{Shape, set_data_file, try_read_all, write};
 use crate::crypto::CryptMethod;
 use crate::image::Image;
@@ -43,6 +44,8 @@ const DELAY_MILLIS: u64 = 100;
 #[derive(Clone, Debug)]
 pub(crate) enum Op {
     Write(Range<usize>, u8),
+    /// A write that is durable when it has ended.
+    WriteDurably(Range<usize>, u8),
     /// A write of the clusters that begin in the range, compressed.
     Pack(Range<usize>, u8),
     Zero(Range<usize>, WriteFlags),
@@ -51,14 +54,42 @@ pub(crate) enum Op {
     Flush,
     /// Changes the length.
     Resize(usize),
+    /// The same, and what appears is allocated.
+    Preallocate(usize, Preallocation),
     Status(Range<usize>),
-    /// Takes the snapshot with this number.
+    /// A write and a read of the VM state area.
+    SaveState(Range<usize>, u8),
+    LoadState(Range<usize>),
+    /// Takes the snapshot with this number. Those with odd numbers take the VM state along.
     Snapshot(u32),
     /// Goes back to it, if it was taken.
     Goto(u32),
     Delete(u32),
     /// Gives refcounts so many bits.
     Width(u32),
+    /// Makes the image one of this version.
+    Version(u32),
+    Check(CheckFix),
+}
+
+impl Op {
+    /// Whether the answer is one that this request may have although nothing is wrong. `is_old`: the image may be of version 2.
+    fn is_refused_with(&self, e: &BlockError, is_old: bool) -> bool {
+        let is_invalid = e.errno() == libc::EINVAL;
+        let is_unsupported = e.errno() == libc::ENOTSUP;
+        match self {
+            // Longer and shorter are told apart before it is the request's turn.
+            Op::Preallocate(..) => is_invalid || (is_old && is_unsupported),
+            Op::Resize(_) => is_old && is_unsupported,
+            // A refcount that doesn't fit.
+            Op::Snapshot(_) | Op::Goto(_) => is_invalid,
+            Op::Width(_) => is_invalid,
+            // Snapshots with zero clusters, or of another length.
+            Op::Version(_) => is_invalid || is_unsupported,
+            Op::Zero(_, flags) => is_unsupported && flags.contains(WriteFlags::NO_FALLBACK),
+            _ => false,
+        }
+    }
 }
 
 /// When a request is dropped.
@@ -107,6 +138,14 @@ pub(crate) struct Plan {
     pub data_file: DataFileKind,
     /// It has a dirty bitmap, which is empty before all else.
     pub bitmap: bool,
+    /// Discarded clusters keep their place (`discard-no-unref`).
+    pub keeps_places: bool,
+    /// All that is freed gets holes (`pass-discard-other`).
+    pub punches_all: bool,
+    /// Reads may be served without a wait.
+    pub nowait: bool,
+    /// Sessions follow each other in one opening, read-only in between.
+    pub reopens: bool,
     /// Requests to the file take random times, from this seed.
     pub delays: Option<u64>,
     /// What requests to the file have to be aligned to, in bytes.
@@ -141,6 +180,10 @@ impl Plan {
             snapshot: false,
             data_file: DataFileKind::Inside,
             bitmap: false,
+            keeps_places: false,
+            punches_all: false,
+            nowait: false,
+            reopens: false,
             delays: None,
             file_alignment: 1,
             faults: Vec::new(),
@@ -196,6 +239,12 @@ impl Plan {
         steps.any(|s| matches!(s.op, Op::Resize(n) if n < 1000))
     }
 
+    /// Whether the image may be of version 2 at some time.
+    fn is_old(&self) -> bool {
+        let mut steps = self.sessions.iter().flatten();
+        self.shape.version == 2 || steps.any(|s| matches!(s.op, Op::Version(2)))
+    }
+
     /// Whether the data file reads as the disk does.
     fn reads_raw(&self) -> bool {
         self.data_file == DataFileKind::Raw && self.shape.encryption == CryptMethod::None
@@ -207,7 +256,7 @@ impl Plan {
     }
 
     /// The image, and what its data file holds.
-    async fn prepared_both(&self) -> (Vec<u8>, Option<Vec<u8>>) {
+    pub async fn prepared_both(&self) -> (Vec<u8>, Option<Vec<u8>>) {
         let mut bytes = fresh_image(self.shape);
         set_data_file(&mut bytes, self.data_file);
         for &(guest_cluster, value) in &self.compressed {
@@ -238,14 +287,17 @@ impl Plan {
     /// What went wrong.
     pub async fn run(&self, cuts: u64, rng: &mut Rng) -> Result<Seen, String> {
         let mut disk = Disk::prepare(self).await;
-        let mut errors = Vec::new();
-        for session in &self.sessions {
-            errors.extend(disk.session(session).await?);
-        }
+        let errors = match self.reopens {
+            true => disk.sessions_in_one().await?,
+            false => disk.sessions_apart().await?,
+        };
         // A hole that can't be punched, or a file that can't be cut off, is no harm.
-        let is_hole = |r: &&blockcore::testing::fault::Request| {
-            let is_cut = matches!(r.event, Event::Truncate | Event::Length);
-            r.event == Event::Discard || (is_cut && self.shrinks())
+        let is_hole = |r: &&blockcore::testing::fault::Request| match r.event {
+            Event::Discard => true,
+            Event::Truncate | Event::Length => self.shrinks(),
+            // What gives storage back that entries on disk may still name.
+            Event::WriteZeroes => self.data_file == DataFileKind::Outside || self.keeps_places,
+            _ => false,
         };
         let failed = disk.faults.failed();
         if failed.is_empty() && !errors.is_empty() {
@@ -301,7 +353,7 @@ impl Plan {
         }
         second.block_on(async {
             disk.faults.clear();
-            match disk.close(&node, &image).await? {
+            match disk.close(&node, &image, None).await? {
                 Some(e) if !image.uncertain.load(Ordering::Acquire) => {
                     return Err(format!("close: {e}"));
                 }
@@ -351,9 +403,11 @@ async fn all(node: &Node) -> Result<Vec<u8>, String> {
 /// Whether a change reaches past the end of the disk as it is now.
 fn is_past_end(node: &Node, op: &Op) -> bool {
     let end = match op {
-        Op::Write(range, _) | Op::Pack(range, _) | Op::Zero(range, _) | Op::Discard(range) => {
-            range.end
-        }
+        Op::Write(range, _)
+        | Op::WriteDurably(range, _)
+        | Op::Pack(range, _)
+        | Op::Zero(range, _)
+        | Op::Discard(range) => range.end,
         _ => 0,
     };
     (end * SECTOR) as u64 > node.length()
@@ -401,6 +455,9 @@ impl Disk {
         let disk = self.disk.clone();
         let mut file = FaultDriver::over(Box::new(disk), self.faults.clone());
         file = file.aligned_to(self.plan.file_alignment);
+        if self.plan.nowait {
+            file = file.with_nowait();
+        }
         let flags = NodeFlags::default();
         let file = match self.plan.delays {
             Some(seed) => {
@@ -410,21 +467,77 @@ impl Disk {
             }
             None => file.into_node(flags).await?,
         };
-        open_over(file, &self.plan.backing).await
+        let (node, image) = open_over(file, &self.plan.backing).await?;
+        let mut runtime = image.runtime().clone();
+        runtime.discard_no_unref = self.plan.keeps_places;
+        runtime.pass_discard_other = self.plan.punches_all;
+        image.set_runtime(runtime);
+        Ok((node, image))
     }
 
-    /// Opens the disk, has every task do its steps, closes it; gives back what failed on the way.
-    async fn session(&mut self, steps: &[Step]) -> Result<Vec<BlockError>, String> {
+    fn add_faults(&mut self) {
         for rule in std::mem::take(&mut self.plan.faults) {
             self.faults.add(rule);
         }
+    }
+
+    /// For each session opens the disk, has every task do its steps, closes it; gives back what failed on the way.
+    async fn sessions_apart(&mut self) -> Result<Vec<BlockError>, String> {
+        let mut errors = Vec::new();
+        for steps in self.plan.sessions.clone() {
+            self.add_faults();
+            let (node, image) = match self.open().await {
+                Ok(open) => open,
+                Err(e) => {
+                    errors.push(e);
+                    continue;
+                }
+            };
+            errors.extend(self.work_all(&node, &steps).await?);
+            errors.extend(self.close(&node, &image, None).await?);
+        }
+        Ok(errors)
+    }
+
+    /// The same without closing: between sessions the disk can't be written.
+    async fn sessions_in_one(&mut self) -> Result<Vec<BlockError>, String> {
+        self.add_faults();
         let (node, image) = match self.open().await {
             Ok(open) => open,
             Err(e) => return Ok(vec![e]),
         };
-        let mut errors = self.work_all(&node, steps).await?;
-        errors.extend(self.close(&node, &image).await?);
+        let backend = Backend::new(node.clone(), false);
+        let mut errors = Vec::new();
+        for (i, steps) in self.plan.sessions.clone().iter().enumerate() {
+            if i > 0 {
+                errors.extend(self.stand_still(&backend, &image).await?);
+            }
+            errors.extend(self.work_all(&node, steps).await?);
+        }
+        errors.extend(self.close(&node, &image, Some(backend)).await?);
         Ok(errors)
+    }
+
+    /// Makes the disk read-only for a while, and looks at it; gives back what failed on the way.
+    async fn stand_still(
+        &self,
+        backend: &Backend,
+        image: &Image,
+    ) -> Result<Option<BlockError>, String> {
+        let called = self.history.now();
+        let failed = backend.root().flush().await.err();
+        self.faults.clear();
+        if image.uncertain.load(Ordering::Acquire) {
+            return Ok(failed);
+        }
+        let reopened = backend.reopen(READ_ONLY, false, Options::new()).await;
+        reopened.map_err(|e| format!("not made read-only: {e}"))?;
+        self.history.flushed(called, self.log_len());
+        self.look_at_all(backend.root()).await?;
+        let writable = NodeFlags::default();
+        let reopened = backend.reopen(writable, false, Options::new()).await;
+        reopened.map_err(|e| format!("not made writable again: {e}"))?;
+        Ok(failed)
     }
 
     /// Has every task do its steps; gives back what failed on the way.
@@ -440,13 +553,23 @@ impl Disk {
     }
 
     /// Closes the disk; gives back what failed on the way.
-    async fn close(&self, node: &Arc<Node>, image: &Image) -> Result<Option<BlockError>, String> {
+    async fn close(
+        &self,
+        node: &Arc<Node>,
+        image: &Image,
+        backend: Option<Backend>,
+    ) -> Result<Option<BlockError>, String> {
         let called = self.history.now();
         let failed = node.flush().await.err();
         // What was not written stays to be written.
         self.faults.clear();
-        let top = Child::new("top", ChildRole::File, node.clone());
-        let closed = top.close().await;
+        let closed = match backend {
+            Some(backend) => backend.close().await,
+            None => {
+                let top = Child::new("top", ChildRole::File, node.clone());
+                top.close().await
+            }
+        };
         if image.uncertain.load(Ordering::Acquire) {
             // An error in the middle of an overhaul's last step, and in taking it back. It has to be opened again.
             return Ok(failed.or(closed.err()));
@@ -486,183 +609,10 @@ impl Disk {
                 Some(Ok(Err(why))) => return Err(format!("{:?}: {why}", step.op)),
                 // It waited for the way back to a shorter disk.
                 Some(Err(e)) if e.errno() == libc::EIO && is_past_end(node, &step.op) => {}
+                Some(Err(e)) if step.op.is_refused_with(&e, self.plan.is_old()) => {}
                 Some(Err(e)) => errors.push(e),
             }
         }
         Ok(errors)
-    }
-
-    /// One request. The outer error is the disk's, the inner one what it did wrong.
-    async fn request(&self, node: &Arc<Node>, op: &Op) -> Result<Result<(), String>> {
-        // The disk may not have grown that far.
-        let sectors = node.length() as usize / SECTOR;
-        let clip = |range: &Range<usize>| range.start.min(sectors)..range.end.min(sectors);
-        let log_len = || self.log_len();
-        let bytes = |r: &Range<usize>| ((r.start * SECTOR) as u64, (r.len() * SECTOR) as u64);
-        match op {
-            Op::Write(range, value) => {
-                let range = clip(range);
-                let (offset, length) = bytes(&range);
-                let recording = self.history.change(range, *value, log_len);
-                write(node, offset, length as usize, *value).await?;
-                recording.done(false);
-            }
-            Op::Pack(range, value) => {
-                let cluster = 1usize << (self.plan.shape.cluster_bits - 9);
-                let whole = |sector: usize| sector.next_multiple_of(cluster);
-                let range = clip(&(whole(range.start)..whole(range.end)));
-                let (offset, length) = bytes(&range);
-                if range.is_empty() {
-                    return Ok(Ok(()));
-                }
-                let recording = self.history.change(range, *value, log_len);
-                let data = vec![*value; length as usize].into();
-                match node.pwritev_compressed(offset, data).await {
-                    Ok(()) => recording.done(false),
-                    // Something is there already, and compressed data never takes the place of other data; or the disk's end has moved meanwhile.
-                    Err(e) if e.errno() == libc::EIO && self.faults.failed().is_empty() => {}
-                    Err(e) if e.errno() == libc::EINVAL => {}
-                    Err(e) => return Err(e),
-                }
-            }
-            Op::Zero(range, flags) => {
-                let range = clip(range);
-                let (offset, length) = bytes(&range);
-                let recording = self.history.change(range, 0, log_len);
-                node.pwrite_zeroes(offset, length, *flags).await?;
-                recording.done(false);
-            }
-            Op::Discard(range) => {
-                let range = clip(range);
-                let (offset, length) = bytes(&range);
-                let recording = self.history.change(range, 0, log_len);
-                node.pdiscard(offset, length).await?;
-                recording.done(true);
-            }
-            Op::Read(range) => {
-                let range = clip(range);
-                let called = self.history.now();
-                let (offset, length) = bytes(&range);
-                // Every byte has to be written to.
-                let mut buf = IoBufMut::zeroed(length as usize);
-                buf.fill(0xee);
-                let read = node.preadv(offset, buf, ReadFlags::empty()).await?;
-                return Ok(self.check_read(&range, &read.to_vec(), called));
-            }
-            Op::Flush => {
-                let called = self.history.now();
-                node.flush().await?;
-                self.history.flushed(called, self.log_len());
-            }
-            Op::Status(range) => {
-                let (offset, length) = bytes(&clip(range));
-                chain_status(node, None, offset, length, StatusMode::Precise).await?;
-            }
-            Op::Snapshot(_) | Op::Goto(_) | Op::Delete(_) => {
-                return self.snapshot_request(node, op).await;
-            }
-            Op::Width(bits) => {
-                let mut options = Options::new();
-                options.set("refcount_bits", bits.to_string());
-                node.amend(options).await?;
-            }
-            Op::Resize(sectors) => {
-                let behind = self.history.change(*sectors..usize::MAX - 2, 0, log_len);
-                let recording = self.history.resize(*sectors as u64, log_len);
-                let request = TruncateRequest::to((sectors * SECTOR) as u64);
-                node.truncate(request).await?;
-                behind.done(false);
-                recording.done(false);
-            }
-        }
-        Ok(Ok(()))
-    }
-
-    async fn snapshot_request(&self, node: &Arc<Node>, op: &Op) -> Result<Result<(), String>> {
-        let called = self.history.now();
-        let log_len = || self.log_len();
-        let none = |e: &BlockError| e.kind() == ErrorKind::NotFound;
-        match op {
-            Op::Snapshot(number) => {
-                let name = format!("s{number}");
-                let request = SnapshotRequest::now(&name);
-                node.snapshot_create(request).await?;
-                let image = self.disk.snapshot();
-                let Some(contents) = kept::contents(&image, &self.plan.backing, &name).await else {
-                    return Ok(Err("there is no such snapshot".to_owned()));
-                };
-                for (sector, bytes) in contents.chunks(SECTOR).enumerate() {
-                    let allowed = self
-                        .history
-                        .allowed_since(sector, self.base(sector), called);
-                    if !uniform(bytes).is_some_and(|v| allowed.contains(&v)) {
-                        let value = uniform(bytes);
-                        return Ok(Err(format!(
-                            "sector {sector} of it holds {value:?} and may hold {allowed:?}"
-                        )));
-                    }
-                }
-                self.snapshots.taken(&name, contents, self.log_len());
-                self.history.flushed(called, self.log_len());
-            }
-            Op::Goto(number) => {
-                let name = format!("s{number}");
-                let kept = self.snapshots.find(&name);
-                // One that was dropped or has failed may be there all the same, and nobody knows what it holds.
-                let Some(kept) = kept else {
-                    return Ok(Ok(()));
-                };
-                let values = kept.contents.chunks(SECTOR);
-                let mut recordings = Vec::new();
-                for (sector, bytes) in values.enumerate() {
-                    let value = bytes[0];
-                    recordings.push(self.history.change(sector..sector + 1, value, log_len));
-                }
-                let sectors = kept.contents.len() / SECTOR;
-                recordings.push(self.history.change(sectors..usize::MAX - 2, 0, log_len));
-                recordings.push(self.history.resize(sectors as u64, log_len));
-                match node.snapshot_goto(SnapshotSelector::name(&name)).await {
-                    Ok(()) => recordings.into_iter().for_each(|r| r.done(false)),
-                    // Deleted meanwhile, or never taken.
-                    Err(e) if none(&e) => {}
-                    Err(e) => return Err(e),
-                }
-            }
-            Op::Delete(number) => {
-                let name = format!("s{number}");
-                if self.snapshots.find(&name).is_none() {
-                    return Ok(Ok(()));
-                }
-                self.snapshots.deleting(&name, self.log_len());
-                match node.snapshot_delete(SnapshotSelector::name(&name)).await {
-                    Ok(()) => self.snapshots.deleted(&name, self.log_len()),
-                    Err(e) if none(&e) => {}
-                    Err(e) => return Err(e),
-                }
-            }
-            _ => unreachable!("the caller has others"),
-        }
-        Ok(Ok(()))
-    }
-
-    fn check_read(&self, range: &Range<usize>, read: &[u8], called: u64) -> Result<(), String> {
-        for (sector, bytes) in range.clone().zip(read.chunks(SECTOR)) {
-            let allowed = self
-                .history
-                .allowed_since(sector, self.base(sector), called);
-            match uniform(bytes) {
-                Some(value) if allowed.contains(&value) => {
-                    if allowed.len() > 1 {
-                        self.history.saw(sector, value, called);
-                    }
-                }
-                value => {
-                    return Err(format!(
-                        "sector {sector} reads {value:?} and may read {allowed:?}"
-                    ));
-                }
-            }
-        }
-        Ok(())
     }
 }

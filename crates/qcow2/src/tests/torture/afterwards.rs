@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What is left of a disk when a plan is done, or after a power cut: looks at it, and uses it on.
 
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
 use blockcore::testing::{CrashDriver, Rng};
-use blockcore::{BlockError, Node};
+use blockcore::{BlockError, CheckFix, IoBufMut, Node};
 
 use super::super::bitmaps::covers;
-use super::super::history::SECTOR;
-use super::super::{corruptions, findings, forge, open_on, write};
+use super::super::history::{ANYTHING, SECTOR, STATE};
+use super::super::kept::STATE_SECTORS;
+use super::super::{DataFileKind, corruptions, findings, forge, open_on, write};
 use super::{BITMAP, Disk, Op, all, below, uniform};
 use crate::crypto::CryptMethod;
 
@@ -23,6 +27,8 @@ impl Disk {
         self.check_contents(&all(&node).await?, |s, base| {
             self.history.allowed_now(s, base)
         })?;
+        let now = |s, base| self.history.allowed_now(s, base);
+        self.check_state(&node, now).await?;
         let steps = [
             Op::Write(0..sectors.min(3), 251),
             Op::Write(sectors / 2..sectors, 252),
@@ -62,10 +68,56 @@ impl Disk {
         Ok(())
     }
 
+    /// Looks at a disk that nobody can write: all is there, and nothing is left over.
+    pub(super) async fn look_at_all(&self, node: &Arc<Node>) -> Result<(), String> {
+        let now = |s, base| self.history.allowed_now(s, base);
+        self.check_contents(&all(node).await?, now)?;
+        self.check_state(node, now).await?;
+        if write(node, 0, SECTOR, 1).await.is_ok() {
+            return Err("written, though read-only".to_owned());
+        }
+        let image = self.disk.snapshot();
+        let found = match self.faults.failed().is_empty() {
+            true => findings(image.clone()).await,
+            false => corruptions(image.clone()).await,
+        };
+        if !found.is_empty() {
+            return Err(format!("read-only, and check says {found:?}"));
+        }
+        self.snapshots
+            .check(&image, &self.plan.backing, self.log_len())
+            .await
+    }
+
+    /// Looks at the VM state, where there can be any.
+    async fn check_state(
+        &self,
+        node: &Node,
+        allowed: impl Fn(usize, u8) -> BTreeSet<u64>,
+    ) -> Result<(), String> {
+        if self.plan.data_file != DataFileKind::Inside {
+            return Ok(());
+        }
+        let buf = IoBufMut::zeroed(STATE_SECTORS * SECTOR);
+        let state = node.load_vmstate(0, buf).await;
+        let state = state.map_err(|e| format!("the state can't be read: {e}"))?;
+        for (bytes, place) in state.to_vec().chunks(SECTOR).zip(STATE..) {
+            let allowed = allowed(place, 0);
+            let value = uniform(bytes);
+            if !allowed.contains(&ANYTHING) && !value.is_some_and(|v| allowed.contains(&v)) {
+                let sector = place - STATE;
+                return Err(format!(
+                    "sector {sector} of the state holds {value:?} and may hold {allowed:?}"
+                ));
+            }
+        }
+        Ok(())
+    }
+
     fn check_contents(
         &self,
         contents: &[u8],
-        allowed: impl Fn(usize, u8) -> std::collections::BTreeSet<u64>,
+        allowed: impl Fn(usize, u8) -> BTreeSet<u64>,
     ) -> Result<(), String> {
         for (sector, bytes) in contents.chunks(SECTOR).enumerate() {
             let allowed = allowed(sector, self.base(sector));
@@ -137,13 +189,12 @@ impl Disk {
             return Err(format!("{sectors} sectors long, and may be {lengths:?}"));
         }
         let contents = all(&node).await?;
-        self.check_contents(&contents, |s, base| {
-            self.history.allowed_after_cut(s, base, cut)
-        })?;
+        let after_cut = |s, base| self.history.allowed_after_cut(s, base, cut);
+        self.check_contents(&contents, after_cut)?;
+        self.check_state(&node, after_cut).await?;
         if let (Some(mut data), true) = (data, self.plan.reads_raw()) {
             data.resize(node.length() as usize, 0);
-            let allowed = |s, base| self.history.allowed_after_cut(s, base, cut);
-            let raw = self.check_contents(&data, allowed);
+            let raw = self.check_contents(&data, after_cut);
             raw.map_err(|why| format!("the raw data file: {why}"))?;
         }
         self.check_bitmap(&node, &contents)?;
@@ -151,7 +202,14 @@ impl Disk {
             .check(&image, &self.plan.backing, cut)
             .await?;
         self.check_snapshot(image).await?;
-        // Now and then: what is left can be used.
+        // Now and then: what is left can be repaired, though nothing is wrong, and used.
+        if rng.chance(5) {
+            let found = node.check(CheckFix::All).await;
+            let found = found.map_err(|e| format!("not repaired: {e}"))?;
+            if found.leaks > 0 || all(&node).await? != contents {
+                return Err(format!("repaired: {:?}", found.messages));
+            }
+        }
         if rng.chance(10) {
             let length = node.length() as usize;
             write(&node, 0, length, 253).await.unwrap();
