@@ -172,7 +172,10 @@ async fn close_sound(host: Host, disk: Backend, name: &str) {
         assert_eq!(found.corruptions, 0, "{name}: {:?}", found.messages);
     }
     let _any = again.close().await;
+    // Version 2 has no bitmaps: those of an image that becomes one are gone.
+    let is_version_2 = host.disk.lock().get(7) == Some(&2);
     if told.is_ok()
+        && !is_version_2
         && let Ok(again) = host.open(How::ReadOnly).await
     {
         let now = Bitmaps::of(&again);

@@ -13,6 +13,7 @@ use std::sync::atomic::Ordering;
 use blockcore::{BlockError, ErrorKind, IoBuf, MAX_LENGTH_BYTES, Result, WriteFlags};
 
 use crate::amend::Steps;
+use crate::bitmap_load::Stored;
 use crate::extension::{self, Extension};
 use crate::format::{L1E_OFFSET_MASK, L2E_OFFSET_MASK, OFLAG_COMPRESSED, OFLAG_ZERO};
 use crate::header::{Compatible, CompressionType, Header, Incompatible};
@@ -59,9 +60,10 @@ impl Image {
                 .rewrite_header(|header| set_version(header, version))
                 .await?;
             image.format_version.store(version, Ordering::Release);
-            if version > 2 {
-                steps.tell(2, 2);
+            if version == 2 {
+                return image.free_unnamed_bitmaps().await;
             }
+            steps.tell(2, 2);
             Ok(())
         };
         self.spawn_alone(0, MAX_LENGTH_BYTES, work).await
@@ -295,6 +297,7 @@ fn set_version(header: &mut Header, version: u32) {
         header.compression_type = CompressionType::Zlib;
         header.autoclear = 0;
         header.extensions.retain(|e| !names(e));
+        Stored::default().name_in(header);
     } else if !header.extensions.iter().any(names) {
         header.extensions.push(extension::feature_names());
     }

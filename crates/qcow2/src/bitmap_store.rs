@@ -372,6 +372,18 @@ impl Image {
         }
     }
 
+    /// Gives back what the header doesn't name any more, since the image is of version 2 now: a check takes it for leaks.
+    ///
+    /// # Errors
+    /// Those of metadata I/O.
+    pub async fn free_unnamed_bitmaps(self: &Arc<Self>) -> Result<()> {
+        let _one = self.bitmaps.storing.lock().await;
+        let stored = std::mem::take(&mut *self.bitmaps.stored());
+        self.free_bitmaps(&stored, &Stored::default()).await;
+        self.bitmaps.set.set_copies_are_current(false);
+        self.commit().await
+    }
+
     /// Takes an extension out of the header that was outdated by a program that doesn't know it, as the specification wants. Its clusters are leaked.
     ///
     /// # Errors
@@ -414,7 +426,7 @@ fn entry_for(name: &str) -> DirectoryEntry {
 
 impl Stored {
     /// Makes the header name this directory, or none.
-    fn name_in(&self, header: &mut Header) {
+    pub fn name_in(&self, header: &mut Header) {
         let place = header
             .extensions
             .iter()
