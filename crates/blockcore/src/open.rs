@@ -382,25 +382,34 @@ impl OpenContext<'_> {
         if own.is_empty() && filename.is_none() {
             return Ok(None);
         }
+        let permissions = match Permissions::storage(!self.flags.read_only) {
+            storage if self.flags.force_share => storage.sharing_all(),
+            storage => storage,
+        };
         let request = NodeRequest {
             filename,
             options: own,
             flags: self.flags,
             kind: NodeKind::Protocol,
-            permissions: Permissions::storage(!self.flags.read_only),
+            permissions,
             ancestors: self.ancestors.clone(),
             by_image: by_image || self.by_image,
             for_check: false,
         };
         let node = Box::pin(open_node(self.shared, request)).await?;
-        if node.is_read_only() && !self.flags.read_only {
-            let text = "Block node is read-only";
-            return Err(BlockError::new(ErrorKind::ReadOnly, text));
+        let child = Child::new(name, role, node);
+        let usable = match child.node().is_read_only() && !self.flags.read_only {
+            true => Err(BlockError::new(
+                ErrorKind::ReadOnly,
+                "Block node is read-only",
+            )),
+            false => child.driver().set_permissions(permissions).await,
+        };
+        if let Err(e) = usable {
+            child.close().await?;
+            return Err(e);
         }
-        node.driver()
-            .set_permissions(Permissions::storage(!self.flags.read_only))
-            .await?;
-        Ok(Some(Child::new(name, role, node)))
+        Ok(Some(child))
     }
 
     /// Opens the backing chain: the one that the options describe (`backing.*`, or `backing=null` for none), else the one that the image names.

@@ -50,20 +50,25 @@ pub fn parse_prefix(area: &[u8]) -> Vec<Extension> {
     out
 }
 
+fn too_large() -> Result<()> {
+    let text = "Header extension too large";
+    Err(BlockError::new(ErrorKind::InvalidImage, text))
+}
+
 fn parse_into(out: &mut Vec<Extension>, area: &[u8]) -> Result<()> {
     let mut at = 0;
     let word = |at: usize| {
         area.get(at..at + 4)
             .map(|b| u32::from_be_bytes(b.try_into().expect("four bytes")))
     };
-    while let (Some(kind), Some(len)) = (word(at), word(at + 4)) {
+    while at < area.len() {
+        let (Some(kind), Some(len)) = (word(at), word(at + 4)) else {
+            return too_large();
+        };
         at += 8;
         let len = len as usize;
         if len > area.len() - at {
-            return Err(BlockError::new(
-                ErrorKind::InvalidImage,
-                "Header extension too large",
-            ));
+            return too_large();
         }
         if kind == END {
             break;

@@ -6,6 +6,7 @@ use blockcore::{BlockError, ErrorKind, Result, SECTOR_BYTES};
 use super::Checker;
 use super::count::Use;
 use crate::bitmap_load;
+use crate::crypto::CryptMethod;
 use crate::extension;
 use crate::header::Header;
 
@@ -62,12 +63,7 @@ pub(crate) fn encryption_header(header: &Header) -> Result<Option<(u64, u64)>> {
 impl Checker<'_> {
     /// Counts what header extensions refer to.
     pub(super) async fn count_extensions(&mut self) -> Result<()> {
-        if let Some((offset, length)) = encryption_header(&self.header)? {
-            self.count(offset, length, Use::OTHER);
-            if !self.holds_all_keys(offset, length).await? {
-                self.lost += 1;
-            }
-        }
+        self.count_keys().await?;
         let Some(data) = bitmap_load::extension_data(&self.header) else {
             return Ok(());
         };
@@ -81,6 +77,27 @@ impl Checker<'_> {
             for host in bitmap_load::data_offsets(&table) {
                 self.count(host, self.cluster, Use::OTHER);
             }
+        }
+        Ok(())
+    }
+
+    /// INV QCOW2-REPAIR-4: where the header of an encrypted image is damaged, its keys are among what nobody seems to refer to.
+    async fn count_keys(&mut self) -> Result<()> {
+        let Some((offset, length)) = encryption_header(&self.header)? else {
+            if self.header.crypt_method == CryptMethod::Luks {
+                self.lost += 1;
+                self.corruption(
+                    "ERROR the image is encrypted, and names no LUKS header".to_owned(),
+                );
+            }
+            return Ok(());
+        };
+        self.count(offset, length, Use::OTHER);
+        if !self.holds_all_keys(offset, length).await? {
+            self.lost += 1;
+            self.corruption(format!(
+                "ERROR the {length} bytes at offset={offset:#x} are no LUKS header, or not all of one"
+            ));
         }
         Ok(())
     }

@@ -6,6 +6,7 @@ use blockcore::{CheckFix, CheckResult, Child, ChildRole, NodeFlags};
 
 use super::{Shape, fresh_image, open_on, read_all, write};
 use crate::check::check;
+use crate::crypto::CryptMethod;
 use crate::format::L1E_OFFSET_MASK;
 use crate::header::Header;
 use crate::refcount::get_refcount;
@@ -78,6 +79,40 @@ async fn what_a_flipped_bit_hides_is_kept() {
         }
         let (node, _image) = open_on(CrashDriver::new(image.clone()), None).await;
         assert!(read_all(&node).await[..64 << 10].iter().all(|b| *b == 1));
+    }
+}
+
+// INV QCOW2-REPAIR-4: without its keys an image is lost, whatever else a repair sets right.
+#[tokio::test]
+async fn keys_that_the_header_does_not_name_any_more_are_kept() {
+    let shape = Shape {
+        encryption: CryptMethod::Luks,
+        ..Shape::small(1 << 20)
+    };
+    let image = fresh_image(shape);
+    let keys = word(&image, 112);
+    assert!(image[keys..].starts_with(b"LUKS"));
+    // The pointer's type, its offset, the first bytes of what it points at.
+    for (at, new) in [
+        (104, 0x1537_be77_0000_0010),
+        (112, 0),
+        (112, 2 * CLUSTER as u64),
+        (keys, 0),
+    ] {
+        let mut damaged = image.clone();
+        put(&mut damaged, at, new);
+        let disk = CrashDriver::new(damaged.clone());
+        let result = repair(&disk).await;
+        let story = format!("{at}: {:?}", result.messages);
+        assert!(result.corruptions > 0, "{story}");
+        let after = disk.snapshot();
+        let block = word(&after, word(&after, 48));
+        let refcount = get_refcount(&after[block..block + CLUSTER], 4, (keys / CLUSTER) as u64);
+        assert!(refcount > 0, "{story}");
+        assert!(
+            after[keys..keys + CLUSTER] == damaged[keys..keys + CLUSTER],
+            "{story}"
+        );
     }
 }
 
