@@ -12,7 +12,6 @@ use super::refusals::{REFUSED, Refusal};
 use crate::support::{Bench, Random, first_difference};
 
 pub const IMAGE: &str = "t.qcow2";
-pub const DATA_FILE: &str = "t.data";
 
 /// An image, and beside it the bytes that it should hold.
 pub struct Disk<'a> {
@@ -32,6 +31,10 @@ pub struct Disk<'a> {
     pub bitmaps: Vec<Bitmap>,
     /// The id of the password that opens the image, if it is encrypted.
     pub secret: Option<&'static str>,
+    /// The name of its data file, where it has one.
+    pub data_file: String,
+    /// The image below is encrypted; its password doesn't change.
+    pub has_secret_below: bool,
     pub story: String,
     /// Refusals that have been met, by their place in the list.
     pub met: Vec<usize>,
@@ -79,6 +82,8 @@ impl<'a> Disk<'a> {
             is_version_2: option("compat").is_some(),
             bitmaps: Vec::new(),
             secret: option("encrypt.key-secret").map(|(_, id)| *id),
+            data_file: "t.data".to_owned(),
+            has_secret_below: features.iter().any(|f| f.source == Source::BackingLuks),
             story: String::new(),
             met: Vec::new(),
         };
@@ -105,8 +110,15 @@ impl<'a> Disk<'a> {
             }
             () if is(Source::BackingChain) => {
                 self.make_base(700_416);
-                self.make_middle();
+                self.make_middle("");
                 "-b middle.qcow2 -F qcow2 "
+            }
+            () if is(Source::BackingLuks) => {
+                self.make_base(300_032);
+                let luks = "encrypt.format=luks,encrypt.key-secret=s0,encrypt.iter-time=1";
+                self.make_middle(&format!("-o {luks} "));
+                // Whether there is such a file is looked at without a password.
+                "-u -b middle.qcow2 -F qcow2 "
             }
             () => "",
         };
@@ -145,9 +157,9 @@ impl<'a> Disk<'a> {
     }
 
     /// A qcow2 image over the raw one, longer than any disk of the matrix.
-    fn make_middle(&mut self) {
+    fn make_middle(&mut self, options: &str) {
         let bytes = self.model.len() + 300_032;
-        let line = format!("create -q -f qcow2 -b base.raw -F raw middle.qcow2 {bytes}");
+        let line = format!("create -q -f qcow2 {options}-b base.raw -F raw middle.qcow2 {bytes}");
         self.img(self.sides[0], &line);
         let (from, to) = (self.model.len() - 100_000, self.model.len() + 200_000);
         self.below.resize(bytes, 0);
@@ -157,7 +169,18 @@ impl<'a> Disk<'a> {
             format!("write -P 7 {from} 300000"),
             "write -z 100000 100000".to_owned(),
         ];
-        self.bench.io(self.sides[1], &commands, "middle.qcow2");
+        let key = match self.has_secret_below {
+            true => ",encrypt.key-secret=s0",
+            false => "",
+        };
+        let image = format!("driver=qcow2,file.filename=middle.qcow2{key}");
+        let mut words: Vec<String> = self.secrets().collect();
+        for command in commands {
+            words.extend(["-c".to_owned(), command]);
+        }
+        words.extend(["--image-opts".to_owned(), image]);
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        self.bench.run(&self.sides[1].qemu_io, &words);
     }
 
     /// Runs `qemu-img` with the words of a line, in which `@` is the image; it must succeed.
@@ -416,7 +439,7 @@ impl<'a> Disk<'a> {
         if self.secret.is_some() {
             self.check_nothing_shows();
         } else if self.features.iter().any(|f| f.name == "data-file-raw") {
-            let raw = self.bench.read(DATA_FILE);
+            let raw = self.bench.read(&self.data_file);
             let common = raw.len().min(self.model.len());
             if let Some(difference) = first_difference(&raw[..common], &self.model) {
                 panic!("{difference} in the data file after {}", self.story);

@@ -21,6 +21,8 @@ pub enum Source {
     BackingRaw,
     /// `create` over a qcow2 image that is longer than the disk, and has a raw file below.
     BackingChain,
+    /// As [`BackingChain`](Source::BackingChain), and the image below is encrypted.
+    BackingLuks,
     /// `convert -c` of a raw file.
     Converted,
     /// `convert` of a raw file.
@@ -60,6 +62,8 @@ pub enum Step {
     AddKey(&'static str),
     /// The password of this id is no good any more.
     EraseKey(&'static str),
+    /// The external data file gets this name, and `amend` tells the image.
+    NameData(&'static str),
     /// `rebase` with these options, which only QEMU has, and which changes nothing of what a guest sees.
     Rebase(&'static str),
     /// Unused clusters are counted as used; `check` sees that, and `check -r leaks` ends it.
@@ -70,10 +74,10 @@ pub enum Step {
     Crash,
 }
 
-use Source::{BackingChain, BackingRaw, Converted, Copied, Empty};
+use Source::{BackingChain, BackingLuks, BackingRaw, Converted, Copied, Empty};
 use Step::{
     AddKey, Amend, Apply, Bitmap, Compress, CopyBitmaps, Crash, Delete, EraseKey, Grow, Leak,
-    LoadState, Rebase, SaveState, Shrink, Snapshot, Uncount,
+    LoadState, NameData, Rebase, SaveState, Shrink, Snapshot, Uncount,
 };
 
 /// A feature that is nothing but creation options.
@@ -182,6 +186,16 @@ pub const FEATURES: &[Feature] = &[
         &[("data_file", "t.data"), ("data_file_raw", "on")],
     ),
     Feature {
+        name: "data-file-raw-amend",
+        options: &[("data_file", "t.data"), ("data_file_raw", "on")],
+        source: Empty,
+        steps: &[
+            (1, NameData("another-name-for-t.data")),
+            (2, Amend("data_file_raw=off")),
+            (3, NameData("t.data")),
+        ],
+    },
+    Feature {
         name: "lazy-refcounts",
         options: &[("lazy_refcounts", "on")],
         source: Empty,
@@ -195,6 +209,7 @@ pub const FEATURES: &[Feature] = &[
     made_with("clusters-2M", &[("cluster_size", "2M")]),
     from("backing-raw", BackingRaw),
     from("backing-chain", BackingChain),
+    from("backing-luks", BackingLuks),
     made_with("metadata", &[("preallocation", "metadata")]),
     made_with("falloc", &[("preallocation", "falloc")]),
     made_with("full", &[("preallocation", "full")]),

@@ -3,7 +3,7 @@
 
 use blocklayer_tests::tools::Tools;
 
-use super::disk::{DATA_FILE, Disk, IMAGE};
+use super::disk::{Disk, IMAGE};
 
 /// The passwords, by their ids.
 const SECRETS: [&str; 3] = [
@@ -22,12 +22,20 @@ impl Disk<'_> {
             Some(id) => format!(",encrypt.key-secret={id}"),
             None => String::new(),
         };
-        format!("driver=qcow2,file.filename={IMAGE}{key}")
+        let below = match self.has_secret_below {
+            true => ",backing.encrypt.key-secret=s0",
+            false => "",
+        };
+        format!("driver=qcow2,file.filename={IMAGE}{key}{below}")
+    }
+
+    fn has_secrets(&self) -> bool {
+        self.secret.is_some() || self.has_secret_below
     }
 
     /// The passwords as words for a tool.
-    fn secrets(&self) -> impl Iterator<Item = String> {
-        let some = if self.secret.is_some() {
+    pub fn secrets(&self) -> impl Iterator<Item = String> {
+        let some = if self.has_secrets() {
             &SECRETS[..]
         } else {
             &[]
@@ -38,9 +46,9 @@ impl Disk<'_> {
 
     /// The image as words for a tool.
     pub fn image_words(&self) -> Vec<String> {
-        let words = match self.secret {
-            Some(_) => vec!["--image-opts".to_owned(), self.image_options()],
-            None => ["-f", "qcow2", IMAGE].map(str::to_owned).to_vec(),
+        let words = match self.has_secrets() {
+            true => vec!["--image-opts".to_owned(), self.image_options()],
+            false => ["-f", "qcow2", IMAGE].map(str::to_owned).to_vec(),
         };
         self.secrets().chain(words).collect()
     }
@@ -51,7 +59,7 @@ impl Disk<'_> {
         for word in line.split(' ') {
             match word {
                 // This command guesses.
-                "@" if line.starts_with("snapshot") && self.secret.is_none() => {
+                "@" if line.starts_with("snapshot") && !self.has_secrets() => {
                     words.push(IMAGE.to_owned());
                 }
                 "@" => words.extend(self.image_words()),
@@ -102,7 +110,7 @@ impl Disk<'_> {
 
     /// No sector that was written shows in the files.
     pub fn check_nothing_shows(&self) {
-        for name in [IMAGE, DATA_FILE] {
+        for name in [IMAGE, &self.data_file] {
             if !self.bench.path(name).exists() {
                 continue;
             }

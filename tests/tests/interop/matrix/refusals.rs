@@ -201,19 +201,6 @@ pub const REFUSED: &[Refusal] = &[
     ),
     refused("aes", "", "Only LUKS encryption options can be amended"),
     refused("amend-backing", "", "Cannot amend the backing file"),
-    // Ours would have to change zero clusters of a snapshot.
-    refused_by(
-        Side::Ours,
-        "snapshots",
-        "amend-compat",
-        "has zero clusters, which compat=0.10 has not",
-    ),
-    refused_by(
-        Side::Ours,
-        "vm-state",
-        "amend-compat",
-        "has zero clusters, which compat=0.10 has not",
-    ),
     // QEMU looks at the length of the file, and not at what is free at its end.
     refused_by(
         Side::Qemu,
@@ -227,6 +214,9 @@ pub const REFUSED: &[Refusal] = &[
 pub const LEFT_OUT: &[[&str; 2]] = &[
     // QEMU writes the VM state behind the end of the data file. Here there is none.
     ["data-file", "vm-state"],
+    // What is made by `convert` is opened without options, and so without a password for what lies below.
+    ["backing-luks", "copied"],
+    ["backing-luks", "converted"],
     // QEMU takes minutes to change the width of refcounts in clusters of that size.
     ["clusters-2M", "amend-refcounts"],
 ];

@@ -48,6 +48,7 @@ impl Disk<'_> {
             Step::AddKey(id) => self.add_key(side, id),
             Step::EraseKey(id) => self.erase_key(side, id),
             Step::Rebase(options) => self.rebase(options),
+            Step::NameData(name) => self.name_data(side, name),
         }
     }
 
@@ -183,6 +184,17 @@ impl Disk<'_> {
         assert!(!output.status.success(), "it is dead: {}", self.story);
         self.compare_contents();
         self.requests(other);
+    }
+
+    fn name_data(&mut self, side: &Tools, name: &str) {
+        let path = |name: &str| self.bench.path(name);
+        let old = std::mem::replace(&mut self.data_file, name.to_owned());
+        std::fs::copy(path(&old), path(name)).expect("the data file is there");
+        if self.try_img(side, &format!("amend -o data_file={name} @")) {
+            std::fs::remove_file(self.bench.path(&old)).expect("the data file is there");
+        } else {
+            self.data_file = old;
+        }
     }
 
     /// Another name for the backing file, or none. QEMU's tool alone can do it, whose turn it is or not.

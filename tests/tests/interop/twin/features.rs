@@ -19,6 +19,9 @@ pub struct History {
     pub is_raw: bool,
     has_backing: bool,
     is_lazy: bool,
+    refcount_bits: usize,
+    /// Its data file has another name.
+    pub is_renamed: bool,
     is_preallocated: bool,
     /// The passwords of an encrypted image.
     pub keys: Option<Keys>,
@@ -99,7 +102,10 @@ impl Writer<'_> {
     }
 
     fn create(&mut self) -> History {
-        let mut history = History::default();
+        let mut history = History {
+            refcount_bits: 16,
+            ..History::default()
+        };
         self.cluster = match self.random.below(8) {
             0 => 512,
             1 => 4 * KIB,
@@ -121,7 +127,8 @@ impl Writer<'_> {
             }
             if self.random.below(3) == 0 {
                 // A snapshot that a width of 1 does not allow leaves leaks behind in QEMU's images.
-                options.push(format!("refcount_bits={}", 2 << self.random.below(6)));
+                history.refcount_bits = 2 << self.random.below(6);
+                options.push(format!("refcount_bits={}", history.refcount_bits));
             }
             for (one_of, option) in [
                 (3, "compression_type=zstd"),
@@ -338,7 +345,8 @@ impl Writer<'_> {
             let modes = ["off", "metadata", "falloc", "full"];
             let is_own = history.has_freed || history.keys.is_some();
             let mode = modes[self.random.below(if is_own { 1 } else { 4 })];
-            history.has_own_layout |= mode == "falloc" || mode == "full";
+            // That of the cluster that the disk ended in among it.
+            history.has_own_layout |= mode != "off";
             let more = self.random.below(2000) * 512;
             let length = match self.random.below(2) {
                 0 => format!("+{more}"),
@@ -352,7 +360,11 @@ impl Writer<'_> {
 
     fn amend(&mut self, history: &mut History) {
         let bits = 2 << self.random.below(6);
-        let choice = self.random.below(7);
+        let choice = self.random.below(8);
+        if choice == 7 && history.has_data_file {
+            self.amend_data_file(history);
+            return;
+        }
         // QEMU takes minutes to change the width of refcounts in clusters of that size.
         if self.cluster > 64 * KIB && (choice == 2 || choice == 3) {
             return;
@@ -368,12 +380,28 @@ impl Writer<'_> {
         };
         // It may have failed; then less is asked of the image from now on than it could do.
         history.is_version_2 |= options == "compat=0.10";
-        // Zero clusters become what each side makes of them.
-        history.has_own_layout |= options == "compat=0.10";
         history.has_freed = true;
         history.is_lazy |= options == "lazy_refcounts=on";
         let image = history.image_with_format();
         self.img(&format!("amend -o {options} {image}"));
+    }
+
+    /// Another name for the data file, or the end of its being raw.
+    fn amend_data_file(&mut self, history: &mut History) {
+        let image = history.image();
+        if self.random.below(3) == 0 {
+            history.is_raw = false;
+            self.img(&format!("amend -o data_file_raw=off {image}"));
+            return;
+        }
+        let names = ["t.data", "another-name-for-t.data"];
+        let (old, new) = match history.is_renamed {
+            true => (names[1], names[0]),
+            false => (names[0], names[1]),
+        };
+        history.is_renamed = !history.is_renamed;
+        self.line(&format!("cp {old} {new}"));
+        self.img(&format!("amend -o data_file={new} {image}"));
     }
 
     fn convert(&mut self, history: &History) {
@@ -435,9 +463,10 @@ impl Writer<'_> {
             pokes.push((3 * self.cluster, 0));
         }
         for _ in 0..1 + self.random.below(2) {
-            // Refcounts of the first clusters, whatever their width.
+            // Refcounts of the first clusters: what is counted behind the end of the file shows only later.
+            let bytes = (5 * history.refcount_bits).div_ceil(8);
             pokes.push((
-                2 * self.cluster + self.random.below(12),
+                2 * self.cluster + self.random.below(bytes),
                 self.random.below(4),
             ));
         }

@@ -69,7 +69,11 @@ impl Writer<'_> {
             ));
         }
         if history.is_raw && history.keys.is_none() {
-            self.line(&format!("head -c {} t.data | md5sum", self.size));
+            let name = match history.is_renamed {
+                true => "another-name-for-t.data",
+                false => "t.data",
+            };
+            self.line(&format!("head -c {} {name} | md5sum", self.size));
         }
         self.line(&format!("qemu-img snapshot -l {image} | dates"));
         self.line("qemu-img info t.qcow2 | grep -v 'file length' | dates");
