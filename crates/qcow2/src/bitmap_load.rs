@@ -92,6 +92,11 @@ fn warn_of_stale(header: &Header, diagnostics: &Diagnostics) {
         .warn("Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix.");
 }
 
+/// The length of the disk that bitmaps are for: whole sectors.
+fn disk_bytes(header: &Header) -> u64 {
+    header.size / SECTOR_BYTES * SECTOR_BYTES
+}
+
 /// Reads all bitmaps of an image.
 ///
 /// # Errors
@@ -106,11 +111,10 @@ pub(crate) async fn load(
         return Ok(Bitmaps::default());
     };
     let stored = read_stored(file, header, data).await?;
-    let disk_bytes = header.size / SECTOR_BYTES * SECTOR_BYTES;
     let mut reader = Reader {
         file,
         cluster_bits: header.cluster_bits,
-        disk_bytes,
+        disk_bytes: disk_bytes(header),
         data_left: file.length().next_multiple_of(1 << header.cluster_bits),
     };
     let mut names = std::collections::HashSet::new();
@@ -156,7 +160,7 @@ pub(crate) async fn read_stored(
         .await
         .map_err(|e| e.context("Failed to read bitmap directory"))?
         .to_vec();
-    let entries = bitmap::parse_directory(&extension, &bytes, header.size, bits)?;
+    let entries = bitmap::parse_directory(&extension, &bytes, disk_bytes(header), bits)?;
     let total: u64 = entries.iter().map(DirectoryEntry::table_bytes).sum();
     if total > file.length() {
         let text = format!("The tables of the bitmaps have {total} bytes, more than the file");

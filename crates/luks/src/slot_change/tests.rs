@@ -64,6 +64,29 @@ async fn a_slot_that_is_overwritten_is_never_the_last_one() {
 }
 
 #[tokio::test]
+async fn the_only_slot_is_erased_by_force_alone() {
+    let (store, mut header, key) =
+        made(spec(CipherAlg::Aes128, CipherMode::Xts), HashAlg::Sha256).await;
+    let secrets = secrets();
+    let by_number = change(&[("state", "inactive"), ("keyslot", "0")]);
+    let by_both = [
+        ("state", "inactive"),
+        ("keyslot", "0"),
+        ("old-secret", "first"),
+    ];
+    for erase in [by_number.clone(), change(&by_both)] {
+        let refused = erase.apply(&mut header, &store, &key, &secrets, false);
+        let text = refused.await.unwrap_err().text();
+        assert!(text.starts_with("Attempt to erase the only active keyslot 0"));
+        assert_eq!(opens(&store, "first").await, Some(0));
+    }
+    assert_eq!(store.log.lock().unwrap().len(), 0, "nothing was written");
+    let forced = by_number.apply(&mut header, &store, &key, &secrets, true);
+    forced.await.unwrap();
+    assert_eq!(opens(&store, "first").await, None);
+}
+
+#[tokio::test]
 async fn a_password_is_taken_out_of_every_slot_that_has_it_and_the_last_one_stays() {
     let (store, mut header, key) =
         made(spec(CipherAlg::Aes128, CipherMode::Xts), HashAlg::Sha256).await;

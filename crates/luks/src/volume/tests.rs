@@ -201,15 +201,39 @@ async fn a_power_cut_harms_no_other_password_and_activates_no_half_made_slot() {
         let before = store.bytes.lock().unwrap().clone();
         header.erase_slot(&store, slot).await.unwrap();
         let log = std::mem::take(&mut *store.log.lock().unwrap());
+        let place = header.slots[slot].key_offset as usize;
+        let place = place..place + header.material_bytes();
+        let old = before[place.clone()].chunks(512);
         for state in after_power_cuts(&before, &log) {
+            let now = state[place.clone()].chunks(512);
+            let is_left = old.clone().zip(now).any(|(old, now)| old == now);
             let store = Memory {
                 bytes: Mutex::new(state),
                 ..Memory::default()
             };
-            Header::read(&store, Payload::Behind).await.unwrap();
+            let header = Header::read(&store, Payload::Behind).await.unwrap();
             assert_eq!(opens(&store, "first").await, Some(0));
+            // Somebody may have a copy of the header, in which the slot is active.
+            let is_told = !header.slots[slot].active;
+            assert!(!(is_told && is_left), "called erased, and is still there");
         }
     }
+}
+
+#[tokio::test]
+async fn a_slot_that_is_called_inactive_opens_nothing() {
+    let (store, mut header, _) =
+        made(spec(CipherAlg::Aes128, CipherMode::Xts), HashAlg::Sha256).await;
+    header.slots[0].active = false;
+    let first = password("first");
+    assert!(
+        header
+            .unlock_slot(&store, 0, &first)
+            .await
+            .unwrap()
+            .is_none()
+    );
+    assert!(header.unlock(&store, &first).await.is_err());
 }
 
 #[tokio::test]

@@ -49,6 +49,20 @@ async fn a_write_that_waited_for_a_shorter_disk_makes_no_bitmap_longer() {
     assert_eq!(findings(disk.snapshot()).await, Vec::<String>::new());
 }
 
+/// What lies behind the last whole sector of a disk is no part of it, and no bitmap has to cover it.
+#[tokio::test]
+async fn a_bitmap_is_as_long_as_the_whole_sectors_of_a_disk() {
+    let mut bytes = short_clusters(2 * MIB + 512).snapshot();
+    bytes[24..32].copy_from_slice(&(2 * MIB + 100).to_be_bytes());
+    let disk = CrashDriver::new(bytes);
+    for _ in 0..2 {
+        let (node, _image) = open_on(disk.clone(), None).await;
+        let _there_already = node.add_dirty_bitmap(stored("b")).await;
+        assert_eq!(node.dirty_bitmap("b").unwrap().length(), 2 * MIB);
+        close(node).await.unwrap();
+    }
+}
+
 /// A long disk. One of a terabyte has bitmaps of sectors that are half as long as they may be.
 fn long_disk(bytes: u64) -> CrashDriver {
     CrashDriver::new(fresh_image(Shape {

@@ -13,8 +13,8 @@ use blockcore::{
 use futures::FutureExt;
 
 use super::{
-    Backing, READ_ONLY, Shape, corruptions, findings, fresh_image, open_on, open_over, read_all,
-    try_read_all, write,
+    Backing, READ_ONLY, Shape, corruptions, findings, fresh_image, open_on, open_over,
+    open_with_faults, read_all, try_read_all, write,
 };
 use crate::extension::{self, Extension};
 use crate::header::Header;
@@ -335,6 +335,39 @@ async fn a_copy_that_was_stored_is_outdated_again_by_the_next_change() {
     assert!(copy.dirty_bitmap("b").unwrap().is_inconsistent());
     close(node).await.unwrap();
     assert_eq!(findings(disk.snapshot()).await, Vec::<String>::new());
+}
+
+/// Storing fails when the image is to become read-only, and so it stays writable. What was taken for the copies is given back.
+#[tokio::test]
+async fn copies_that_could_not_be_written_leak_nothing() {
+    let start = image_with_bitmap().await;
+    let mut told = 0;
+    for nth in 0.. {
+        let disk = CrashDriver::new(start.clone());
+        let (node, _image, faults) = open_with_faults(disk.clone()).await;
+        write(&node, 8192, 1024, 9).await.unwrap();
+        node.flush().await.unwrap();
+        faults.add(Rule::fail_all(libc::EIO).only(nth));
+        let result = reopen(&node, true).await;
+        if faults.failed().is_empty() {
+            break;
+        }
+        faults.clear();
+        told += usize::from(result.is_err());
+        if result.is_ok() {
+            reopen(&node, false).await.unwrap();
+        }
+        write(&node, 16384, 512, 9).await.unwrap();
+        close(node).await.unwrap();
+        assert_eq!(
+            findings(disk.snapshot()).await,
+            Vec::<String>::new(),
+            "{nth}"
+        );
+        let (copy, _) = reopened(&disk).await;
+        assert_eq!(dirty(&copy, "b"), [(8192, 9216), (16384, 16896)], "{nth}");
+    }
+    assert!(told > 8, "{told} errors were told");
 }
 
 // INV QCOW2-BITMAP-1: what changes a bitmap and no data counts, too.
