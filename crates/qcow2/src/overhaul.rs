@@ -158,7 +158,7 @@ impl<'a> Overhaul<'a> {
         let count = wanted.len() as u64;
         for (number, place) in wanted.into_iter().zip(first..) {
             after.check_room(number)?;
-            after.add_block(number, place << bits);
+            after.promise_block(number, place << bits);
         }
         self.make(first << bits, count << bits, Owner::RefcountBlock);
         self.meta.fresh_from = self.meta.fresh_from.max(first + count);
@@ -179,6 +179,9 @@ impl<'a> Overhaul<'a> {
         steps.tell(2 * numbers, 2 * numbers);
         for cluster in first..first + count {
             self.set(cluster, 1).await?;
+        }
+        while self.meta.refcounts.make_next_promised() {
+            self.spill(SPILL_BYTES).await?;
         }
         let (offset, clusters) = (self.before.table_offset, self.before.table_clusters);
         self.leave(offset >> bits, clusters.into(), false);

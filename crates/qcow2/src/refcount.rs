@@ -51,6 +51,8 @@ pub(crate) struct Refcounts {
     /// Entries that are not on disk yet.
     pub dirty_entries: BTreeSet<usize>,
     blocks: NumberMap<Block>,
+    /// Blocks that have a place and count nothing yet, neither in memory nor on disk.
+    promised: BTreeSet<u64>,
     clock: u64,
     /// What `clock` was at the last cleaning.
     cleaned_at: u64,
@@ -76,6 +78,7 @@ impl Refcounts {
             table_clusters,
             dirty_entries: BTreeSet::new(),
             blocks: NumberMap::default(),
+            promised: BTreeSet::new(),
             clock: 0,
             cleaned_at: 0,
             cache_bytes,
@@ -151,6 +154,7 @@ impl Refcounts {
     /// Takes a block out of the table, from which it is gone on disk.
     pub fn drop_block(&mut self, number: u64) {
         self.blocks.remove(&number);
+        self.promised.remove(&number);
         self.table[number as usize] = 0;
         self.dirty_entries.remove(&(number as usize));
     }
@@ -232,6 +236,12 @@ impl Refcounts {
 
     /// Makes the (missing) block `number`, for which [there is room](Refcounts::check_room), one that lies at `host`, with no references yet.
     pub fn add_block(&mut self, number: u64, host: u64) {
+        self.promise_block(number, host);
+        self.make_promised(number);
+    }
+
+    /// As [`add_block`](Refcounts::add_block), but the block takes no memory before it is used.
+    pub fn promise_block(&mut self, number: u64, host: u64) {
         let index = number as usize;
         if index >= self.table.len() {
             // Half as much again, so that growing stays rare.
@@ -246,6 +256,19 @@ impl Refcounts {
         debug_assert_eq!(self.table[index], 0);
         self.table[index] = host;
         self.dirty_entries.insert(index);
+        self.promised.insert(number);
+    }
+
+    /// Makes one of the promised blocks that nobody has used yet, so that it is written. Says whether there was one.
+    pub fn make_next_promised(&mut self) -> bool {
+        let first = self.promised.first().copied();
+        first.is_some_and(|number| self.make_promised(number))
+    }
+
+    fn make_promised(&mut self, number: u64) -> bool {
+        if !self.promised.remove(&number) {
+            return false;
+        }
         let bytes = vec![0; 1 << self.cluster_bits];
         let dirty = Some(0..bytes.len());
         self.clock += 1;
@@ -258,12 +281,13 @@ impl Refcounts {
                 last_use: self.clock,
             },
         );
+        true
     }
 
     async fn block(&mut self, file: &Child, number: u64) -> Result<&mut Block> {
         self.clock += 1;
         let clock = self.clock;
-        if !self.blocks.contains_key(&number) {
+        if !self.blocks.contains_key(&number) && !self.make_promised(number) {
             let host = self.table.get(number as usize).copied().unwrap_or(0);
             if host == 0 || host & ((1 << self.cluster_bits) - 1) != 0 {
                 let text =
@@ -426,6 +450,9 @@ pub(crate) fn set_refcount(block: &mut [u8], order: u32, index: u64, refcount: u
 
 #[cfg(test)]
 mod tests {
+    use blockcore::testing::MemoryDriver;
+    use blockcore::{ChildRole, NodeFlags};
+
     use super::*;
 
     #[test]
@@ -450,6 +477,26 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[tokio::test]
+    async fn a_promised_block_takes_no_memory_before_it_is_used() {
+        let disk = MemoryDriver::new(vec![0xff; 8192]);
+        let node = disk.into_node(NodeFlags::default()).await.unwrap();
+        let file = Child::new("file", ChildRole::File, node);
+        let mut refcounts = Refcounts::new(4, 9, vec![0; 4], 0, 1, Arc::default());
+        for number in 0..4 {
+            refcounts.promise_block(number, 512 * (number + 1));
+        }
+        assert_eq!(refcounts.dirty_bytes(), 0);
+        refcounts.set(&file, 300, 7).await.unwrap();
+        assert_eq!(refcounts.get(&file, 300).await.unwrap(), 7);
+        assert_eq!(refcounts.get(&file, 301).await.unwrap(), 0);
+        assert_eq!(refcounts.dirty_bytes(), 512);
+        while refcounts.make_next_promised() {}
+        let written = refcounts.take_dirty();
+        assert_eq!(written.len(), 4);
+        assert!(written.iter().all(|w| w.range == (0..512)));
     }
 
     #[test]

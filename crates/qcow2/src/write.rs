@@ -153,7 +153,7 @@ impl Image {
             // INV REQ-PARK-1: a write that makes the file longer is not for the caller's own future, since a commit may have to wait for it.
             let needed = match self.has_data_file() {
                 true => host + n,
-                false => (host + n).next_multiple_of(self.subcluster_size()),
+                false => (host + n).next_multiple_of(self.subcluster_size().max(block)),
             };
             if needed > self.storage()?.length() {
                 return Ok(None);
