@@ -259,7 +259,7 @@ mod tests {
                 "option requires an argument -- 't'"
             ]
         );
-        assert_eq!(errors(&["--foo=1"]), ["unrecognized option '--foo'"]);
+        assert_eq!(errors(&["--foo=1"]), ["unrecognized option '--foo=1'"]);
         assert_eq!(
             errors(&["--read"]),
             ["option '--read' is ambiguous; possibilities: '--read-only' '--readable'"]

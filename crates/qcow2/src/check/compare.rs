@@ -28,7 +28,7 @@ impl Checker<'_> {
             if !std::mem::replace(&mut self.block_said, true) {
                 self.say_unaligned_block(offset, number);
             }
-            return Err(BlockError::from_errno(libc::EIO));
+            return Err(BlockError::corrupt("A refcount block lies where none can"));
         }
         if self.block.as_ref().is_none_or(|(n, _)| *n != number) {
             let buf = IoBufMut::zeroed(self.cluster as usize);

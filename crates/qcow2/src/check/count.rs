@@ -317,6 +317,8 @@ impl Checker<'_> {
         self.table = self.words(offset, bytes / 8).await?;
         self.block = None;
         self.count(offset, bytes, Use::REFCOUNTS);
+        // INV QCOW2-REPAIR-3: a table that lies in the header can't be set right in place.
+        self.needs_rebuild |= bytes > 0 && offset < self.cluster;
         for number in 0..self.table.len() {
             self.count_block(number, self.table[number]);
         }
