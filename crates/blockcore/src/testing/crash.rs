@@ -71,6 +71,12 @@ impl CrashDriver {
         }
     }
 
+    /// The same with room for so many bytes: what would make the disk longer fails with ENOSPC.
+    pub fn with_room(mut self, bytes: u64) -> CrashDriver {
+        self.disk.room = Some(bytes);
+        self
+    }
+
     /// The bytes as they are now.
     pub fn snapshot(&self) -> Vec<u8> {
         self.disk.snapshot()
@@ -192,6 +198,8 @@ impl BlockDriver for CrashDriver {
 
     async fn pwritev(&self, offset: u64, buf: IoBuf, flags: WriteFlags) -> Result<()> {
         tokio::task::yield_now().await;
+        self.disk
+            .check_room(offset.saturating_add(buf.len() as u64))?;
         self.note(LogEntry::Write {
             offset,
             data: buf.to_vec(),
@@ -204,6 +212,7 @@ impl BlockDriver for CrashDriver {
     }
 
     async fn pwrite_zeroes(&self, offset: u64, bytes: u64, _flags: WriteFlags) -> Result<()> {
+        self.disk.check_room(offset.saturating_add(bytes))?;
         self.pwritev(offset, IoBuf::zeroes(bytes as usize), WriteFlags::empty())
             .await
     }
@@ -230,6 +239,7 @@ impl BlockDriver for CrashDriver {
     }
 
     async fn truncate(&self, request: TruncateRequest) -> Result<()> {
+        self.disk.check_room(request.bytes)?;
         self.note(LogEntry::Length(request.bytes));
         self.disk.truncate(request).await
     }

@@ -33,7 +33,7 @@ impl MemoryDriver {
         }
     }
 
-    fn check_room(&self, bytes: u64) -> Result<()> {
+    pub(super) fn check_room(&self, bytes: u64) -> Result<()> {
         match self.room {
             Some(room) if bytes > room => Err(BlockError::from_errno(libc::ENOSPC)),
             _ => Ok(()),

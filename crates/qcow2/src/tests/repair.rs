@@ -124,8 +124,9 @@ impl Subject {
             backing: plan.backing,
         };
         if let Some(data) = data {
-            let disk = CrashDriver::new(Vec::new());
-            subject.backing = subject.backing.with_data(disk.beside(data, 1));
+            // Damaged entries name places far away.
+            let disk = CrashDriver::new(data).with_room(64 << 20);
+            subject.backing = subject.backing.with_data(disk);
         }
         if has_bitmap {
             subject.mark_bitmap(rng).await;

@@ -53,16 +53,33 @@ async fn use_it(node: &Node, model: &mut [Option<Vec<u8>>], rng: &mut Rng) -> Re
     Ok(())
 }
 
-/// Guest data that is metadata, too, changes with it.
-async fn forget_metadata(image: &Arc<Image>, model: &mut [Option<Vec<u8>>]) {
+/// The guest clusters that change with something else: guest data that is metadata, too; and in a data file, where nobody counts, guest data that lies where
+/// other guest data does or would, with that.
+async fn shared_clusters(image: &Arc<Image>) -> Vec<usize> {
+    let cluster_size = image.cluster_size();
+    let mut shared = Vec::new();
+    for cluster in 0..image.size().div_ceil(cluster_size) {
+        let mapping = image.mapping(cluster, Intent::Read).await;
+        let place = mapping.ok().and_then(|m| m.referenced(cluster_size));
+        let Some((host, bytes)) = place else {
+            continue;
+        };
+        if image.has_data_file() {
+            if host != cluster * cluster_size {
+                shared.extend([cluster, host / cluster_size]);
+            }
+        } else if image.owner_in(host, bytes).is_some() {
+            shared.push(cluster);
+        }
+    }
+    shared.into_iter().map(|c| c as usize).collect()
+}
+
+fn forget(model: &mut [Option<Vec<u8>>], image: &Image, clusters: &[usize]) {
     let sectors = (image.cluster_size() / 512) as usize;
-    for (cluster, model) in model.chunks_mut(sectors).enumerate() {
-        let mapping = image.mapping(cluster as u64, Intent::Read).await;
-        let place = mapping
-            .ok()
-            .and_then(|m| m.referenced(image.cluster_size()));
-        if place.is_some_and(|(host, bytes)| image.owner_in(host, bytes).is_some()) {
-            model.fill(None);
+    for cluster in clusters {
+        if let Some(sectors) = model.chunks_mut(sectors).nth(*cluster) {
+            sectors.fill(None);
         }
     }
 }
@@ -109,8 +126,10 @@ async fn an_image_in_use_is_repaired_and_used_on() {
         faults.clear();
         assert_reads_as(&sectors(&node).await, &model, &story);
         let is_sound = matches!(&result, Ok(r) if r.corruptions + r.check_errors == 0);
-        forget_metadata(&image, &mut model).await;
+        let shared = shared_clusters(&image).await;
         let usage = use_it(&node, &mut model, &mut rng).await;
+        forget(&mut model, &image, &shared);
+
         let closed = node.driver().close().await;
         if !is_sound || image.uncertain.load(Ordering::Acquire) {
             // What is still damaged may show at any time.
