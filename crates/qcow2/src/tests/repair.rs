@@ -233,6 +233,11 @@ impl Subject {
         if self.shape.version > 2 && rng.chance(20) {
             self.bytes[79] |= 1 + rng.below(3) as u8;
         }
+        if self.shape.version > 2 {
+            // Where guest data lies is not for damage to decide: nobody opens an image with the wrong number of files.
+            self.bytes[79] &= !4;
+            self.bytes[79] |= u8::from(self.backing.data.is_some()) << 2;
+        }
         if rng.chance(8) {
             let length = self.bytes.len() as u64;
             self.bytes
