@@ -170,6 +170,18 @@ impl Header {
         head.starts_with(&MAGIC) && head.get(6..8) == Some(&VERSION.to_be_bytes())
     }
 
+    /// How many bytes from the header's start on hold keys, by what the fields of `head` say, whether they make sense or not. Nothing of that may be lost.
+    pub fn claimed_bytes(head: &[u8; HEADER_BYTES]) -> u64 {
+        let (raw, _) = RawHeader::read_from_prefix(head).expect("the length is that of the type");
+        let material = stripes_bytes(raw.key_bytes.get().into());
+        let is_used = |slot: &&RawSlot| slot.key_offset_sectors.get() > 0;
+        let slots = raw.slots.iter().filter(is_used);
+        let ends = slots.map(|slot| in_bytes(slot.key_offset_sectors) + material);
+        let payload = in_bytes(raw.payload_offset_sectors);
+        let end = ends.max().unwrap_or(0).max(payload);
+        end.max(HEADER_BYTES as u64)
+    }
+
     /// The layout of a new volume: eight inactive slots, and then the payload.
     pub fn new(spec: CipherSpec, hash: HashAlg, uuid: [u8; 16]) -> Header {
         let first = (HEADER_BYTES as u64).next_multiple_of(ALIGN_BYTES);

@@ -144,3 +144,21 @@ fn no_bytes_make_it_panic() {
         }
     }
 }
+
+#[test]
+fn all_bytes_that_hold_keys_are_claimed() {
+    let bytes = sound().encode();
+    let claimed = Header::claimed_bytes(&bytes);
+    assert_eq!(claimed, sound().payload_offset);
+    // Damaged fields claim no less than the rest of them does.
+    let mut no_payload = bytes;
+    no_payload[104..108].fill(0);
+    let last = sound().slots.iter().map(|s| s.key_offset).max().unwrap();
+    let material = sound().material_bytes() as u64;
+    assert_eq!(Header::claimed_bytes(&no_payload), last + material);
+    assert_eq!(
+        Header::claimed_bytes(&[0; HEADER_BYTES]),
+        HEADER_BYTES as u64
+    );
+    assert!(Header::claimed_bytes(&[0xff; HEADER_BYTES]) > 1 << 40);
+}

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What header extensions refer to: the encryption header, and persistent bitmaps (directory, tables, data).
 
-use blockcore::{BlockError, ErrorKind, Result, SECTOR_BYTES};
+use blockcore::{BlockError, ErrorKind, Result};
+use luks::HEADER_BYTES;
 
 use super::Checker;
 use super::count::Use;
@@ -12,16 +13,6 @@ use crate::header::Header;
 
 /// Bytes of the extension that names the encryption header: offset, length.
 const ENCRYPTION_BYTES: usize = 16;
-/// How an encryption header begins: the magic bytes of LUKS, version 1.
-const LUKS_MAGIC: &[u8] = b"LUKS\xba\xbe\x00\x01";
-/// Byte offset of the payload's offset in it, in sectors; all keys lie before that.
-const LUKS_PAYLOAD_FIELD: usize = 104;
-/// What has to be read of it for that.
-const LUKS_HEAD_BYTES: u64 = 112;
-
-fn word(bytes: &[u8], at: usize) -> u32 {
-    u32::from_be_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
-}
 
 fn long(bytes: &[u8], at: usize) -> u64 {
     u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
@@ -105,15 +96,13 @@ impl Checker<'_> {
         Ok(())
     }
 
-    /// Whether the encryption header is one, and is as long as it says it is. Without the keys in it no guest data can be read ever again, so no part
-    /// of it may become free because of a wrong length.
+    /// Whether the encryption header is one, and is as long as its fields say. Without the keys in it no guest data can be read ever again, so no part of it may
+    /// become free because of a wrong length.
     async fn holds_all_keys(&self, offset: u64, length: u64) -> Result<bool> {
-        let head = self.words(offset, LUKS_HEAD_BYTES / 8).await?;
-        let head: Vec<u8> = head.iter().flat_map(|w| w.to_be_bytes()).collect();
-        if head.len() < LUKS_HEAD_BYTES as usize || !head.starts_with(LUKS_MAGIC) {
-            return Ok(false);
-        }
-        let payload = u64::from(word(&head, LUKS_PAYLOAD_FIELD)) * SECTOR_BYTES;
-        Ok(payload <= length)
+        let words = self.words(offset, HEADER_BYTES.div_ceil(8) as u64).await?;
+        let head: Vec<u8> = words.iter().flat_map(|w| w.to_be_bytes()).collect();
+        Ok(head.first_chunk().is_some_and(|head| {
+            luks::Header::probe(head) && luks::Header::claimed_bytes(head) <= length
+        }))
     }
 }

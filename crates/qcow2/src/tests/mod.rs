@@ -88,8 +88,8 @@ impl Shape {
     }
 }
 
-/// An empty image: header, refcount table, refcount block, L1 table, one cluster each (the L1 table as many as it needs), and one that is called the LUKS header
-/// where the shape wants it: there are no keys in it, [`image_over`] has one.
+/// An empty image: header, refcount table, refcount block, L1 table, one cluster each (the L1 table as many as it needs), and what is called the LUKS header where the
+/// shape wants it: there are no keys in it, [`image_over`] has one.
 pub(crate) fn fresh_image(shape: Shape) -> Vec<u8> {
     let cluster = 1usize << shape.cluster_bits;
     let entry_bytes = 8 << u32::from(shape.extended_l2);
@@ -98,7 +98,8 @@ pub(crate) fn fresh_image(shape: Shape) -> Vec<u8> {
     let l1_clusters = (l1_entries as usize * 8).div_ceil(cluster);
     let luks_at = cluster * (3 + l1_clusters);
     let is_luks = shape.encryption == CryptMethod::Luks;
-    let mut image = vec![0; luks_at + cluster * usize::from(is_luks)];
+    let luks_bytes = luks::HEADER_BYTES.next_multiple_of(cluster);
+    let mut image = vec![0; luks_at + luks_bytes * usize::from(is_luks)];
     let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
     put(0, b"QFI\xfb");
     put(4, &shape.version.to_be_bytes());
@@ -119,7 +120,7 @@ pub(crate) fn fresh_image(shape: Shape) -> Vec<u8> {
         put(at, &extension::ENCRYPTION.to_be_bytes());
         put(at + 4, &16u32.to_be_bytes());
         put(at + 8, &(luks_at as u64).to_be_bytes());
-        put(at + 16, &(cluster as u64).to_be_bytes());
+        put(at + 16, &(luks_bytes as u64).to_be_bytes());
         put(luks_at, b"LUKS\xba\xbe\0\x01");
     }
     put(cluster, &(2 * cluster as u64).to_be_bytes());

@@ -92,11 +92,13 @@ async fn keys_that_the_header_does_not_name_any_more_are_kept() {
     let image = fresh_image(shape);
     let keys = word(&image, 112);
     assert!(image[keys..].starts_with(b"LUKS"));
-    // The pointer's type, its offset, the first bytes of what it points at.
+    // The pointer's type, its offset, its length, the first bytes of what it points at.
     for (at, new) in [
         (104, 0x1537_be77_0000_0010),
         (112, 0),
         (112, 2 * CLUSTER as u64),
+        (120, 0),
+        (120, 512),
         (keys, 0),
     ] {
         let mut damaged = image.clone();
