@@ -42,6 +42,8 @@ impl Node {
     /// request.
     #[inline]
     pub(crate) async fn note_change(&self, offset: u64, bytes: u64) -> Result<()> {
+        // Looked at again: a reopening that was dropped has had its turn first, perhaps.
+        self.check_writable(Op::Write)?;
         if !self.bitmaps.is_watching() {
             return Ok(());
         }

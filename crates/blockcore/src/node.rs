@@ -400,7 +400,15 @@ impl Node {
             let _in_flight = in_flight;
             let _done = done;
             tracked.turn().await;
-            let result = change.await;
+            // Looked at again: a reopening that was dropped has had its turn first, perhaps.
+            let may_change = match op {
+                Op::Check | Op::Reopen => Ok(()),
+                _ => node.check_writable(op),
+            };
+            let result = match may_change {
+                Ok(()) => change.await,
+                Err(e) => Err(e),
+            };
             drop((tracked, listed));
             result.map_err(|e| e.during(op).on_node(&node.name))
         });
@@ -409,7 +417,13 @@ impl Node {
     }
 
     /// Changes mode and options of this node. The caller has seen to it that nothing is in flight.
-    pub(crate) async fn reopen(&self, flags: NodeFlags, options: Options) -> Result<()> {
+    pub(crate) async fn reopen(self: &Arc<Self>, flags: NodeFlags, options: Options) -> Result<()> {
+        // INV REQ-DROP-1: a driver has things to write before it is read-only, and what is written later is none of it.
+        let reopen = async move |node: Arc<Node>| node.reopen_alone(flags, options).await;
+        self.change_behind(0, Op::Reopen, reopen).await
+    }
+
+    async fn reopen_alone(&self, flags: NodeFlags, options: Options) -> Result<()> {
         let before = self.options();
         let mut request = ReopenRequest {
             read_only: flags.read_only,

@@ -180,7 +180,7 @@ impl Image {
                     self.zero_clusters(host, bytes).await?;
                 }
                 Mapping::ZeroAllocated { .. } => self.write_zero_data(at, bytes).await?,
-                Mapping::ZeroPlain if self.backing.is_some() => {
+                Mapping::ZeroPlain if self.may_show_backing() => {
                     self.write_zero_data(at, bytes).await?;
                 }
                 _ => {}
@@ -356,7 +356,7 @@ impl Overhaul<'_> {
     ) -> Result<Option<Replaced>> {
         let mut table = self.l2_table(l1_entry).await?;
         let bits = self.image.cluster_bits;
-        let has_backing = self.image.backing.is_some();
+        let has_backing = self.image.may_show_backing();
         let first = (l1_index as u64) << self.image.l2_bits();
         if !table.iter().any(|&entry| is_zero_entry(entry)) {
             return Ok(None);

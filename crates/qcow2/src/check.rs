@@ -149,7 +149,7 @@ struct Checker<'a> {
     mendable: Vec<u64>,
     /// The entries that were mended, and the impossible host offsets that they named.
     mended: HashMap<u64, u64>,
-    /// Clusters of refcount structures that are no longer in use.
+    /// Clusters of refcount structures that are no longer in use. Nothing is written there.
     retired: HashSet<u64>,
     /// Host clusters that have become free: start and end.
     freed: Vec<Range<u64>>,

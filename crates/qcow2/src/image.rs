@@ -182,6 +182,12 @@ impl Image {
         1 << self.entries().subcluster_bits()
     }
 
+    /// Whether what is not allocated may show a backing file: the one that is open, or, where options have put another or none in its place, the one that the
+    /// header names.
+    pub fn may_show_backing(&self) -> bool {
+        self.backing.is_some() || self.header().backing.is_some()
+    }
+
     pub fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
     }

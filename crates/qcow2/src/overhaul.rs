@@ -80,6 +80,7 @@ impl<'a> Overhaul<'a> {
         image.commit_now().await?;
         let mut meta = image.meta.lock().await;
         debug_assert!(meta.dirty_slices.is_empty() && meta.dirty_l1.is_empty());
+        meta.refcounts.check_places()?;
         meta.packed = None;
         let limbo = meta.limbo.clone();
         let before = meta.refcounts.clone();

@@ -4,7 +4,7 @@
 //! Part of the metadata (`alloc::Meta`), so everything here is behind the metadata lock. Changes stay in memory until `commit` writes them, in the
 //! order of docs/INVARIANTS.md. A block that has changes, or whose changes are being written, is not evicted.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -26,6 +26,19 @@ struct Block {
     /// A write-back of it is under way.
     writing: bool,
     last_use: u64,
+}
+
+impl Block {
+    /// Notes that bytes have changed, and says whether they are the first.
+    fn touch(&mut self, bytes: Range<usize>) -> bool {
+        let before = self.dirty.take();
+        let is_first = before.is_none();
+        self.dirty = Some(match before {
+            None => bytes,
+            Some(d) => d.start.min(bytes.start)..d.end.max(bytes.end),
+        });
+        is_first
+    }
 }
 
 /// A piece of a refcount block that is to be written.
@@ -51,6 +64,8 @@ pub(crate) struct Refcounts {
     /// Entries that are not on disk yet.
     pub dirty_entries: BTreeSet<usize>,
     blocks: NumberMap<Block>,
+    /// How many of `blocks` have changes.
+    dirty_blocks: usize,
     /// Blocks that have a place and count nothing yet, neither in memory nor on disk.
     promised: BTreeSet<u64>,
     clock: u64,
@@ -78,6 +93,7 @@ impl Refcounts {
             table_clusters,
             dirty_entries: BTreeSet::new(),
             blocks: NumberMap::default(),
+            dirty_blocks: 0,
             promised: BTreeSet::new(),
             clock: 0,
             cleaned_at: 0,
@@ -120,6 +136,22 @@ impl Refcounts {
         }
     }
 
+    /// Whether each block has a place of its own. One that the table names again and again would be copied as often.
+    ///
+    /// # Errors
+    /// `Corrupt` if not.
+    pub fn check_places(&self) -> Result<()> {
+        let mut places = HashSet::new();
+        let all = self.table.iter().filter(|&&place| place != 0);
+        match all.copied().find(|&place| !places.insert(place)) {
+            None => Ok(()),
+            Some(place) => {
+                let text = format!("The refcount table names the block at {place:#x} twice");
+                Err(BlockError::corrupt(text))
+            }
+        }
+    }
+
     /// The numbers of all blocks there are.
     pub fn existing_blocks(&self) -> Vec<u64> {
         let all = 0..self.table.len() as u64;
@@ -153,7 +185,8 @@ impl Refcounts {
 
     /// Takes a block out of the table, from which it is gone on disk.
     pub fn drop_block(&mut self, number: u64) {
-        self.blocks.remove(&number);
+        let gone = self.blocks.remove(&number);
+        self.dirty_blocks -= usize::from(gone.is_some_and(|b| b.dirty.is_some()));
         self.promised.remove(&number);
         self.table[number as usize] = 0;
         self.dirty_entries.remove(&(number as usize));
@@ -165,14 +198,14 @@ impl Refcounts {
     /// As [`get`](Refcounts::get).
     pub async fn move_block(&mut self, file: &Child, number: u64, host: u64) -> Result<u64> {
         let block = self.block(file, number).await?;
-        block.dirty = Some(0..block.bytes.len());
+        let is_first = block.touch(0..block.bytes.len());
+        self.dirty_blocks += usize::from(is_first);
         Ok(std::mem::replace(&mut self.table[number as usize], host))
     }
 
     /// Bytes of blocks that have changes.
     pub fn dirty_bytes(&self) -> usize {
-        let dirty = self.blocks.values().filter(|b| b.dirty.is_some());
-        dirty.count() << self.cluster_bits
+        self.dirty_blocks << self.cluster_bits
     }
 
     /// Whether the table has outgrown its place on disk.
@@ -214,11 +247,8 @@ impl Refcounts {
         set_refcount(&mut block.bytes, order, index, refcount);
         let at = ((index << order) / 8) as usize;
         let grain = at / WRITE_GRAIN_BYTES * WRITE_GRAIN_BYTES;
-        let touched = grain..grain + WRITE_GRAIN_BYTES;
-        block.dirty = Some(match block.dirty.take() {
-            None => touched,
-            Some(d) => d.start.min(touched.start)..d.end.max(touched.end),
-        });
+        let is_first = block.touch(grain..grain + WRITE_GRAIN_BYTES);
+        self.dirty_blocks += usize::from(is_first);
         Ok(())
     }
 
@@ -271,7 +301,9 @@ impl Refcounts {
         }
         let bytes = vec![0; 1 << self.cluster_bits];
         let dirty = Some(0..bytes.len());
+        self.dirty_blocks += 1;
         self.clock += 1;
+        self.evict();
         self.blocks.insert(
             number,
             Block {
@@ -384,6 +416,7 @@ impl Refcounts {
         let mut writes = Vec::new();
         for (&number, block) in &mut self.blocks {
             if let Some(range) = block.dirty.take() {
+                self.dirty_blocks -= 1;
                 block.writing = true;
                 let bytes = block.bytes[range.clone()].to_vec();
                 writes.push(BlockWrite {
@@ -404,10 +437,7 @@ impl Refcounts {
             if let Some(block) = self.blocks.get_mut(&w.block) {
                 block.writing = false;
                 if !ok {
-                    block.dirty = Some(match block.dirty.take() {
-                        None => w.range.clone(),
-                        Some(d) => d.start.min(w.range.start)..d.end.max(w.range.end),
-                    });
+                    self.dirty_blocks += usize::from(block.touch(w.range.clone()));
                 }
             }
         }
@@ -497,6 +527,24 @@ mod tests {
         let written = refcounts.take_dirty();
         assert_eq!(written.len(), 4);
         assert!(written.iter().all(|w| w.range == (0..512)));
+    }
+
+    #[tokio::test]
+    async fn promised_blocks_that_are_written_leave_the_memory() {
+        let disk = MemoryDriver::new(vec![0xff; 512 * 65]);
+        let node = disk.into_node(NodeFlags::default()).await.unwrap();
+        let file = Child::new("file", ChildRole::File, node);
+        let mut refcounts = Refcounts::new(4, 9, vec![0; 64], 0, 1, Arc::default());
+        for number in 0..64 {
+            refcounts.promise_block(number, 512 * (number + 1));
+        }
+        for number in 0..64 {
+            refcounts.set(&file, number * 256, 1).await.unwrap();
+            let writes = refcounts.take_dirty();
+            refcounts.written(&writes, true);
+            assert!(refcounts.cached() <= 4, "{}", refcounts.cached());
+            assert_eq!(refcounts.dirty_bytes(), 0);
+        }
     }
 
     #[test]

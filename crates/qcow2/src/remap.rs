@@ -77,7 +77,7 @@ impl Image {
     ) -> Result<()> {
         self.check_sound()?;
         self.check_end(offset + bytes)?;
-        if self.version() < 3 && self.backing.is_some() {
+        if self.version() < 3 && self.may_show_backing() {
             // Version 2 has no zero clusters, and an unallocated one would show the backing node.
             return not_supported();
         }
@@ -213,7 +213,7 @@ impl Image {
             image.in_cluster(offset) == 0 && (image.in_cluster(end) == 0 || end == image.size())
         };
         // A discard must never bring to light what the backing node has (version 2 has no way to hide it).
-        if !is_whole(self) || (self.version() < 3 && self.backing.is_some()) {
+        if !is_whole(self) || (self.version() < 3 && self.may_show_backing()) {
             return not_supported();
         }
         self.spawn(offset, end, move |image| async move {

@@ -65,8 +65,8 @@ impl Checker<'_> {
     /// Whether a repair may lower the refcount of a cluster.
     ///
     /// INV QCOW2-REPAIR-4: not while it may be what an entry at an impossible place once meant.
-    pub(super) fn may_lower(&self, cluster: u64) -> bool {
-        self.fix != CheckFix::None && (self.lost == 0 || self.retired.contains(&cluster))
+    pub(super) fn may_lower(&self) -> bool {
+        self.fix != CheckFix::None && self.lost == 0
     }
 
     /// Compares all refcounts. Where they are to be `repaired`, says so; `refcounts` does it.
@@ -107,7 +107,7 @@ impl Checker<'_> {
     fn tell_difference(&mut self, cluster: u64, refcount: u64, references: u64, repaired: bool) {
         let what = format!("cluster {cluster} refcount={refcount} reference={references}");
         if refcount > references {
-            return match (repaired, self.may_lower(cluster)) {
+            return match (repaired, self.may_lower()) {
                 (false, _) => {
                     self.tally.leaks += 1;
                     self.say(format!("Leaked {what}"));

@@ -31,8 +31,9 @@ impl Image {
                 _ => Err(BlockError::new(ErrorKind::ReadOnly, "Node is read-only")),
             };
         }
-        // INV REQ-DROP-1: what a dropped write has taken and not yet linked is none of a repair's leaks.
+        // INV REQ-DROP-1: what a dropped write has taken and not yet linked is none of a repair's leaks; nor are bitmaps that are being stored.
         let _all = self.changing.begin(0, u64::MAX, true).await;
+        let _no_bitmaps = self.bitmaps.storing.lock().await;
         let _no_commits = self.commits.none().await;
         match self.check_sound() {
             Ok(()) => self.commit_now().await?,
@@ -65,10 +66,11 @@ impl Image {
     /// # Errors
     /// Those of the repair.
     pub async fn repair_if_dirty(&self) -> Result<()> {
-        let header = self.header().clone();
-        if !header.incompatible.contains(Incompatible::DIRTY) {
+        if !self.header().incompatible.contains(Incompatible::DIRTY) {
             return Ok(());
         }
+        // A repair that has failed before may have changed what the header says.
+        let header = Header::read(&self.file).await?;
         let result = check(&header, &self.file, CheckFix::All).await;
         let found = match &result {
             Ok(found) => Some(found),

@@ -70,7 +70,7 @@ impl Checker<'_> {
             let (is, wanted) = (get_refcount(&block, order, index), self.wanted(cluster));
             let is_due = match direction {
                 Direction::Up => is < wanted,
-                Direction::Down => is > wanted && self.may_lower(cluster),
+                Direction::Down => is > wanted && self.may_lower(),
             };
             if is_due {
                 set_refcount(&mut block, order, index, wanted);

@@ -5,10 +5,10 @@
 use std::sync::Arc;
 
 use blockcore::testing::fault::{Event, Rule};
-use blockcore::testing::{CrashDriver, FaultDriver, Rng};
+use blockcore::testing::{CrashDriver, FaultDriver, Rng, given_up_after};
 use blockcore::{
-    BlockError, CheckFix, Child, ChildRole, Diagnostics, NewBitmap, Node, NodeFlags, Options,
-    Result, TruncateRequest, WriteFlags,
+    Backend, BlockError, CheckFix, Child, ChildRole, Diagnostics, NewBitmap, Node, NodeFlags,
+    Options, Result, TruncateRequest, WriteFlags,
 };
 use futures::FutureExt;
 
@@ -335,6 +335,42 @@ async fn a_copy_that_was_stored_is_outdated_again_by_the_next_change() {
     assert!(copy.dirty_bitmap("b").unwrap().is_inconsistent());
     close(node).await.unwrap();
     assert_eq!(findings(disk.snapshot()).await, Vec::<String>::new());
+}
+
+// INV QCOW2-BITMAP-1, INV REQ-DROP-1: who makes an image read-only and doesn't wait for it may write to it, or have it repaired, at any time.
+#[tokio::test]
+async fn a_dropped_reopening_stores_no_bitmap_that_lacks_a_later_write() {
+    let start = image_with_bitmap().await;
+    let mut given_up = 0;
+    for rounds in 0.. {
+        let disk = CrashDriver::new(start.clone());
+        let (node, _image, faults) = open_with_faults(disk.clone()).await;
+        faults.add(Rule::slow(Event::Write, 3));
+        write(&node, 0, 512, 1).await.unwrap();
+        let backend = Backend::new(node.clone(), false);
+        let read_only = backend.reopen(READ_ONLY, false, Options::new());
+        let reopened_in_time = given_up_after(rounds, read_only).await.is_some();
+        given_up += usize::from(!reopened_in_time);
+        let written = write(&node, 8192, 512, 1).await;
+        let repaired = node.check(CheckFix::Leaks).await;
+        if let Ok(found) = repaired {
+            assert_eq!(found.messages, [""; 0], "after {rounds} rounds");
+        }
+        backend.close().await.unwrap();
+        let (copy, _) = reopened(&disk).await;
+        let bitmap = copy.dirty_bitmap("b").unwrap();
+        let expected: &[(u64, u64)] = match written {
+            Ok(()) => &[(0, 512), (8192, 8704)],
+            Err(_) => &[(0, 512)],
+        };
+        assert!(!bitmap.is_inconsistent(), "after {rounds} rounds");
+        assert_eq!(dirty(&copy, "b"), expected, "after {rounds} rounds");
+        assert_eq!(findings(disk.snapshot()).await, Vec::<String>::new());
+        if reopened_in_time {
+            break;
+        }
+    }
+    assert!(given_up > 5, "only {given_up} were given up");
 }
 
 /// Storing fails when the image is to become read-only, and so it stays writable. What was taken for the copies is given back.

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Images that were made to do harm, or were damaged. More of them in `check/tests`, `header/tests`, `snapshot/tests` and the golden scripts `bad-*`.
 
-use blockcore::testing::CrashDriver;
 use blockcore::testing::fault::{Event, Rule};
-use blockcore::{Child, ChildRole, Diagnostics, NodeFlags, WriteFlags};
+use blockcore::testing::{CrashDriver, FaultDriver};
+use blockcore::{Child, ChildRole, Diagnostics, NodeFlags, Options, SnapshotRequest, WriteFlags};
 
-use super::{Shape, findings, fresh_image, open_on, open_with_faults, read_all, write};
+use super::{
+    Shape, findings, fresh_image, image_over, node_over, open_on, open_with_faults, read_all, write,
+};
 use crate::format::OFLAG_COPIED;
 use crate::header::Header;
 use crate::l2_entry::L2Entry;
@@ -145,5 +147,61 @@ async fn a_dirty_image_with_wrong_flags_is_not_written_in_place() {
         write(&node, 0, 512, 2).await.unwrap();
         let second = read_all(&node).await[4096];
         assert_eq!(second, u8::from(shared), "its neighbour was not written");
+    }
+}
+
+// A change of the whole image copies its refcount blocks, once each: a table that names one again and again would fill the disk with copies.
+#[tokio::test]
+async fn a_refcount_block_with_many_names_is_not_copied_for_each() {
+    let mut bytes = fresh_image(Shape::small(1 << 20));
+    let table = CLUSTER as usize;
+    for entry in 1..CLUSTER as usize / 8 {
+        bytes.copy_within(table..table + 8, table + 8 * entry);
+    }
+    let before = bytes.len();
+    for width in ["16", "64"] {
+        let disk = CrashDriver::new(bytes.clone());
+        let (node, _image) = open_on(disk.clone(), None).await;
+        let result = match width {
+            "16" => node.snapshot_create(SnapshotRequest::now("s")).await,
+            bits => {
+                let options = Options::new().with("refcount_bits", bits);
+                node.amend(options).await
+            }
+        };
+        let err = result.unwrap_err();
+        assert_eq!(err.kind(), blockcore::ErrorKind::Corrupt, "{err}");
+        assert!(disk.snapshot().len() < before + 4 * CLUSTER as usize);
+    }
+}
+
+// A repair that fails half way has perhaps named other refcounts in the header; the next one begins with those.
+#[tokio::test]
+async fn a_dirty_image_is_repaired_at_the_second_try() {
+    let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
+    let (node, _image) = open_on(disk.clone(), None).await;
+    write(&node, 0, 8 * 4096, 1).await.unwrap();
+    node.driver().close().await.unwrap();
+    let mut bytes = disk.snapshot();
+    bytes[79] |= DIRTY;
+    // The refcount table names no block.
+    bytes[CLUSTER as usize..CLUSTER as usize + 8].fill(0);
+    for nth in 0.. {
+        let disk = CrashDriver::new(bytes.clone());
+        let driver = FaultDriver::new(Box::new(disk.clone()));
+        let faults = driver.faults();
+        let file = driver.into_node(NodeFlags::default()).await.unwrap();
+        let image = image_over(file, None).await.unwrap();
+        faults.add(Rule::fail_all(libc::EIO).only(nth));
+        if image.prepare_writing().await.is_ok() {
+            assert!(nth > 10, "{nth} requests");
+            break;
+        }
+        faults.clear();
+        image.prepare_writing().await.unwrap();
+        assert_eq!(findings(disk.snapshot()).await, [""; 0], "request {nth}");
+        let node = node_over(image, NodeFlags::default()).await;
+        let all = read_all(&node).await;
+        assert!(all[..8 * 4096].iter().all(|b| *b == 1), "request {nth}");
     }
 }

@@ -340,3 +340,30 @@ async fn a_raw_data_file_reads_as_the_disk_does_after_a_write_that_failed() {
         }
     }
 }
+
+// Version 2 has no zero clusters. That the backing file which the header names is not the one that is open changes nothing: the next one who opens the image
+// sees it.
+#[tokio::test]
+async fn zeroes_are_zeroes_over_a_backing_file_that_is_not_open() {
+    let mut bytes = fresh_image(Shape {
+        version: 2,
+        ..Shape::small(1 << 20)
+    });
+    // Its name.
+    bytes[8..16].copy_from_slice(&512u64.to_be_bytes());
+    bytes[16..20].copy_from_slice(&1u32.to_be_bytes());
+    bytes[512] = b'b';
+    let disk = CrashDriver::new(bytes);
+    let (node, _image) = open_on(disk.clone(), None).await;
+    let flags = WriteFlags::MAY_UNMAP;
+    node.pwrite_zeroes(0, 1 << 16, flags).await.unwrap();
+    node.pdiscard(1 << 16, 1 << 16).await.unwrap();
+    node.driver().close().await.unwrap();
+    let (node, _image) = open_on(disk, Some(vec![0xaa; 1 << 20])).await;
+    let all = read_all(&node).await;
+    assert!(all[..1 << 16].iter().all(|b| *b == 0));
+    assert!(
+        all[1 << 16..].iter().all(|b| *b == 0xaa),
+        "and that was never written"
+    );
+}
