@@ -82,6 +82,29 @@ async fn what_a_flipped_bit_hides_is_kept() {
     }
 }
 
+// INV QCOW2-REPAIR-4: what a damaged refcount table names is no refcount block, and nothing to be freed once the refcounts are written anew.
+#[tokio::test]
+async fn guest_data_that_a_damaged_refcount_table_names_is_kept() {
+    let mut image = with_data().await;
+    let l2 = word(&image, word(&image, 40)) & L1E_OFFSET_MASK as usize;
+    let data = word(&image, l2) & L1E_OFFSET_MASK as usize;
+    // Nothing names the data any more but an entry that makes no sense; and the refcount table, for a block that there is not.
+    put(&mut image, l2, data as u64 + 512);
+    let table = word(&image, 48);
+    put(&mut image, table + 8, data as u64);
+    // Refcounts have to be written anew.
+    put(&mut image, table + 16, 1);
+    let disk = CrashDriver::new(image);
+    let result = repair(&disk).await;
+    assert!(result.corruptions > 0, "{:?}", result.messages);
+    let after = disk.snapshot();
+    assert!(word(&after, 48) != table, "{:?}", result.messages);
+    assert_eq!(after[data], 1, "it was punched");
+    let block = word(&after, word(&after, 48));
+    let refcount = get_refcount(&after[block..block + CLUSTER], 4, (data / CLUSTER) as u64);
+    assert!(refcount > 0, "{:?}", result.messages);
+}
+
 // INV QCOW2-REPAIR-4: without its keys an image is lost, whatever else a repair sets right.
 #[tokio::test]
 async fn keys_that_the_header_does_not_name_any_more_are_kept() {
