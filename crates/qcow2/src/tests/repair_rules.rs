@@ -88,8 +88,10 @@ async fn guest_data_that_a_damaged_refcount_table_names_is_kept() {
     let mut image = with_data().await;
     let l2 = word(&image, word(&image, 40)) & L1E_OFFSET_MASK as usize;
     let data = word(&image, l2) & L1E_OFFSET_MASK as usize;
-    // Nothing names the data any more but an entry that makes no sense; and the refcount table, for a block that there is not.
-    put(&mut image, l2, data as u64 + 512);
+    // Nothing names the data any more, since an entry above it makes no sense; but the refcount table does, for a block that there is not.
+    let l1 = word(&image, 40);
+    let entry = word(&image, l1) as u64;
+    put(&mut image, l1, entry ^ 1 << 45);
     let table = word(&image, 48);
     put(&mut image, table + 8, data as u64);
     // Refcounts have to be written anew.
