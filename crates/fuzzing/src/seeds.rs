@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Sound images to begin with: our own, and those that the installed QEMU tools make, of every kind that the format has ([`recipes`]).
+//! Sound images to begin with: our own, and those that the installed QEMU tools make, of every kind that the format has (`recipes`).
 
 mod recipes;
 mod words;
