@@ -64,6 +64,10 @@ fn is_clean(result: &CheckResult) -> bool {
 
 /// Repairs an image that is open.
 pub(crate) async fn repair_open(disk: &Backend, fix: CheckFix) {
+    // What is written before, and by damaged refcounts goes where data is, is not the repair's doing.
+    if disk.flush().await.is_err() {
+        return;
+    }
     let before = layer(disk).await;
     let Ok(repaired) = disk.root().check(fix).await else {
         return;
