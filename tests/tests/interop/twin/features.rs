@@ -374,8 +374,10 @@ impl Writer<'_> {
             1 => "lazy_refcounts=off".to_owned(),
             2 | 3 => format!("refcount_bits={bits}"),
             4 => "compat=1.1".to_owned(),
-            // Zero clusters of snapshots are not made something else here.
-            5 if history.snapshots.is_empty() => "compat=0.10".to_owned(),
+            // What snapshots show stays what it was here, and bitmaps are taken out.
+            5 if history.snapshots.is_empty() && history.bitmaps.is_empty() => {
+                "compat=0.10".to_owned()
+            }
             _ => "data_file_raw=on".to_owned(),
         };
         // It may have failed; then less is asked of the image from now on than it could do.
