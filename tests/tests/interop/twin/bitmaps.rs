@@ -60,5 +60,7 @@ impl Writer<'_> {
         self.img(&format!("bitmap --add -g {granularity} other.qcow2 theirs"));
         let command = self.command();
         self.line(&format!("qemu-io -c '{command}' other.qcow2"));
+        // The other one may have another length now.
+        self.size = size;
     }
 }
