@@ -145,6 +145,12 @@ impl Image {
     /// Makes the parts of clusters at both ends of a range of whole subclusters zero, and returns the clusters between. The caller holds `changing`.
     async fn zero_edges(self: &Arc<Self>, range: Range<u64>) -> Result<Range<u64>> {
         let size = self.cluster_size();
+        // A cluster that is covered from its start to the end of the disk is a whole one.
+        let covers_last = range.end == self.size() && range.start <= range.end / size * size;
+        let range = match covers_last {
+            true => range.start..range.end.next_multiple_of(size),
+            false => range,
+        };
         let inner = range.start.next_multiple_of(size)..range.end / size * size;
         if inner.start > inner.end {
             self.zero_part(range).await?;
