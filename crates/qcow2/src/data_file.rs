@@ -188,7 +188,8 @@ impl Image {
         }
     }
 
-    /// Makes the data file as long as the disk is to be. What appears reads as zero. The caller holds `changing` over all behind the lesser end.
+    /// Makes the data file as long as the disk is to be. What appears reads as zero. Where data is encrypted, the file keeps what it has of the cluster that the
+    /// disk ends in, as ciphertext that was cut off would read as noise after a growth. The caller holds `changing` over all behind the lesser end.
     pub(crate) async fn resize_data(
         self: &Arc<Self>,
         old: u64,
@@ -198,11 +199,16 @@ impl Image {
         let Some(child) = self.data.child() else {
             return Ok(());
         };
-        if child.length() > old && new > old {
+        let used_end = |disk_end: u64| match self.is_encrypted() {
+            true => disk_end.next_multiple_of(self.cluster_size()),
+            false => disk_end,
+        };
+        if child.length() > used_end(old) && new > old {
             // Something of another life of the file.
-            child.node().truncate(TruncateRequest::to(old)).await?;
+            let cut = TruncateRequest::to(used_end(old));
+            child.node().truncate(cut).await?;
         }
-        let mut request = TruncateRequest::to(new);
+        let mut request = TruncateRequest::to(new.max(child.length().min(used_end(new))));
         if mode != Preallocation::Metadata {
             request.preallocation = mode;
         }

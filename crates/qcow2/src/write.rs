@@ -327,8 +327,8 @@ impl Image {
     ) -> Result<()> {
         let end = at + buf.len() as u64;
         let mut written = written.clone();
-        if self.has_data_file() {
-            // It is as long as the disk.
+        if self.has_data_file() && !self.is_encrypted() {
+            // It is as long as the disk. Where data is encrypted, the whole cluster is: a hole would read as noise when the disk grows over it.
             written.end = written.end.min(self.size()).max(end);
         }
         let host = (run.cluster << self.cluster_bits) + self.in_cluster(written.start);
