@@ -276,6 +276,7 @@ impl BlockDriver for Qcow2 {
             self.image.commit().await?;
             // Once more for what the first has freed: a reader may have ended since, and later nothing can be written.
             self.image.commit().await?;
+            self.image.cut_ahead().await;
         }
         Ok(Box::new(Prepared(self.image.clone(), writable, runtime)))
     }
@@ -291,6 +292,7 @@ impl BlockDriver for Qcow2 {
         }
         let stored = self.image.store_bitmaps().await;
         self.image.commit().await.and(stored)?;
+        self.image.cut_ahead().await;
         // Compressed data ends anywhere. Programs that read past the host's cache want whole sectors, but nothing is lost without.
         if let Err(e) = self.image.file.node().fill_last_sector().await {
             tracing::debug!("the file does not end with a sector: {e}");

@@ -157,6 +157,8 @@ pub(crate) struct Image {
     pub metadata_preallocated: OnceLock<bool>,
     /// Host clusters from this offset on were not in the file when it was opened, and read as zero until written.
     pub zero_from: u64,
+    /// The file may have been made longer than it has to be.
+    pub extended_ahead: AtomicBool,
 }
 
 impl Image {
@@ -380,19 +382,42 @@ impl Image {
 
     /// The mapping at a guest offset and for how many of `bytes` bytes it goes on, if that can be told without reading the disk.
     pub fn run_now(&self, offset: u64, bytes: u64) -> Option<(Mapping, u64)> {
-        let cluster = offset >> self.cluster_bits;
-        let (first, mut covered) = self.span_now(offset)?.ok()?;
-        // What goes on to the end of its cluster may go on in the next one.
+        let (first, covered) = self.span_now(offset)?.ok()?;
+        let mut covered = self.covered_now(&first, offset, covered, bytes);
+        // What goes on to the end of its cluster may go on where there is no table.
         while covered < bytes && self.in_cluster(offset + covered) == 0 {
-            let index = ((offset + covered) >> self.cluster_bits) - cluster;
-            match self.span_now(offset + covered) {
+            let at = offset + covered;
+            let index = (at >> self.cluster_bits) - (offset >> self.cluster_bits);
+            match self.span_now(at) {
                 Some(Ok((next, n))) if first.continues(index, self.cluster_size(), &next) => {
-                    covered += n;
+                    covered = self.covered_now(&first, offset, covered + n, bytes);
                 }
                 _ => break,
             }
         }
         Some((first, covered.min(bytes)))
+    }
+
+    /// How far `first`, the mapping at `offset`, goes on in what is in memory: known are `covered` bytes, of interest `bytes`.
+    fn covered_now(&self, first: &Mapping, offset: u64, mut covered: u64, bytes: u64) -> u64 {
+        let (entries, size) = (self.entries(), self.cluster_size());
+        let cluster = offset >> self.cluster_bits;
+        while covered < bytes && self.in_cluster(offset + covered) == 0 {
+            let at = (offset + covered) >> self.cluster_bits;
+            let mut index = at - cluster;
+            let all = self.l2.all_now(at, |entry| match entries.span(entry, 0) {
+                Ok((next, n)) if covered < bytes && first.continues(index, size, &next) => {
+                    covered += n;
+                    index += 1;
+                    n == size
+                }
+                _ => false,
+            });
+            if all != Some(true) {
+                break;
+            }
+        }
+        covered
     }
 
     /// The mapping at a guest offset, and for how many of `bytes` bytes it goes on.
@@ -406,7 +431,8 @@ impl Image {
         intent: Intent,
     ) -> Result<(Mapping, u64)> {
         let cluster = offset >> self.cluster_bits;
-        let (first, mut covered) = self.span(offset, intent).await?;
+        let (first, covered) = self.span(offset, intent).await?;
+        let mut covered = self.covered_now(&first, offset, covered, bytes);
         while covered < bytes && self.in_cluster(offset + covered) == 0 {
             let next = (offset + covered) >> self.cluster_bits;
             if first == Mapping::Unallocated
@@ -424,7 +450,7 @@ impl Image {
             if !first.continues(next - cluster, self.cluster_size(), &mapping) {
                 break;
             }
-            covered += n;
+            covered = self.covered_now(&first, offset, covered + n, bytes);
         }
         Ok((first, covered.min(bytes)))
     }

@@ -84,6 +84,11 @@ impl L2Slice {
         }
     }
 
+    /// How many entries it has.
+    fn entries(&self) -> usize {
+        self.words.len() / self.entry_words
+    }
+
     /// An entry, by its place in the slice.
     pub fn get(&self, index: usize) -> L2Entry {
         if self.entry_words == 1 {
@@ -276,6 +281,20 @@ impl L2Cache {
         let slice = slices.get(&number)?;
         slice.touch();
         Some(slice.get(index))
+    }
+
+    /// Shows the L2 entries from a guest cluster on, to the end of their slice, until one `goes_on` no further. Says whether all did; `None`: the slice is not
+    /// in memory.
+    pub fn all_now(
+        &self,
+        guest_cluster: u64,
+        mut goes_on: impl FnMut(L2Entry) -> bool,
+    ) -> Option<bool> {
+        let (number, index) = self.locate(guest_cluster);
+        let slices = self.shard(number).read();
+        let slice = slices.get(&number)?;
+        slice.touch();
+        Some((index..slice.entries()).all(|i| goes_on(slice.get(i))))
     }
 
     /// A slice, if it is in memory.

@@ -194,6 +194,7 @@ async fn open_with(
         bitmaps,
         metadata_preallocated: OnceLock::new(),
         zero_from: end << bits,
+        extended_ahead: AtomicBool::new(false),
         header: Mutex::new(header),
     })
 }

@@ -46,7 +46,7 @@ impl Image {
         // For what that has freed.
         self.commit().await?;
         self.resize_data(old, new, Preallocation::Off).await?;
-        self.cut_file().await
+        self.cut_file(0).await
     }
 
     /// Frees all clusters behind the end. The caller holds `changing` over them.
@@ -144,10 +144,19 @@ impl Image {
         Ok(())
     }
 
-    /// Cuts the file off behind its last used cluster.
-    async fn cut_file(&self) -> Result<()> {
+    /// Takes back what the file was made longer than it had to be, and nothing of what it had when it was opened.
+    pub(crate) async fn cut_ahead(&self) {
+        if self.extended_ahead.swap(false, Ordering::AcqRel)
+            && let Err(e) = self.cut_file(self.zero_from).await
+        {
+            tracing::debug!("the file stays longer than it has to be: {e}");
+        }
+    }
+
+    /// Cuts the file off behind its last used cluster, but not before `at_least`.
+    async fn cut_file(&self, at_least: u64) -> Result<()> {
         let mut meta = self.meta.lock().await;
-        let end = self.used_end(&mut meta).await?;
+        let end = self.used_end(&mut meta).await?.max(at_least);
         // What is written meanwhile lies in clusters that are counted as used.
         meta.needed_length = meta.needed_length.min(end);
         if end >= self.file.length() {

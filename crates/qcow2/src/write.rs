@@ -23,6 +23,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use blockcore::{DebugEvent, IoBuf, IoBufMut, Result, WriteFlags};
 use futures::stream::{FuturesUnordered, StreamExt};
@@ -36,6 +37,9 @@ const HOST_ZEROES_MIN: u64 = 4096;
 
 /// The most clusters that one allocation takes at a time, in bytes.
 const ALLOCATION_BYTES_MAX: u64 = 64 << 20;
+
+/// The file is made longer by so many bytes at a time.
+const EXTEND_BYTES: u64 = 4 << 20;
 
 impl Image {
     /// Writes `buf` at `offset`.
@@ -299,13 +303,12 @@ impl Image {
         run.fresh &= !self.entries().is_extended && !self.is_encrypted();
         let sparse = run.fresh && (self.in_cluster(at) | bytes) & (self.cluster_size() - 1) != 0;
         let filled = async {
-            self.fill_run(at, buf, run, &written).await?;
             if sparse {
                 // The next commit would do it, too. Until then every write to the rest of the cluster would have to make the file longer.
                 let end = (run.cluster + run.count) << self.cluster_bits;
-                self.file.extend(end).await?;
+                self.extend_ahead(end).await?;
             }
-            Ok(())
+            self.fill_run(at, buf, run, &written).await
         };
         let filled = filled.await;
         if filled.is_err() && !self.reads_raw() {
@@ -315,6 +318,21 @@ impl Image {
         }
         // INV QCOW2-RAW-1: whatever has come of it, such a file is what the disk reads as.
         filled.and(self.link_run(written, run, sparse).await)
+    }
+
+    /// Makes the file reach to `end`, and further, as writes to new clusters come in rows and each would have to do it. What is too much is
+    /// [cut off](Image::cut_ahead) when the image is closed.
+    async fn extend_ahead(&self, end: u64) -> Result<()> {
+        if self.file.length() >= end {
+            return Ok(());
+        }
+        self.extended_ahead.store(true, Ordering::Release);
+        // Writes that come together want the same, and the first one does it for all.
+        match self.file.extend(end.next_multiple_of(EXTEND_BYTES)).await {
+            Ok(()) => Ok(()),
+            // The host may have a limit that is nearer.
+            Err(_) => self.file.extend(end).await,
+        }
     }
 
     /// Writes `buf` to where it belongs in the host clusters of `run`, with what the guest clusters hold around it: `written` in all.

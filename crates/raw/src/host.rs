@@ -13,7 +13,7 @@ use rustix::fs::{FallocateFlags, SeekFrom, copy_file_range, fallocate};
 use rustix::io::{Errno, ReadWriteFlags, preadv, preadv2, pwritev};
 
 use crate::direct::Alignment;
-use crate::engine::Engine;
+use crate::engine::{Engine, Writers};
 use crate::ioctl;
 use crate::status::KnownData;
 
@@ -42,6 +42,7 @@ pub(crate) struct HostFile {
     pub direct: Option<Alignment>,
     pub engine: Engine,
     pub known_data: KnownData,
+    pub writers: Writers,
     can_zero_range: AtomicBool,
     can_punch: AtomicBool,
     can_discard: AtomicBool,
@@ -71,6 +72,7 @@ impl HostFile {
             direct,
             engine,
             known_data: KnownData::default(),
+            writers: Writers::default(),
             can_zero_range: AtomicBool::new(true),
             can_punch: AtomicBool::new(true),
             can_discard: AtomicBool::new(true),

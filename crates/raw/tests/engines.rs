@@ -53,11 +53,17 @@ async fn random_requests(aio: &'static str, direct: bool, seed: u64) {
         let range = at as usize..(at + n) as usize;
         match rng.below(5) {
             0 | 1 => {
+                // Several at a time go another way than one alone.
                 let data = vec![1 + (step % 250) as u8; n as usize];
-                backend
-                    .pwritev(at, scattered(&data, &mut rng), WriteFlags::empty())
-                    .await
-                    .unwrap();
+                let piece = n.div_ceil(1 + rng.below(4)) as usize;
+                let writes: Vec<_> = (at..)
+                    .step_by(piece)
+                    .zip(data.chunks(piece))
+                    .map(|(at, data)| {
+                        backend.pwritev(at, scattered(data, &mut rng), WriteFlags::empty())
+                    })
+                    .collect();
+                try_join_all(writes).await.unwrap();
                 model[range].fill(data[0]);
             }
             2 => {
@@ -200,6 +206,34 @@ async fn dropped_reads_harm_nobody() {
         backend.read(3 << 20, 4096).await.unwrap().to_vec(),
         vec![7; 4096]
     );
+    backend.close().await.unwrap();
+}
+
+/// Writes to the page cache that are given up, several at a time, are over before a later one to the same bytes.
+#[tokio::test]
+async fn dropped_writes_never_come_after_later_ones() {
+    const BYTES: u64 = 64 << 10;
+    let disk = Disk::create("1M").await;
+    let backend = disk.open(OpenOptions::new()).await;
+    let mut given_up = 0;
+    for round in 0..100u8 {
+        let write = |i: u64, byte: u8| {
+            let data = IoBuf::from(vec![byte; BYTES as usize]);
+            backend.pwritev(i * BYTES, data, WriteFlags::empty())
+        };
+        {
+            let mut old: Vec<_> = (0..8).map(|i| Box::pin(write(i, 1))).collect();
+            for write in &mut old {
+                given_up += u32::from(futures::poll!(write.as_mut()).is_pending());
+            }
+        }
+        try_join_all((0..8).map(|i| write(i, 2 + round)))
+            .await
+            .unwrap();
+        let all = backend.read(0, 8 * BYTES as usize).await.unwrap().to_vec();
+        assert!(all.iter().all(|b| *b == 2 + round), "round {round}");
+    }
+    assert!(given_up > 0, "every write was over at once");
     backend.close().await.unwrap();
 }
 

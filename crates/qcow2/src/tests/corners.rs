@@ -316,3 +316,57 @@ async fn a_power_cut_shows_no_hole_as_data_of_an_encrypted_disk() {
         assert!(cluster.iter().all(|b| *b == cluster[0]) && cluster[0] < 2);
     }
 }
+
+/// Writes to new clusters make the file longer than it has to be, several megabytes at a time; closing takes that back.
+#[tokio::test]
+async fn what_a_file_was_made_longer_goes_when_it_is_closed() {
+    let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
+    let (node, _) = open_on(disk.clone(), None).await;
+    for guest in 0..10 {
+        write(&node, guest * CLUSTER, 512, 7).await.unwrap();
+    }
+    node.flush().await.unwrap();
+    assert_eq!(disk.snapshot().len(), 4 << 20, "while it is open");
+    node.driver().close().await.unwrap();
+    // Four clusters of an empty image, an L2 table, ten of data.
+    assert_eq!(disk.snapshot().len(), 15 * 4096);
+    assert_eq!(findings(disk.snapshot()).await, [""; 0]);
+    let (node, _) = open_on(disk, None).await;
+    let all = read_all(&node).await;
+    for (sector, bytes) in all.chunks(512).enumerate() {
+        let is_written = sector < 80 && sector % 8 == 0;
+        assert_eq!(bytes, [7 * u8::from(is_written); 512], "sector {sector}");
+    }
+}
+
+/// Closing takes nothing of what the file had when it was opened, whether the image uses it or not.
+#[tokio::test]
+async fn what_lay_behind_an_image_is_not_cut_off() {
+    let mut image = fresh_image(Shape::small(1 << 20));
+    image.extend([0x5a; 5 * 4096]);
+    let length = image.len();
+    let disk = CrashDriver::new(image);
+    let (node, _) = open_on(disk.clone(), None).await;
+    for guest in 0..10 {
+        write(&node, guest * CLUSTER, 512, 7).await.unwrap();
+    }
+    assert_eq!(disk.snapshot().len(), 4 << 20, "while it is open");
+    node.pdiscard(0, 10 * CLUSTER).await.unwrap();
+    for _ in 0..2 {
+        node.flush().await.unwrap();
+    }
+    node.driver().close().await.unwrap();
+    assert_eq!(disk.snapshot().len(), length);
+}
+
+/// A host that refuses to make the file much longer is asked for what is needed.
+#[tokio::test]
+async fn a_file_that_can_grow_a_little_is_written_to() {
+    let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
+    let (node, _, faults) = open_with_faults(disk.clone()).await;
+    faults.add(Rule::fail(Event::Truncate, libc::EFBIG).within(1 << 20..u64::MAX));
+    write(&node, 0, 512, 7).await.unwrap();
+    node.flush().await.unwrap();
+    assert!(disk.snapshot().len() < 1 << 20);
+    node.driver().close().await.unwrap();
+}

@@ -11,6 +11,7 @@ pub(crate) mod pool;
 pub(crate) mod uring;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use blockcore::{IoBuf, IoBufMut, Result};
 
@@ -32,9 +33,46 @@ impl HostFile {
         self.engine == Engine::Uring && (self.direct.is_some() || bytes <= NOWAIT_BYTES_MAX)
     }
 
-    /// The page cache is written by copying, which io_uring hands to kernel threads one by one: the pool does as well.
-    fn writes_by_uring(&self) -> bool {
-        self.engine == Engine::Uring && self.direct.is_some()
+    /// The page cache is written by a thread either way. io_uring keeps one at work as long as there are more writes, where the pool wakes one for each; but to
+    /// wake one of the pool is quicker, so writes that come one by one go there.
+    fn writes_by_uring(&self, come_together: bool) -> bool {
+        self.engine == Engine::Uring && (self.direct.is_some() || come_together)
+    }
+}
+
+/// Whether the writes of a file come one by one or several at a time.
+#[derive(Debug, Default)]
+pub(crate) struct Writers {
+    under_way: AtomicUsize,
+    /// How many more writes have to come alone till they are believed to come one by one.
+    together: AtomicUsize,
+}
+
+/// How many writes in a row have to come alone.
+const ALONE: usize = 64;
+
+/// One of the writes that are under way.
+struct Writing<'a>(&'a Writers);
+
+impl Writers {
+    /// Begins a write, and says whether they come several at a time.
+    fn begin(&self) -> (Writing<'_>, bool) {
+        let writing = Writing(self);
+        // These numbers decide nothing but who works; that two threads at once may miscount `together` is no harm.
+        if self.under_way.fetch_add(1, Ordering::Relaxed) > 0 {
+            self.together.store(ALONE, Ordering::Relaxed);
+            return (writing, true);
+        }
+        let together = self.together.load(Ordering::Relaxed);
+        self.together
+            .store(together.saturating_sub(1), Ordering::Relaxed);
+        (writing, together > 0)
+    }
+}
+
+impl Drop for Writing<'_> {
+    fn drop(&mut self) {
+        self.0.under_way.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -54,7 +92,8 @@ pub(crate) async fn write(
     offset: u64,
     buf: IoBuf,
 ) -> Result<()> {
-    if file.writes_by_uring() {
+    let (_writing, come_together) = file.writers.begin();
+    if file.writes_by_uring(come_together) {
         return uring::write(file, orphans, offset, buf).await;
     }
     let end = offset + buf.len() as u64;
