@@ -260,6 +260,12 @@ pub trait BlockDriver: Send + Sync + 'static {
         false
     }
 
+    /// Whether what appears when the node becomes longer reads as zero until it is written, whether by [`truncate`](BlockDriver::truncate) or by a write behind
+    /// the end. Formats rely on it. *If omitted*: no.
+    fn grows_zeroed(&self) -> bool {
+        false
+    }
+
     /// The nodes that this one is composed of: first the primary child, a backing node last.
     fn children(&self) -> Vec<&Child> {
         Vec::new()

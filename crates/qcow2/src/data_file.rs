@@ -155,6 +155,12 @@ impl Image {
         }
     }
 
+    /// Whether what was never written where the guest's clusters lie reads as zero.
+    pub fn holes_are_zero(&self) -> bool {
+        let storage = self.data.child().unwrap_or(&self.file);
+        !self.is_encrypted() && storage.driver().grows_zeroed()
+    }
+
     /// Whether there is a data file that has to read as the disk does. One that is encrypted never does.
     pub fn reads_raw(&self) -> bool {
         self.has_data_file() && !self.is_encrypted() && self.header().is_data_file_raw()
@@ -188,8 +194,8 @@ impl Image {
         }
     }
 
-    /// Makes the data file as long as the disk is to be. What appears reads as zero. Where data is encrypted, the file keeps what it has of the cluster that the
-    /// disk ends in, as ciphertext that was cut off would read as noise after a growth. The caller holds `changing` over all behind the lesser end.
+    /// Makes the data file as long as the disk is to be. What appears reads as zero. Where holes are noise, since data is encrypted, the file keeps what it has of the
+    /// cluster that the disk ends in: what was cut off would be noise after a growth. The caller holds `changing` over all behind the lesser end.
     pub(crate) async fn resize_data(
         self: &Arc<Self>,
         old: u64,
@@ -199,9 +205,9 @@ impl Image {
         let Some(child) = self.data.child() else {
             return Ok(());
         };
-        let used_end = |disk_end: u64| match self.is_encrypted() {
-            true => disk_end.next_multiple_of(self.cluster_size()),
-            false => disk_end,
+        let used_end = |disk_end: u64| match self.holes_are_zero() {
+            true => disk_end,
+            false => disk_end.next_multiple_of(self.cluster_size()),
         };
         if child.length() > used_end(old) && new > old {
             // Something of another life of the file.

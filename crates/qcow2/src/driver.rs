@@ -53,6 +53,11 @@ impl BlockDriver for Qcow2 {
         self.image.is_encrypted()
     }
 
+    fn grows_zeroed(&self) -> bool {
+        let data = self.image.data.child();
+        data.is_none_or(|data| data.driver().grows_zeroed())
+    }
+
     fn strong_options(&self) -> &'static [&'static str] {
         &["encrypt.key-secret"]
     }

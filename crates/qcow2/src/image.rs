@@ -155,7 +155,7 @@ pub(crate) struct Image {
     pub bitmaps: Bitmaps,
     /// See `map`.
     pub metadata_preallocated: OnceLock<bool>,
-    /// Host clusters from this offset on were not in the file when it was opened, and read as zero until written.
+    /// Host clusters from this offset on were not in the file when it was opened, and read as zero until written. `u64::MAX`: none do.
     pub zero_from: u64,
     /// The file may have been made longer than it has to be.
     pub extended_ahead: AtomicBool,

@@ -131,6 +131,10 @@ async fn open_with(
     let table = read_table(&file, header.refcount_table_offset, table_entries).await?;
     let bitmaps = bitmap_load::load(&file, &header, &diagnostics).await?;
     let end = file.length().div_ceil(1 << bits);
+    let zero_from = match file.driver().grows_zeroed() {
+        true => end << bits,
+        false => u64::MAX,
+    };
     let entries = EntryFormat {
         version: header.version,
         cluster_bits: bits,
@@ -193,7 +197,7 @@ async fn open_with(
         diagnostics,
         bitmaps,
         metadata_preallocated: OnceLock::new(),
-        zero_from: end << bits,
+        zero_from,
         extended_ahead: AtomicBool::new(false),
         header: Mutex::new(header),
     })

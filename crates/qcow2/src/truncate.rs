@@ -267,14 +267,17 @@ impl Image {
     }
 
     async fn fill_with_zeroes(&self, run: Run, mode: Preallocation) -> Result<()> {
-        if self.has_data_file() {
-            // It has been made longer as was asked for.
-            return Ok(());
-        }
         let (host, bytes) = (
             run.cluster << self.cluster_bits,
             run.count << self.cluster_bits,
         );
+        if let Some(data) = self.data.child() {
+            // It has been made longer as was asked for. Encrypted clusters become zero clusters.
+            if self.is_encrypted() || self.holes_are_zero() {
+                return Ok(());
+            }
+            return data.pwrite_zeroes(host, bytes, WriteFlags::empty()).await;
+        }
         match mode {
             Preallocation::Off | Preallocation::Metadata
                 if run.fresh || self.entries().is_extended =>

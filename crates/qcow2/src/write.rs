@@ -16,6 +16,9 @@
 //! 3. what the request leaves out of the first and last cluster is read (COW), and data and COW are written together;
 //! 4. under the metadata lock, the L2 entries are set and the old clusters freed.
 //!
+//! A new cluster that is written only in part makes the file reach over the whole of it, and [somewhat further](Image::extend_ahead): so that what follows is
+//! in place, and not every cluster costs a change of the file's length.
+//!
 //! With subclusters, COW reaches to the edges of those that are written, no further, unless there is data beside them in a cluster that has to move; and a
 //! cluster that is this image's alone takes in further subclusters where it lies.
 //!
@@ -345,9 +348,12 @@ impl Image {
     ) -> Result<()> {
         let end = at + buf.len() as u64;
         let mut written = written.clone();
-        if self.has_data_file() && !self.is_encrypted() {
-            // It is as long as the disk. Where data is encrypted, the whole cluster is: a hole would read as noise when the disk grows over it.
-            written.end = written.end.min(self.size()).max(end);
+        let disk_end = written.end.min(self.size()).max(end);
+        if self.has_data_file() && written.end > disk_end {
+            // It is as long as the disk, unless a hole would read as noise when the disk grows over it. A device can't be longer, and has no holes.
+            let is_whole =
+                !self.holes_are_zero() && self.storage()?.extend(written.end).await.is_ok();
+            written.end = if is_whole { written.end } else { disk_end };
         }
         let host = (run.cluster << self.cluster_bits) + self.in_cluster(written.start);
         self.check_data_write(host, written.end - written.start)?;

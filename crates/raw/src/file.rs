@@ -17,7 +17,7 @@ use blockcore::{
 
 use crate::engine::pool;
 use crate::file_open::Aio;
-use crate::host::HostFile;
+use crate::host::{HostFile, HostKind};
 use crate::orphan::Orphans;
 use crate::{direct, lock, reopen, status, truncate};
 
@@ -188,6 +188,10 @@ impl BlockDriver for FileDriver {
 
     fn is_protocol(&self) -> bool {
         true
+    }
+
+    fn grows_zeroed(&self) -> bool {
+        self.state.host().kind == HostKind::File
     }
 
     fn limits(&self) -> BlockLimits {

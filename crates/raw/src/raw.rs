@@ -139,6 +139,10 @@ impl BlockDriver for RawDriver {
         &["offset", "size"]
     }
 
+    fn grows_zeroed(&self) -> bool {
+        self.file.driver().grows_zeroed()
+    }
+
     fn limits(&self) -> BlockLimits {
         let file = self.file.limits();
         let sector = match self.probed_by {

@@ -6,7 +6,8 @@
 
 use blocklayer_tests::tools::Tools;
 
-use crate::support::{Bench, both};
+use crate::subclusters::commands;
+use crate::support::{Bench, Random, both, first_difference};
 
 const SECRET: &str = "secret,id=s,data=a password";
 
@@ -178,4 +179,80 @@ fn ours_has_ciphers_that_qemu_has_no_key_material_for() {
         hash: "sha256",
     };
     hand_over(&Bench::new(), &ours, &ours, &combination);
+}
+
+/// A qcow2 image that lies in a LUKS one grows by noise, which must not show: not around small writes, nor in new tables.
+#[test]
+fn a_qcow2_image_lies_in_a_luks_one() {
+    const CLUSTER: usize = 4 << 10;
+    const LUKS: &str = "driver=luks,key-secret=s,file.filename=t.luks";
+    const QCOW2: &str = "driver=qcow2,file.driver=luks,file.key-secret=s,file.file.filename=t.luks";
+    let test = "qcow2-in-luks";
+    let Some((ours, qemu)) = both(test) else {
+        return;
+    };
+    let mut random = Random::new(test);
+    let bench = Bench::new();
+    let options = format!("cluster_size={CLUSTER}");
+    let create = [
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        &options,
+        "empty.qcow2",
+        "1M",
+    ];
+    bench.img(&ours, &create);
+    let length = bench.read("empty.qcow2").len().to_string();
+    let options = "key-secret=s,iter-time=1";
+    let create = [
+        "create", "-q", "--object", SECRET, "-f", "luks", "-o", options, "t.luks", &length,
+    ];
+    bench.img(&ours, &create);
+    let copy = [
+        "convert",
+        "-n",
+        "--object",
+        SECRET,
+        "-f",
+        "raw",
+        "empty.qcow2",
+        "--target-image-opts",
+        LUKS,
+    ];
+    bench.img(&ours, &copy);
+    let mut model = vec![0; 1 << 20];
+    for turn in 0..6 {
+        let (side, other) = if turn % 2 == 0 {
+            (&ours, &qemu)
+        } else {
+            (&qemu, &ours)
+        };
+        let commands = commands(&mut random, &mut model, CLUSTER);
+        let mut arguments = vec!["--object", SECRET, "--image-opts", QCOW2];
+        arguments.extend(commands.iter().flat_map(|c| ["-c", c]));
+        bench.run(&side.qemu_io, &arguments);
+        for side in [side, other] {
+            bench.img(side, &["check", "--object", SECRET, "--image-opts", QCOW2]);
+            let read = [
+                "convert",
+                "--object",
+                SECRET,
+                "-O",
+                "raw",
+                "--image-opts",
+                QCOW2,
+                "contents.raw",
+            ];
+            bench.img(side, &read);
+            if let Some(difference) = first_difference(&bench.read("contents.raw"), &model) {
+                panic!(
+                    "{difference} for {} in turn {turn} after {commands:?}",
+                    side.side
+                );
+            }
+        }
+    }
 }

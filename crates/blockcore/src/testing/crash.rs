@@ -69,6 +69,13 @@ impl CrashDriver {
             log: self.log.clone(),
             ..CrashDriver::new(bytes)
         }
+        .growing_with(self.disk.grows_with)
+    }
+
+    /// The same, but bytes that appear when the disk becomes longer hold this until they are written, as when the disk lies encrypted in something else.
+    pub fn growing_with(mut self, byte: u8) -> CrashDriver {
+        self.disk.grows_with = byte;
+        self
     }
 
     /// The same with room for so many bytes: what would make the disk longer fails with ENOSPC.
@@ -129,7 +136,7 @@ impl CrashDriver {
         let flushed = own().filter_map(covered).max().unwrap_or(0);
         let mut image = (*self.base).clone();
         for (_, (_, entry)) in own().take_while(|(at, _)| *at < flushed) {
-            apply(&mut image, entry, |_| true);
+            apply(&mut image, entry, self.disk.grows_with, |_| true);
         }
         // Any order: sectors are applied in the order of the log or against it, write by write.
         let rest = own().skip_while(|(at, _)| *at < flushed);
@@ -140,18 +147,25 @@ impl CrashDriver {
             }
         }
         for entry in rest {
-            apply(&mut image, entry, |_| rng.chance(keep_percent));
+            apply(&mut image, entry, self.disk.grows_with, |_| {
+                rng.chance(keep_percent)
+            });
         }
         image
     }
 }
 
-fn apply(image: &mut Vec<u8>, entry: &LogEntry, mut survives: impl FnMut(u64) -> bool) {
+fn apply(
+    image: &mut Vec<u8>,
+    entry: &LogEntry,
+    grows_with: u8,
+    mut survives: impl FnMut(u64) -> bool,
+) {
     match entry {
         LogEntry::Flush(_) => {}
         LogEntry::Length(bytes) => {
             if survives(*bytes) {
-                image.resize(*bytes as usize, 0);
+                image.resize(*bytes as usize, grows_with);
             }
         }
         LogEntry::Write { offset, data } => {
@@ -161,7 +175,7 @@ fn apply(image: &mut Vec<u8>, entry: &LogEntry, mut survives: impl FnMut(u64) ->
                 let next = ((at / SECTOR_BYTES + 1) * SECTOR_BYTES).min(end);
                 if survives(at) {
                     if (image.len() as u64) < next {
-                        image.resize(next as usize, 0);
+                        image.resize(next as usize, grows_with);
                     }
                     let part = &data[(at - offset) as usize..(next - offset) as usize];
                     image[at as usize..next as usize].copy_from_slice(part);
@@ -180,6 +194,10 @@ impl BlockDriver for CrashDriver {
 
     fn is_protocol(&self) -> bool {
         true
+    }
+
+    fn grows_zeroed(&self) -> bool {
+        self.disk.grows_zeroed()
     }
 
     async fn length(&self) -> Result<u64> {
@@ -221,12 +239,9 @@ impl BlockDriver for CrashDriver {
         // A hole within the length; it never makes the disk longer.
         let end = (offset + bytes).min(self.disk.length().await?);
         if offset < end {
-            self.pwritev(
-                offset,
-                IoBuf::zeroes((end - offset) as usize),
-                WriteFlags::empty(),
-            )
-            .await?;
+            let hole = vec![self.disk.grows_with; (end - offset) as usize];
+            self.pwritev(offset, hole.into(), WriteFlags::empty())
+                .await?;
         }
         Ok(())
     }

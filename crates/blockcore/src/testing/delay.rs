@@ -96,6 +96,10 @@ impl BlockDriver for DelayDriver {
         self.inner.limits()
     }
 
+    fn grows_zeroed(&self) -> bool {
+        self.inner.grows_zeroed()
+    }
+
     async fn length(&self) -> Result<u64> {
         self.inner.length().await
     }

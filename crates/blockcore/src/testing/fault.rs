@@ -381,6 +381,10 @@ impl BlockDriver for FaultDriver {
         self.faults.pass(event);
     }
 
+    fn grows_zeroed(&self) -> bool {
+        self.inner.grows_zeroed()
+    }
+
     async fn length(&self) -> Result<u64> {
         let length = self.inner.length().await;
         self.faults.meet(Event::Length, 0, 0).await?;

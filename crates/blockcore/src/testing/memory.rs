@@ -21,6 +21,8 @@ pub struct MemoryDriver {
     pub nowait: bool,
     /// How many bytes there is room for: what would make the disk longer fails with ENOSPC.
     pub room: Option<u64>,
+    /// What bytes hold that appear when the disk becomes longer and are not written.
+    pub grows_with: u8,
 }
 
 impl MemoryDriver {
@@ -30,6 +32,7 @@ impl MemoryDriver {
             bytes: Arc::new(Mutex::new(bytes)),
             nowait: true,
             room: None,
+            grows_with: 0,
         }
     }
 
@@ -79,6 +82,10 @@ impl BlockDriver for MemoryDriver {
         true
     }
 
+    fn grows_zeroed(&self) -> bool {
+        self.grows_with == 0
+    }
+
     async fn length(&self) -> Result<u64> {
         Ok(self.lock().len() as u64)
     }
@@ -109,7 +116,7 @@ impl BlockDriver for MemoryDriver {
         let mut bytes = self.lock();
         let (start, end) = (offset as usize, offset as usize + buf.len());
         if bytes.len() < end {
-            bytes.resize(end, 0);
+            bytes.resize(end, self.grows_with);
         }
         buf.copy_to_slice(0, &mut bytes[start..end]);
         Ok(())
@@ -162,7 +169,7 @@ impl BlockDriver for MemoryDriver {
 
     async fn truncate(&self, request: TruncateRequest) -> Result<()> {
         self.check_room(request.bytes)?;
-        self.lock().resize(request.bytes as usize, 0);
+        self.lock().resize(request.bytes as usize, self.grows_with);
         Ok(())
     }
 

@@ -6,7 +6,8 @@ use std::sync::atomic::Ordering;
 use blockcore::testing::fault::{Event, Rule};
 use blockcore::testing::{CrashDriver, Rng, given_up_after};
 use blockcore::{
-    NodeFlags, Options, SnapshotRequest, SnapshotSelector, StatusMode, TruncateRequest, WriteFlags,
+    NodeFlags, Options, Preallocation, SnapshotRequest, SnapshotSelector, StatusMode,
+    TruncateRequest, WriteFlags,
 };
 
 use super::{
@@ -369,4 +370,29 @@ async fn a_file_that_can_grow_a_little_is_written_to() {
     node.flush().await.unwrap();
     assert!(disk.snapshot().len() < 1 << 20);
     node.driver().close().await.unwrap();
+}
+
+/// A file that lies encrypted in something else grows with noise. None of it shows: not around small writes, in new tables, or where the disk has grown.
+#[tokio::test]
+async fn a_file_that_grows_with_noise_shows_none_of_it() {
+    for shape in [Shape::small(1 << 20), Shape::extended(1 << 20)] {
+        let disk = CrashDriver::new(fresh_image(shape)).growing_with(0xa5);
+        let (node, _) = open_on(disk.clone(), None).await;
+        let mut model = vec![0; 3 << 20];
+        for guest in [3, 700 << 10, (1 << 20) - 512] {
+            write(&node, guest, 512, 7).await.unwrap();
+            model[guest as usize..][..512].fill(7);
+        }
+        let longer = TruncateRequest {
+            preallocation: Preallocation::Metadata,
+            ..TruncateRequest::to(3 << 20)
+        };
+        node.truncate(longer).await.unwrap();
+        node.flush().await.unwrap();
+        assert!(read_all(&node).await == model);
+        node.driver().close().await.unwrap();
+        assert_eq!(findings(disk.snapshot()).await, [""; 0]);
+        let (node, _) = open_on(disk, None).await;
+        assert!(read_all(&node).await == model);
+    }
 }

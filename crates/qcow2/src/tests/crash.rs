@@ -131,6 +131,7 @@ async fn some_plan(rng: &mut Rng) -> Plan {
         keeps_places: shape.version > 2 && rng.chance(20),
         data_file,
         punches_all: rng.chance(20),
+        noise: rng.chance(25),
         nowait: rng.chance(30),
         reopens: rng.chance(40),
         delays: rng.chance(50).then(|| rng.next_u64()),
@@ -288,7 +289,8 @@ fn simpler(plan: &Plan) -> Vec<Plan> {
     if plan.delays.is_some() {
         with(&|p| p.delays = None);
     }
-    let switches: [fn(&mut Plan) -> &mut bool; 4] = [
+    let switches: [fn(&mut Plan) -> &mut bool; 5] = [
+        |p| &mut p.noise,
         |p| &mut p.keeps_places,
         |p| &mut p.punches_all,
         |p| &mut p.nowait,

@@ -124,6 +124,9 @@ impl Step {
     }
 }
 
+/// What no test writes.
+const NOISE: u8 = 0xa5;
+
 /// A disk, and what is done to it.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
@@ -142,6 +145,8 @@ pub(crate) struct Plan {
     pub keeps_places: bool,
     /// All that is freed gets holes (`pass-discard-other`).
     pub punches_all: bool,
+    /// What appears when its files become longer is [`NOISE`], as when they lie encrypted in something else. Not for images that are encrypted themselves.
+    pub noise: bool,
     /// Reads may be served without a wait.
     pub nowait: bool,
     /// Sessions follow each other in one opening, read-only in between.
@@ -182,6 +187,7 @@ impl Plan {
             bitmap: false,
             keeps_places: false,
             punches_all: false,
+            noise: false,
             nowait: false,
             reopens: false,
             delays: None,
@@ -228,6 +234,13 @@ impl Plan {
         }
     }
 
+    fn grows_with(&self) -> u8 {
+        match self.noise && self.shape.encryption == CryptMethod::None {
+            true => NOISE,
+            false => 0,
+        }
+    }
+
     fn drops(&self) -> bool {
         let mut steps = self.sessions.iter().flatten();
         steps.any(|s| s.drop != Drop::Never)
@@ -262,7 +275,7 @@ impl Plan {
         for &(guest_cluster, value) in &self.compressed {
             bytes = forge::compressed(bytes, guest_cluster, value).await;
         }
-        let disk = CrashDriver::new(bytes);
+        let disk = CrashDriver::new(bytes).growing_with(self.grows_with());
         let is_outside = self.data_file != DataFileKind::Inside;
         let backing = below(&self.backing, &disk, is_outside.then(Vec::new));
         let (node, _image) = open_on(disk.clone(), &backing).await;
@@ -425,6 +438,7 @@ impl Disk {
             None => Arc::new(plan.begin().await),
         };
         let disk = CrashDriver::new(start.image.clone());
+        let disk = disk.growing_with(plan.grows_with());
         let faults = Faults::default();
         let mut plan = plan.clone();
         plan.backing = below(&plan.backing, &disk, start.data.clone());

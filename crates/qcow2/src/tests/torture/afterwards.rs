@@ -176,7 +176,7 @@ impl Disk {
         if !found.is_empty() {
             return Err(format!("check says {found:?}"));
         }
-        let left = CrashDriver::new(image.clone());
+        let left = CrashDriver::new(image.clone()).growing_with(self.plan.grows_with());
         let data = self.plan.backing.data.as_ref();
         let data = data.map(|(data, _)| data.image_after(cut, keep, rng));
         let backing = below(&self.plan.backing, &left, data.clone());
