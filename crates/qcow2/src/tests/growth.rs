@@ -168,18 +168,19 @@ async fn a_file_that_is_written_to_while_it_grows_keeps_its_length() {
         let disk = CrashDriver::new(fresh_image(Shape::small(TABLE)));
         let (node, image, faults) = open_with_faults(disk.clone()).await;
         faults.add(Rule::slow(Event::Length, 25));
-        write(&node, 0, 512, 1).await.unwrap();
-        let flushing = {
+        // Makes the file 4 MiB long.
+        let writing = {
             let node = node.clone();
-            tokio::spawn(async move { node.flush().await })
+            tokio::spawn(async move { write(&node, 0, 512, 1).await })
         };
         for _ in 0..yields {
             tokio::task::yield_now().await;
         }
-        write(image.file.node(), 1 << 20, 4096, 2).await.unwrap();
-        flushing.await.unwrap().unwrap();
-        assert_eq!(image.file.length(), (1 << 20) + 4096);
-        assert_eq!(disk.snapshot()[1 << 20], 2, "after {yields} turns");
+        write(image.file.node(), 8 << 20, 4096, 2).await.unwrap();
+        writing.await.unwrap().unwrap();
+        node.flush().await.unwrap();
+        assert_eq!(image.file.length(), (8 << 20) + 4096);
+        assert_eq!(disk.snapshot()[8 << 20], 2, "after {yields} turns");
     }
 }
 

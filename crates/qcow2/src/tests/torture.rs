@@ -235,7 +235,9 @@ impl Plan {
     }
 
     fn grows_with(&self) -> u8 {
-        match self.noise && self.shape.encryption == CryptMethod::None {
+        // A raw data file that is still empty reads as the disk does because it grows by zeroes.
+        let can_be_noise = self.shape.encryption == CryptMethod::None && !self.reads_raw();
+        match self.noise && can_be_noise {
             true => NOISE,
             false => 0,
         }
@@ -250,6 +252,12 @@ impl Plan {
     fn shrinks(&self) -> bool {
         let mut steps = self.sessions.iter().flatten();
         steps.any(|s| matches!(s.op, Op::Resize(n) if n < 1000))
+    }
+
+    /// Whether the file may be made longer than it has to be: where it can't, it isn't.
+    fn extends_ahead(&self) -> bool {
+        let is_plain = self.shape.encryption == CryptMethod::None && !self.shape.extended_l2;
+        is_plain && self.data_file == DataFileKind::Inside
     }
 
     /// Whether the image may be of version 2 at some time.
@@ -307,7 +315,7 @@ impl Plan {
         // A hole that can't be punched, or a file that can't be cut off, is no harm.
         let is_hole = |r: &&blockcore::testing::fault::Request| match r.event {
             Event::Discard => true,
-            Event::Truncate | Event::Length => self.shrinks(),
+            Event::Truncate | Event::Length => self.shrinks() || self.extends_ahead(),
             // What gives storage back that entries on disk may still name.
             Event::WriteZeroes => self.data_file == DataFileKind::Outside || self.keeps_places,
             _ => false,
