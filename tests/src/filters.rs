@@ -11,7 +11,7 @@ use regex_lite::{Captures, Regex};
 /// A filter that a script can ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OptIn {
-    /// Host offsets in `qemu-img map`, human (`Mapped to`) and json (`"offset"`).
+    /// Host offsets in `qemu-img map`, human (`Mapped to`) and json (`"offset"`), and in what `amend` says of a refcount that is too large.
     Offsets,
     /// `disk size:` and `"actual-size"` in `qemu-img info`.
     DiskSize,
@@ -57,6 +57,12 @@ impl Filters {
             ),
             (r"#block\d+".to_owned(), "#blockNNN"),
         ];
+        if opt_in.contains(&OptIn::Offsets) {
+            rules.push((
+                r"(Cluster at offset) 0x[0-9a-f]+ (has a refcount)".to_owned(),
+                "$1 OFFSET $2",
+            ));
+        }
         if opt_in.contains(&OptIn::DiskSize) {
             rules.push((r"(?m)^( *disk size: ).*$".to_owned(), "${1}SIZE"));
             rules.push((r#"("actual-size": )\d+"#.to_owned(), "${1}SIZE"));

@@ -194,8 +194,8 @@ impl Image {
         }
     }
 
-    /// Makes the data file as long as the disk is to be. What appears reads as zero. Where holes are noise, since data is encrypted, the file keeps what it has of the
-    /// cluster that the disk ends in: what was cut off would be noise after a growth. The caller holds `changing` over all behind the lesser end.
+    /// Makes the data file as long as the disk is to be. What appears reads as zero. Where data is encrypted, the file keeps what it has of the cluster
+    /// that the disk ends in: what was cut off would be noise after a growth. The caller holds `changing` over all behind the lesser end.
     pub(crate) async fn resize_data(
         self: &Arc<Self>,
         old: u64,
@@ -205,9 +205,9 @@ impl Image {
         let Some(child) = self.data.child() else {
             return Ok(());
         };
-        let used_end = |disk_end: u64| match self.holes_are_zero() {
-            true => disk_end,
-            false => disk_end.next_multiple_of(self.cluster_size()),
+        let used_end = |disk_end: u64| match self.is_encrypted() {
+            true => disk_end.next_multiple_of(self.cluster_size()),
+            false => disk_end,
         };
         if child.length() > used_end(old) && new > old {
             // Something of another life of the file.
@@ -218,7 +218,15 @@ impl Image {
         if mode != Preallocation::Metadata {
             request.preallocation = mode;
         }
-        child.node().truncate(request).await
+        child.node().truncate(request).await?;
+        let end = old.next_multiple_of(self.cluster_size()).min(new);
+        if end > old && self.reads_raw() && !self.holes_are_zero() {
+            // INV QCOW2-RAW-1: what appears of the cluster that the disk ended in reads as zero, whatever its mapping is.
+            child
+                .pwrite_zeroes(old, end - old, WriteFlags::empty())
+                .await?;
+        }
+        Ok(())
     }
 
     /// Refuses what images with a data file can't have.

@@ -78,6 +78,7 @@ impl<'a> Overhaul<'a> {
     async fn prepare(image: &'a Arc<Image>) -> Result<Overhaul<'a>> {
         let no_commits = image.commits.none().await;
         image.commit_now().await?;
+        image.cut_ahead().await;
         let mut meta = image.meta.lock().await;
         debug_assert!(meta.dirty_slices.is_empty() && meta.dirty_l1.is_empty());
         meta.refcounts.check_places()?;

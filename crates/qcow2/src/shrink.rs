@@ -173,7 +173,9 @@ impl Image {
     /// Where the last used cluster of the file ends, in bytes.
     async fn used_end(&self, meta: &mut Meta) -> Result<u64> {
         let entries = meta.refcounts.block_entries();
-        let mut cluster = self.file.length().div_ceil(self.cluster_size());
+        // What was taken in this session may lie behind the end of the file: somebody is still writing it.
+        let file_end = self.file.length().div_ceil(self.cluster_size());
+        let mut cluster = file_end.max(meta.fresh_from);
         while cluster > 0 {
             let last = cluster - 1;
             if !meta.refcounts.has_block(last) {

@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use blockcore::{
-    BlockError, DebugEvent, IoBuf, MAX_LENGTH_BYTES, Preallocation, Result, TruncateRequest,
-    WriteFlags,
+    BlockError, DebugEvent, IoBuf, IoBufMut, MAX_LENGTH_BYTES, Preallocation, Result,
+    TruncateRequest, WriteFlags,
 };
 
 use crate::alloc::{Freed, Meta, Run};
@@ -185,7 +185,12 @@ impl Image {
     async fn zero_new_part(self: &Arc<Self>, old: u64, end: u64, hides: bool) -> Result<()> {
         let (mapping, _) = self.run(old, 1, Intent::Write).await?;
         let (is_shown, written_end) = match mapping {
-            Mapping::Compressed(_) => (true, end),
+            // Whoever compressed it has mostly filled it with zeroes.
+            Mapping::Compressed(_) => {
+                let buf = IoBufMut::zeroed((end - old) as usize);
+                let rest = self.read_mapped(mapping, old, buf).await?;
+                (!rest.freeze().is_zero(), end)
+            }
             Mapping::Data { .. } => (true, old.next_multiple_of(self.subcluster_size())),
             // A zero cluster hides the backing node already. QEMU writes zeroes to it all the same, and `map` shows that.
             _ => (hides, old.next_multiple_of(self.subcluster_size())),
@@ -271,12 +276,9 @@ impl Image {
             run.cluster << self.cluster_bits,
             run.count << self.cluster_bits,
         );
-        if let Some(data) = self.data.child() {
-            // It has been made longer as was asked for. Encrypted clusters become zero clusters.
-            if self.is_encrypted() || self.holes_are_zero() {
-                return Ok(());
-            }
-            return data.pwrite_zeroes(host, bytes, WriteFlags::empty()).await;
+        if self.has_data_file() {
+            // It has been made longer as was asked for.
+            return Ok(());
         }
         match mode {
             Preallocation::Off | Preallocation::Metadata
@@ -317,7 +319,12 @@ impl Image {
             let old = self.entry(first + i).await?;
             // Subclusters stay what they are: only their place is kept.
             let mut new = self.entries().written(old, host, 0..0);
-            if self.is_encrypted() && !self.entries().is_extended {
+            let is_noise = match self.has_data_file() {
+                // What reads as the disk does is what the disk reads as.
+                true => !self.holes_are_zero() && !self.reads_raw(),
+                false => self.is_encrypted(),
+            };
+            if is_noise && !self.entries().is_extended {
                 // What was never written is noise.
                 new = self.entries().zeroed(new);
             }

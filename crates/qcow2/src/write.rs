@@ -350,9 +350,13 @@ impl Image {
         let mut written = written.clone();
         let disk_end = written.end.min(self.size()).max(end);
         if self.has_data_file() && written.end > disk_end {
-            // It is as long as the disk, unless a hole would read as noise when the disk grows over it. A device can't be longer, and has no holes.
-            let is_whole =
-                !self.holes_are_zero() && self.storage()?.extend(written.end).await.is_ok();
+            // It is as long as the disk, unless a hole would read as noise when the disk grows over it. What a longer file has there is none of the disk's, but
+            // where data is encrypted it can only be ciphertext. A device can't be longer than it is.
+            let storage = self.storage()?;
+            let is_whole = match written.end <= storage.length() {
+                true => self.is_encrypted(),
+                false => !self.holes_are_zero() && storage.extend(written.end).await.is_ok(),
+            };
             written.end = if is_whole { written.end } else { disk_end };
         }
         let host = (run.cluster << self.cluster_bits) + self.in_cluster(written.start);

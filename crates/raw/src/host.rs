@@ -158,7 +158,15 @@ impl HostFile {
         Ok(rustix::fs::fstat(&self.fd)?.st_blocks as u64 * 512)
     }
 
+    /// Changes the length.
+    ///
+    /// # Errors
+    /// The host's; `EFBIG` past the limit that the process has for files, where the host would kill it.
     pub fn set_length(&self, bytes: u64) -> io::Result<()> {
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Fsize).current;
+        if limit.is_some_and(|limit| bytes > limit) && bytes > self.length()? {
+            return Err(Errno::FBIG.into());
+        }
         let _holes = self.known_data.forget_afterwards();
         Ok(retry(|| rustix::fs::ftruncate(&self.fd, bytes))?)
     }

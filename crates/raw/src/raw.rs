@@ -139,8 +139,9 @@ impl BlockDriver for RawDriver {
         &["offset", "size"]
     }
 
+    /// A part of a file grows by what the file has there.
     fn grows_zeroed(&self) -> bool {
-        self.file.driver().grows_zeroed()
+        self.range.fixed_size().is_none() && self.file.driver().grows_zeroed()
     }
 
     fn limits(&self) -> BlockLimits {

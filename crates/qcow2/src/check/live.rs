@@ -40,6 +40,10 @@ impl Image {
             Err(_) if fix == CheckFix::None => {}
             Err(e) => return Err(e),
         }
+        if fix != CheckFix::None {
+            // A repair takes the end of the file for the end of what is in use.
+            self.cut_ahead().await;
+        }
         let header = self.header().clone();
         let mut meta = self.meta.lock().await;
         // INV QCOW2-ORD-4: what waits to become free may still be looked at by a reader.

@@ -5,7 +5,9 @@ use blockcore::testing::CrashDriver;
 use blockcore::testing::fault::{Event, Rule};
 use blockcore::{Preallocation, TruncateRequest, WriteFlags};
 
-use super::{Shape, findings, fresh_image, open_on, open_with_faults, read_all, write};
+use super::{
+    Shape, corruptions, findings, fresh_image, open_on, open_with_faults, read_all, write,
+};
 use crate::format::OFLAG_COPIED;
 use crate::l2_entry::L2Entry;
 
@@ -181,6 +183,38 @@ async fn a_file_that_is_written_to_while_it_grows_keeps_its_length() {
         node.flush().await.unwrap();
         assert_eq!(image.file.length(), (8 << 20) + 4096);
         assert_eq!(disk.snapshot()[8 << 20], 2, "after {yields} turns");
+    }
+}
+
+// What is being written behind the end of the file, where nothing is yet, is not cut off by a disk that becomes shorter at the same time.
+#[tokio::test]
+async fn a_shrinking_disk_cuts_off_nothing_that_is_being_written() {
+    for turns in 0..150 {
+        let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
+        let (node, image, faults) = open_with_faults(disk.clone()).await;
+        write(&node, 10 * CLUSTER, 10 * CLUSTER as usize, 7)
+            .await
+            .unwrap();
+        node.flush().await.unwrap();
+        let end = image.file.length();
+        faults.add(Rule::slow(Event::Write, 2_000).within(end..u64::MAX));
+        let shrinking = {
+            let node = node.clone();
+            let shorter = TruncateRequest::to(10 * CLUSTER);
+            tokio::spawn(async move { node.truncate(shorter).await })
+        };
+        for _ in 0..turns {
+            tokio::task::yield_now().await;
+        }
+        write(&node, 3 * CLUSTER, CLUSTER as usize, 9)
+            .await
+            .unwrap();
+        shrinking.await.unwrap().unwrap();
+        node.flush().await.unwrap();
+        let mut expected = vec![0; 10 * CLUSTER as usize];
+        expected[3 * CLUSTER as usize..4 * CLUSTER as usize].fill(9);
+        assert!(read_all(&node).await == expected, "after {turns} turns");
+        assert_eq!(corruptions(disk.snapshot()).await, [""; 0]);
     }
 }
 

@@ -5,7 +5,8 @@ use super::features::History;
 use super::{Writer, pick};
 
 /// What differs where clusters were freed.
-const OWN_CHECK: &str = "grep -v -e 'Image end' -e allocated -e image-end -e fragmented";
+const OWN_CHECK: &str =
+    "grep -v -e 'Image end' -e allocated -e image-end -e fragmented | sed 's/,$//'";
 
 impl Writer<'_> {
     /// One of the looks, in the middle of a script.
