@@ -52,6 +52,9 @@ pub fn run(args: &[String], console: Console) -> u8 {
             if let Err(e) = blocklayer::raw::use_this_runtime() {
                 tracing::debug!("the runtime can't work io_uring itself: {e}");
             }
+            if let Err(e) = toolkit::survive_file_size_limit() {
+                tracing::debug!("the limit for files may end the program: {e}");
+            }
             run_async(args, blocklayer::registry(), console.clone()).await
         }),
         Err(e) => console.fail(&format!("Could not start: {e}")).0,

@@ -28,6 +28,9 @@ fn main() -> ExitCode {
         if let Err(e) = blocklayer::raw::use_this_runtime() {
             tracing::debug!("the runtime can't work io_uring itself: {e}");
         }
+        if let Err(e) = toolkit::survive_file_size_limit() {
+            tracing::debug!("the limit for files may end the program: {e}");
+        }
         qemu_io::cli::main(argv).await
     });
     // A thread that waits for standard input must not keep the program alive.

@@ -9,7 +9,19 @@ pub mod cache;
 pub mod getopt;
 pub mod specific;
 
+use std::io;
+use std::sync::Arc;
+
 use blockcore::BlockError;
+
+/// Lets a write or a growth past the limit that the process has for files (`ulimit -f`) fail, where the host would end the process.
+///
+/// # Errors
+/// The host's.
+pub fn survive_file_size_limit() -> io::Result<()> {
+    let noted = Arc::default();
+    signal_hook::flag::register(signal_hook::consts::SIGXFSZ, noted).map(drop)
+}
 
 /// An error as the tools print it behind their name: its text, and a hint on a line of its own.
 pub fn error_lines(error: &BlockError) -> String {

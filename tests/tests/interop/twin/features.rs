@@ -257,7 +257,10 @@ impl Writer<'_> {
                 4 => ",overlap-check.template=cached,overlap-check.active-l2=off",
                 5 => ",pass-discard-other=on",
                 6 => ",lazy-refcounts=on",
-                7 if !history.is_version_2 => ",discard-no-unref=on",
+                // With a snapshot, QEMU punches what is the snapshot's.
+                7 if !history.is_version_2 && history.snapshots.is_empty() => {
+                    ",discard-no-unref=on"
+                }
                 _ => ",overlap-check=none",
             };
         }
