@@ -490,7 +490,7 @@ impl Writer<'_> {
             ));
         }
         let how = pick(self.random, &["leaks", "all", "all"]);
-        self.line("qemu-img check t.qcow2; echo \"status $?\"");
+        self.line("qemu-img check t.qcow2 | grep -v 'Image end'; echo \"status ${PIPESTATUS[0]}\"");
         self.line(&format!(
             "qemu-img check -r {how} t.qcow2 | grep -v -e 'Image end' -e allocated"
         ));

@@ -38,6 +38,8 @@ struct Queue {
 
 /// Lets the current tokio runtime work io_uring for its own requests, until it shuts down. Without this call, a thread of the process does.
 ///
+/// A request that is given up is still worked on, but only while the runtime runs: who uses the same file from another runtime may have to wait for it.
+///
 /// Call it once in each runtime, early. Does nothing where the kernel grants no io_uring: requests then go to the blocking pool.
 ///
 /// # Errors
