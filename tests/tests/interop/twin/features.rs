@@ -161,6 +161,8 @@ impl Writer<'_> {
         if self.random.below(4) == 0 && may_preallocate {
             let mode = pick(self.random, &["metadata", "falloc", "full"]);
             options.push(format!("preallocation={mode}"));
+            // The tables of small clusters lie between the data, or all before it.
+            history.has_own_layout |= self.cluster < 4 * KIB;
             history.is_preallocated = true;
         }
         let mut below = String::new();
