@@ -272,6 +272,23 @@ impl Node {
         self.flush_now().await
     }
 
+    /// As [`flush`](Node::flush), and never skipped: makes durable what others have written before the node was opened, or behind its back. A format that goes by
+    /// what it has read there can only rely on it afterwards: whoever wrote it may have been killed before he came to flush.
+    ///
+    /// # Errors
+    /// As [`flush`](Node::flush).
+    pub async fn flush_unseen(&self) -> Result<()> {
+        self.mark_all_written();
+        self.flush().await
+    }
+
+    fn mark_all_written(&self) {
+        self.mark_written();
+        for child in self.driver.children() {
+            child.node().mark_all_written();
+        }
+    }
+
     /// As [`flush`](Node::flush), for a request that is in flight itself: it waits for no other, since those may wait for it.
     pub(crate) async fn flush_now(&self) -> Result<()> {
         if !self.driver.is_protocol() {

@@ -237,6 +237,8 @@ impl Image {
     /// As [`prepare_writing`](Image::prepare_writing).
     pub async fn prepare_writing_with(&self, checks: OverlapChecks) -> Result<()> {
         self.header().check_writable()?;
+        // INV QCOW2-ORD-7
+        self.file.node().flush_unseen().await?;
         self.repair_if_dirty().await?;
         let header = self.header().clone();
         self.find_owners(&header, &*self.meta.lock().await, checks)

@@ -362,7 +362,11 @@ async fn errors_at_any_point_harm_nothing() {
 async fn an_error_of_any_single_request_harms_nothing() {
     // The quick run looks at some of them.
     let every = from_env("BLOCKLAYER_FAULT_EVERY", 23);
+    let only = std::env::var("BLOCKLAYER_FAULT_PLAN").ok();
     for (name, mut plan) in plans() {
+        if only.as_ref().is_some_and(|only| only != name) {
+            continue;
+        }
         plan.prepare().await;
         let seen = plan.run(0, &mut Rng::new(1)).await.unwrap();
         let requests = seen.faults.requests();

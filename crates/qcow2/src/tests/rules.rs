@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Single rules, each with the smallest case that breaks when the rule does.
 
-use blockcore::testing::CrashDriver;
 use blockcore::testing::fault::{Event, Rule};
-use blockcore::{StatusFlags, StatusMode, WriteFlags};
+use blockcore::testing::{CrashDriver, Rng};
+use blockcore::{SnapshotRequest, SnapshotSelector, StatusFlags, StatusMode, WriteFlags};
 use futures::FutureExt;
 
 use super::{
@@ -366,4 +366,36 @@ async fn zeroes_are_zeroes_over_a_backing_file_that_is_not_open() {
         all[1 << 16..].iter().all(|b| *b == 0xaa),
         "and that was never written"
     );
+}
+
+// INV QCOW2-ORD-7: who deleted a snapshot was killed before his flush; what the next one writes in place is not the snapshot's, if the power is cut then.
+#[tokio::test]
+async fn what_was_read_is_durable_before_anything_is_changed_by_it() {
+    let mut failed = 0;
+    for request in 0..30 {
+        let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
+        let (node, _, faults) = open_with_faults(disk.clone()).await;
+        write(&node, 0, CLUSTER as usize, 7).await.unwrap();
+        node.snapshot_create(SnapshotRequest::now("kept"))
+            .await
+            .unwrap();
+        let kept = SnapshotSelector::name("kept");
+        faults.add(Rule::fail_all(libc::EIO).not_before(request));
+        let begun = disk.log_len();
+        failed += u32::from(node.snapshot_delete(kept.clone()).await.is_err());
+        drop(node);
+        let (next, _) = open_on(disk.clone(), None).await;
+        write(&next, 0, CLUSTER as usize, 9).await.unwrap();
+        let mut rng = Rng::new(1);
+        for _ in 0..100 {
+            let cut = begun + rng.below((disk.log_len() - begun) as u64 + 1) as usize;
+            let left = disk.image_after(cut, 50, &mut rng);
+            let (node, image) = open_on(CrashDriver::new(left), None).await;
+            if image.snapshot_load(&kept).await.is_ok() {
+                let first = read_all(&node).await[..CLUSTER as usize].to_vec();
+                assert_eq!(first, [7; CLUSTER as usize], "request {request}, cut {cut}");
+            }
+        }
+    }
+    assert!(failed > 1, "no request has failed");
 }
