@@ -326,7 +326,12 @@ impl<'a> Checker<'a> {
     }
 
     async fn write(&self, offset: u64, bytes: Vec<u8>) -> Result<()> {
-        let flags = WriteFlags::empty();
+        let (flags, end) = (WriteFlags::empty(), self.file.length());
+        // INV QCOW2-REPAIR-4: entries may name what the file grows over, and it reads as zero.
+        if offset > end && !self.file.driver().grows_zeroed() {
+            self.file.pwrite_zeroes(end, offset - end, flags).await?;
+            self.file.flush().await?;
+        }
         self.file.pwritev(offset, IoBuf::from(bytes), flags).await
     }
 
