@@ -163,7 +163,8 @@ impl FileDriver {
         E: Into<BlockError> + Send + 'static,
     {
         let host = self.state.host();
-        pool::run(move || work(&host)).await
+        let standby = host.standby.clone();
+        standby.run(move || work(&host)).await
     }
 
     /// As `blocking`, for a change of a range.
@@ -176,7 +177,9 @@ impl FileDriver {
         let orphans = &self.state.orphans;
         orphans.wait(offset, end).await;
         let host = self.state.host();
-        pool::run_change(orphans, offset, end, move || work(&host)).await
+        let standby = host.standby.clone();
+        let work = move || work(&host);
+        standby.run_change(orphans, offset, end, work).await
     }
 }
 

@@ -6,6 +6,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use blockcore::{IoBuf, IoBufMut, WriteFlags};
@@ -13,6 +14,7 @@ use rustix::fs::{FallocateFlags, SeekFrom, copy_file_range, fallocate};
 use rustix::io::{Errno, ReadWriteFlags, preadv, preadv2, pwritev};
 
 use crate::direct::Alignment;
+use crate::engine::standby::Standby;
 use crate::engine::{Engine, Writers};
 use crate::ioctl;
 use crate::status::KnownData;
@@ -43,6 +45,8 @@ pub(crate) struct HostFile {
     pub engine: Engine,
     pub known_data: KnownData,
     pub writers: Writers,
+    /// Its own, and not the file's: a thread that stands by must not keep the file open.
+    pub standby: Arc<Standby>,
     can_zero_range: AtomicBool,
     can_punch: AtomicBool,
     can_discard: AtomicBool,
@@ -73,6 +77,7 @@ impl HostFile {
             engine,
             known_data: KnownData::default(),
             writers: Writers::default(),
+            standby: Arc::default(),
             can_zero_range: AtomicBool::new(true),
             can_punch: AtomicBool::new(true),
             can_discard: AtomicBool::new(true),

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The I/O engines: how requests get to the kernel without a wait on an executor's thread.
 //!
-//! * [`pool`]: any call at all, on a thread of tokio's blocking pool;
+//! * [`pool`]: any call at all, on a thread of tokio's blocking pool; [`standby`]: the same for the short calls that a file gets one by one;
 //! * [`uring`]: reads, writes and syncs by io_uring, where the kernel grants it.
 //!
 //! With both, whoever works on a buffer owns it, so a future can be dropped at any time; what then goes on is the business of
 //! [`orphan`](crate::orphan).
 
 pub(crate) mod pool;
+pub(crate) mod standby;
 pub(crate) mod uring;
 
 use std::sync::Arc;
@@ -81,8 +82,10 @@ pub(crate) async fn read(file: &Arc<HostFile>, offset: u64, mut buf: IoBufMut) -
     if file.reads_by_uring(buf.len()) {
         return uring::read(file, offset, buf).await;
     }
+    let standby = file.standby.clone();
     let file = file.clone();
-    pool::run(move || file.read(offset, &mut buf).map(|()| buf)).await
+    let work = move || file.read(offset, &mut buf).map(|()| buf);
+    standby.run(work).await
 }
 
 /// Writes all of `buf` at `offset`.
@@ -97,6 +100,8 @@ pub(crate) async fn write(
         return uring::write(file, orphans, offset, buf).await;
     }
     let end = offset + buf.len() as u64;
+    let standby = file.standby.clone();
     let file = file.clone();
-    pool::run_change(orphans, offset, end, move || file.write(offset, &buf)).await
+    let work = move || file.write(offset, &buf);
+    standby.run_change(orphans, offset, end, work).await
 }

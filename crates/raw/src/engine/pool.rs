@@ -1,11 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The blocking pool: work that would keep an executor's thread waiting goes to tokio's blocking threads.
 
-use std::sync::Arc;
-
 use blockcore::{BlockError, Result};
-
-use crate::orphan::Orphans;
 
 /// Runs `work` on a blocking thread. What it needs, it owns; so nothing is freed under it when the future is dropped, and it
 /// then runs to its end all the same.
@@ -23,27 +19,4 @@ where
         // The runtime is shutting down and has thrown the work away.
         Err(_) => Err(BlockError::from_errno(libc::ECANCELED)),
     }
-}
-
-/// As [`run`], for a change of `start..end`: if the future is dropped, the work becomes an orphan.
-///
-/// # Errors
-/// As [`run`].
-pub(crate) async fn run_change<T, E>(
-    orphans: &Arc<Orphans>,
-    start: u64,
-    end: u64,
-    work: impl FnOnce() -> Result<T, E> + Send + 'static,
-) -> Result<T>
-where
-    T: Send + 'static,
-    E: Into<BlockError> + Send + 'static,
-{
-    // INV REQ-DROP-1: the thread's guard says when the work is over, the future's guard says when nobody waits any more.
-    let (worker, _waiter) = orphans.begin(start, end);
-    run(move || {
-        let _worker = worker;
-        work()
-    })
-    .await
 }
