@@ -16,6 +16,7 @@ use blockcore::{
 };
 
 use crate::engine::pool;
+use crate::engine::standby::Manner;
 use crate::file_open::Aio;
 use crate::host::{HostFile, HostKind};
 use crate::orphan::Orphans;
@@ -164,7 +165,7 @@ impl FileDriver {
     {
         let host = self.state.host();
         let standby = host.standby.clone();
-        standby.run(move || work(&host)).await
+        standby.run(Manner::Alone, move || work(&host)).await
     }
 
     /// As `blocking`, for a change of a range.
@@ -179,7 +180,9 @@ impl FileDriver {
         let host = self.state.host();
         let standby = host.standby.clone();
         let work = move || work(&host);
-        standby.run_change(orphans, offset, end, work).await
+        standby
+            .run_change(Manner::Alone, orphans, offset, end, work)
+            .await
     }
 }
 

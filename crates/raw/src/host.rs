@@ -14,8 +14,8 @@ use rustix::fs::{FallocateFlags, SeekFrom, copy_file_range, fallocate};
 use rustix::io::{Errno, ReadWriteFlags, preadv, preadv2, pwritev};
 
 use crate::direct::Alignment;
+use crate::engine::Engine;
 use crate::engine::standby::Standby;
-use crate::engine::{Engine, Writers};
 use crate::ioctl;
 use crate::status::KnownData;
 
@@ -44,7 +44,6 @@ pub(crate) struct HostFile {
     pub direct: Option<Alignment>,
     pub engine: Engine,
     pub known_data: KnownData,
-    pub writers: Writers,
     /// Its own, and not the file's: a thread that stands by must not keep the file open.
     pub standby: Arc<Standby>,
     can_zero_range: AtomicBool,
@@ -76,7 +75,6 @@ impl HostFile {
             direct,
             engine,
             known_data: KnownData::default(),
-            writers: Writers::default(),
             standby: Arc::default(),
             can_zero_range: AtomicBool::new(true),
             can_punch: AtomicBool::new(true),

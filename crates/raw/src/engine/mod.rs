@@ -12,12 +12,12 @@ pub(crate) mod standby;
 pub(crate) mod uring;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use blockcore::{IoBuf, IoBufMut, Result};
 
-use crate::host::{HostFile, NOWAIT_BYTES_MAX};
+use crate::host::{HostFile, HostKind, NOWAIT_BYTES_MAX};
 use crate::orphan::Orphans;
+use standby::Manner;
 
 /// Who makes the calls for one file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,46 +34,17 @@ impl HostFile {
         self.engine == Engine::Uring && (self.direct.is_some() || bytes <= NOWAIT_BYTES_MAX)
     }
 
-    /// The page cache is written by a thread either way. io_uring keeps one at work as long as there are more writes, where the pool wakes one for each; but to
-    /// wake one of the pool is quicker, so writes that come one by one go there.
-    fn writes_by_uring(&self, come_together: bool) -> bool {
-        self.engine == Engine::Uring && (self.direct.is_some() || come_together)
+    /// The page cache is written by a thread either way.
+    fn writes_by_uring(&self) -> bool {
+        self.engine == Engine::Uring && self.direct.is_some()
     }
-}
 
-/// Whether the writes of a file come one by one or several at a time.
-#[derive(Debug, Default)]
-pub(crate) struct Writers {
-    under_way: AtomicUsize,
-    /// How many more writes have to come alone till they are believed to come one by one.
-    together: AtomicUsize,
-}
-
-/// How many writes in a row have to come alone.
-const ALONE: usize = 64;
-
-/// One of the writes that are under way.
-struct Writing<'a>(&'a Writers);
-
-impl Writers {
-    /// Begins a write, and says whether they come several at a time.
-    fn begin(&self) -> (Writing<'_>, bool) {
-        let writing = Writing(self);
-        // These numbers decide nothing but who works; that two threads at once may miscount `together` is no harm.
-        if self.under_way.fetch_add(1, Ordering::Relaxed) > 0 {
-            self.together.store(ALONE, Ordering::Relaxed);
-            return (writing, true);
+    /// The host's file systems let one at a time write to the page cache of a file.
+    fn write_manner(&self) -> Manner {
+        match self.kind == HostKind::File && self.direct.is_none() {
+            true => Manner::InLine,
+            false => Manner::Alone,
         }
-        let together = self.together.load(Ordering::Relaxed);
-        self.together
-            .store(together.saturating_sub(1), Ordering::Relaxed);
-        (writing, together > 0)
-    }
-}
-
-impl Drop for Writing<'_> {
-    fn drop(&mut self) {
-        self.0.under_way.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -85,7 +56,7 @@ pub(crate) async fn read(file: &Arc<HostFile>, offset: u64, mut buf: IoBufMut) -
     let standby = file.standby.clone();
     let file = file.clone();
     let work = move || file.read(offset, &mut buf).map(|()| buf);
-    standby.run(work).await
+    standby.run(Manner::Alone, work).await
 }
 
 /// Writes all of `buf` at `offset`.
@@ -95,13 +66,12 @@ pub(crate) async fn write(
     offset: u64,
     buf: IoBuf,
 ) -> Result<()> {
-    let (_writing, come_together) = file.writers.begin();
-    if file.writes_by_uring(come_together) {
+    if file.writes_by_uring() {
         return uring::write(file, orphans, offset, buf).await;
     }
     let end = offset + buf.len() as u64;
-    let standby = file.standby.clone();
+    let (standby, manner) = (file.standby.clone(), file.write_manner());
     let file = file.clone();
     let work = move || file.write(offset, &buf);
-    standby.run_change(orphans, offset, end, work).await
+    standby.run_change(manner, orphans, offset, end, work).await
 }

@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Standing by: a thread that has done a piece of work looks out a little for the next one of the same file before it sleeps, and whoever waits for a piece of
-//! work looks a few times before it sleeps. To wake a thread takes much longer than to write 4 KiB to the page cache, and requests that come one by one need two
-//! of them woken for each. `QEMU: poll-max-ns of an iothread`.
+//! Short calls, by a thread of the blocking pool that stays with the file while there is something to do: it does one after the other, and stands by a little for
+//! the next before it sleeps. Whoever waits looks a few times before it sleeps. To wake a thread takes much longer than to write 4 KiB to the page cache, and
+//! with a thread of the pool for each request two are woken for each. `QEMU: poll-max-ns of an iothread`.
 //!
-//! Neither side keeps a CPU from others for long: where looking was in vain, it is left alone for a while; no more threads stand by than half of the CPUs, so
-//! none where there is but one; and who waits lets the executor's other tasks have their turn each time.
+//! *Looking costs nobody much*: where it was in vain, it is left alone for a while; no more threads stand by than half of the CPUs, so none where there is but
+//! one; who waits lets the executor's other tasks have their turn each time; and of those who wait for a file one looks.
+//!
+//! *No runtime depends on another* that uses the same file: a thread goes back to its pool after [`SHIFT`], and a shift that a runtime throws away when it shuts
+//! down is done on the spot.
 
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
@@ -19,33 +23,82 @@ use crate::orphan::Orphans;
 
 /// How long either side looks: about what it costs to be woken.
 const PATIENCE: Duration = Duration::from_micros(64);
-/// So many pieces of work go without, after somebody looked in vain.
+/// So many calls go without, after somebody looked in vain.
 const DISAPPOINTED: usize = 32;
+/// How long a thread stays away from its pool.
+const SHIFT: Duration = Duration::from_millis(10);
 
-/// A piece of work. It says itself that it is done.
+/// A call. It says itself that it is done.
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Where a thread stands by for the work of one file.
+/// Whether a call may wait for others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Manner {
+    /// One after the other: the host does these one at a time anyway.
+    InLine,
+    /// At once, on a thread that does nothing else.
+    Alone,
+}
+
+/// The calls for one file.
 #[derive(Default)]
 pub(crate) struct Standby {
     post: Mutex<Post>,
-    /// `post` has work; saves the thread from taking the lock to look.
+    /// The thread that stands by has been given something; saves it from taking the lock to look.
     is_given: AtomicBool,
-    /// So many pieces of work still go without.
+    /// So many calls still go without looking.
     without: AtomicUsize,
+    /// Somebody who waits looks.
+    is_looked_at: AtomicBool,
+    /// Calls that were made, to tell who looks that it goes on.
+    done: AtomicUsize,
 }
 
 #[derive(Default)]
-enum Post {
+struct Post {
+    thread: Thread,
+    queue: VecDeque<Job>,
+}
+
+/// What the file's thread does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Thread {
+    /// There is none.
     #[default]
-    Deserted,
+    Away,
     StandingBy,
-    Given(Job),
+    /// It makes the calls in the queue, or will as soon as it runs.
+    Busy,
+    /// It makes a call that nobody may wait for.
+    Apart,
 }
 
 impl std::fmt::Debug for Standby {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Standby").finish_non_exhaustive()
+    }
+}
+
+/// What a thread of the pool does.
+struct Shift {
+    standby: Arc<Standby>,
+    first: Option<Job>,
+    is_over: bool,
+}
+
+impl Shift {
+    fn work(mut self) {
+        self.is_over = true;
+        self.standby.work(self.first.take());
+    }
+}
+
+impl Drop for Shift {
+    fn drop(&mut self) {
+        // A call of its own is nobody else's business; the queue may have those of other runtimes.
+        if !self.is_over && self.first.is_none() {
+            self.standby.leave();
+        }
     }
 }
 
@@ -71,13 +124,23 @@ impl Drop for Place {
     }
 }
 
+/// Who looks, of those who wait.
+struct Looking<'a>(&'a Standby);
+
+impl Drop for Looking<'_> {
+    fn drop(&mut self) {
+        self.0.is_looked_at.store(false, Ordering::Relaxed);
+    }
+}
+
 impl Standby {
-    /// Runs `work` on the thread that stands by, or else on one of the blocking pool. What it needs, it owns; it runs to its end even if the future is dropped.
+    /// Makes a call. What `work` needs, it owns; it runs to its end even if the future is dropped.
     ///
     /// # Errors
-    /// The work's; `ECANCELED` if the runtime shuts down.
+    /// The call's; `ECANCELED` if the runtime shuts down.
     pub async fn run<T, E>(
         self: &Arc<Self>,
+        manner: Manner,
         work: impl FnOnce() -> Result<T, E> + Send + 'static,
     ) -> Result<T>
     where
@@ -89,26 +152,26 @@ impl Standby {
             // Nobody may wait any more.
             let _ = sender.send(catch_unwind(AssertUnwindSafe(work)));
         });
-        let refused = self.give(job);
-        let is_given = refused.is_none();
-        if let Some(job) = refused {
-            let standby = self.clone();
-            // Dropped without a run if the runtime shuts down, and the sender with it.
-            drop(tokio::task::spawn_blocking(move || standby.work(job)));
+        let shift = self.give(job, manner);
+        let is_awake = shift.is_none();
+        if let Some(shift) = shift {
+            // One that the runtime drops because it shuts down says so to who waits.
+            drop(tokio::task::spawn_blocking(move || shift.work()));
         }
-        match self.wait(receiver, is_given).await {
+        match self.wait(receiver, is_awake).await {
             Some(Ok(done)) => done.map_err(Into::into),
             Some(Err(panic)) => resume_unwind(panic),
             None => Err(BlockError::from_errno(libc::ECANCELED)),
         }
     }
 
-    /// As [`run`](Standby::run), for a change of `start..end`: if the future is dropped, the work becomes an orphan.
+    /// As [`run`](Standby::run), for a change of `start..end`: if the future is dropped, the call becomes an orphan.
     ///
     /// # Errors
     /// As [`run`](Standby::run).
     pub async fn run_change<T, E>(
         self: &Arc<Self>,
+        manner: Manner,
         orphans: &Arc<Orphans>,
         start: u64,
         end: u64,
@@ -120,81 +183,143 @@ impl Standby {
     {
         // INV REQ-DROP-1: the thread's guard says when the work is over, the future's guard says when nobody waits any more.
         let (worker, _waiter) = orphans.begin(start, end);
-        self.run(move || {
+        self.run(manner, move || {
             let _worker = worker;
             work()
         })
         .await
     }
 
-    /// Waits for what a job sends; `None` if it was thrown away. `is_given`: its thread needn't be woken, so what takes long is the job.
-    async fn wait<R>(&self, mut receiver: oneshot::Receiver<R>, is_given: bool) -> Option<R> {
-        if self.without.load(Ordering::Relaxed) == 0 {
-            let until = Instant::now() + PATIENCE;
+    /// Waits for what a job sends; `None` if it was thrown away. `is_awake`: no thread is woken for it, so what takes long are the calls.
+    async fn wait<R>(&self, mut receiver: oneshot::Receiver<R>, is_awake: bool) -> Option<R> {
+        let may_look = self.without.load(Ordering::Relaxed) == 0;
+        if may_look && !self.is_looked_at.swap(true, Ordering::Relaxed) {
+            let _looking = Looking(self);
+            let mut seen = self.done.load(Ordering::Relaxed);
+            let mut until = Instant::now() + PATIENCE;
             loop {
                 match receiver.try_recv() {
                     Ok(sent) => return Some(sent),
                     Err(TryRecvError::Closed) => return None,
-                    Err(TryRecvError::Empty) if Instant::now() < until => {}
-                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Empty) => {}
+                }
+                let (now, done) = (Instant::now(), self.done.load(Ordering::Relaxed));
+                if done != seen {
+                    (seen, until) = (done, now + PATIENCE);
+                } else if now >= until {
+                    break;
                 }
                 tokio::task::yield_now().await;
             }
-            if is_given {
+            if is_awake {
                 self.without.store(DISAPPOINTED, Ordering::Relaxed);
             }
         }
         receiver.await.ok()
     }
 
-    /// Gives a job to the thread that stands by; gives it back where there is none.
-    fn give(&self, job: Job) -> Option<Job> {
+    /// Gives a job to the thread that is there; or what a thread of the pool has to do.
+    fn give(self: &Arc<Self>, job: Job, manner: Manner) -> Option<Shift> {
         let without = self.without.load(Ordering::Relaxed);
-        // Decides nothing but who works: that two threads at once may miscount is no harm.
-        self.without
-            .store(without.saturating_sub(1), Ordering::Relaxed);
+        if without > 0 {
+            // Decides nothing but who works: that two threads at once may miscount is no harm.
+            self.without.store(without - 1, Ordering::Relaxed);
+        }
+        let shift = |first| {
+            Some(Shift {
+                standby: self.clone(),
+                first,
+                is_over: false,
+            })
+        };
         let mut post = self.lock();
-        if !matches!(*post, Post::StandingBy) {
-            return Some(job);
-        }
-        *post = Post::Given(job);
-        self.is_given.store(true, Ordering::Release);
-        None
-    }
-
-    /// What a thread of the pool does: one job, and those that come while it stands by.
-    fn work(&self, job: Job) {
-        job();
-        while let Some(next) = self.stand_by() {
-            next();
-        }
-    }
-
-    fn stand_by(&self) -> Option<Job> {
-        if self.without.load(Ordering::Relaxed) > 0 {
-            return None;
-        }
-        let _place = Place::take()?;
-        {
-            let mut post = self.lock();
-            if !matches!(*post, Post::Deserted) {
-                return None;
+        match (post.thread, manner) {
+            (Thread::StandingBy, _) => {
+                post.queue.push_back(job);
+                post.thread = match manner {
+                    Manner::InLine => Thread::Busy,
+                    Manner::Alone => Thread::Apart,
+                };
+                self.is_given.store(true, Ordering::Release);
+                None
             }
-            *post = Post::StandingBy;
+            (Thread::Busy, Manner::InLine) => {
+                post.queue.push_back(job);
+                None
+            }
+            (Thread::Away, Manner::InLine) => {
+                post.queue.push_back(job);
+                post.thread = Thread::Busy;
+                shift(None)
+            }
+            _ => shift(Some(job)),
         }
+    }
+
+    /// What a thread of the pool does: `first`, or else what is in the queue; and what comes meanwhile.
+    fn work(&self, first: Option<Job>) {
+        let end = Instant::now() + SHIFT;
+        if let Some(job) = first {
+            self.make(job);
+            let mut post = self.lock();
+            if post.thread != Thread::Away {
+                return;
+            }
+            post.thread = Thread::Busy;
+        }
+        while let Some(job) = self.next() {
+            self.make(job);
+            if Instant::now() >= end {
+                return self.leave();
+            }
+        }
+    }
+
+    fn make(&self, job: Job) {
+        job();
+        self.done.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The next job, for which the thread stands by if need be; `None`: it is away.
+    fn next(&self) -> Option<Job> {
+        let place = {
+            let mut post = self.lock();
+            if let Some(job) = post.queue.pop_front() {
+                return Some(job);
+            }
+            let place = match self.without.load(Ordering::Relaxed) {
+                0 => Place::take(),
+                _ => None,
+            };
+            post.thread = match place {
+                Some(_) => Thread::StandingBy,
+                None => Thread::Away,
+            };
+            place
+        };
+        let _place = place?;
         let until = Instant::now() + PATIENCE;
         while !self.is_given.load(Ordering::Acquire) && Instant::now() < until {
             std::hint::spin_loop();
         }
         let mut post = self.lock();
         self.is_given.store(false, Ordering::Relaxed);
-        match std::mem::take(&mut *post) {
-            Post::Given(job) => Some(job),
-            Post::StandingBy | Post::Deserted => {
-                self.without.store(DISAPPOINTED, Ordering::Relaxed);
-                None
-            }
+        let job = post.queue.pop_front();
+        if job.is_none() {
+            post.thread = Thread::Away;
+            self.without.store(DISAPPOINTED, Ordering::Relaxed);
         }
+        job
+    }
+
+    /// The thread is away for those who come; those who came get what they asked for.
+    fn leave(&self) {
+        let rest = {
+            let mut post = self.lock();
+            post.thread = Thread::Away;
+            std::mem::take(&mut post.queue)
+        };
+        rest.into_iter().for_each(|job| self.make(job));
     }
 
     fn lock(&self) -> MutexGuard<'_, Post> {
@@ -207,31 +332,40 @@ impl Standby {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::runtime::{Builder, Runtime};
 
-    fn standby() -> Arc<Standby> {
-        Arc::default()
+    const MANNERS: [Manner; 2] = [Manner::InLine, Manner::Alone];
+
+    fn runtime() -> Runtime {
+        let mut builder = Builder::new_current_thread();
+        builder.enable_time().max_blocking_threads(1);
+        builder.build().unwrap()
+    }
+
+    async fn counted(standby: &Arc<Standby>, manner: Manner, done: &Arc<AtomicUsize>) -> usize {
+        let counter = done.clone();
+        let work = move || Ok::<_, BlockError>(counter.fetch_add(1, Ordering::Relaxed));
+        standby.run(manner, work).await.unwrap()
     }
 
     #[tokio::test]
-    async fn work_that_comes_one_by_one_is_all_done_and_in_its_order() {
-        let (standby, done) = (standby(), Arc::new(AtomicUsize::new(0)));
-        for i in 0..2000 {
-            let counter = done.clone();
-            let work = move || Ok::<_, BlockError>(counter.fetch_add(1, Ordering::Relaxed));
-            assert_eq!(standby.run(work).await.unwrap(), i);
+    async fn calls_that_come_one_by_one_are_made() {
+        for manner in MANNERS {
+            let (standby, done) = (Arc::default(), Arc::default());
+            for i in 0..2000 {
+                assert_eq!(counted(&standby, manner, &done).await, i);
+            }
         }
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn work_from_many_tasks_is_all_done() {
-        let (standby, done) = (standby(), Arc::new(AtomicUsize::new(0)));
-        let tasks = (0..8).map(|_| {
-            let (standby, done) = (standby.clone(), done.clone());
+    async fn calls_from_many_tasks_are_made() {
+        let (standby, done) = (Arc::default(), Arc::default());
+        let tasks = (0..8).map(|i| {
+            let (standby, done) = (Arc::clone(&standby), Arc::clone(&done));
             tokio::spawn(async move {
-                for _ in 0..500 {
-                    let counter = done.clone();
-                    let work = move || Ok::<_, BlockError>(counter.fetch_add(1, Ordering::Relaxed));
-                    standby.run(work).await.unwrap();
+                for n in 0..500 {
+                    counted(&standby, MANNERS[usize::from((i + n) % 7 == 0)], &done).await;
                 }
             })
         });
@@ -241,23 +375,20 @@ mod tests {
         assert_eq!(done.load(Ordering::Relaxed), 8 * 500);
     }
 
-    // What is given to a thread that stands by is done even if nobody waits for it, as with the pool.
     #[tokio::test]
-    async fn work_whose_future_is_dropped_is_done_all_the_same() {
-        let (standby, done) = (standby(), Arc::new(AtomicUsize::new(0)));
-        for i in 0..200 {
-            let counter = done.clone();
-            let work = move || Ok::<_, BlockError>(counter.fetch_add(1, Ordering::Relaxed));
-            let mut run = Box::pin(standby.run(work));
-            if i % 2 == 0 {
-                assert!(futures::poll!(&mut run).is_pending() || i > 0);
-                drop(run);
-            } else {
-                run.await.unwrap();
+    async fn calls_whose_futures_are_dropped_are_made_all_the_same() {
+        let (standby, done) = (Arc::default(), Arc::default());
+        let mut begun = 0;
+        for i in 0..400 {
+            let mut run = Box::pin(counted(&standby, MANNERS[i / 2 % 2], &done));
+            let first = futures::poll!(&mut run);
+            begun += 1;
+            if i % 2 == 0 && first.is_pending() {
+                run.await;
             }
         }
         let all_done = async {
-            while done.load(Ordering::Relaxed) < 200 {
+            while done.load(Ordering::Relaxed) < begun {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
         };
@@ -265,31 +396,83 @@ mod tests {
         waited.expect("all of it is done");
     }
 
-    // A runtime that shuts down doesn't take the work of another with it.
-    #[test]
-    fn a_runtime_that_ends_loses_no_work_of_another() {
-        let standby = standby();
-        let runtime = || {
-            let mut builder = tokio::runtime::Builder::new_current_thread();
-            builder.build().unwrap()
-        };
-        for i in 0..200 {
-            let first = runtime();
-            first.block_on(async { standby.run(|| Ok::<_, BlockError>(())).await.unwrap() });
-            let second = runtime();
-            let done = second.block_on(async {
-                let run = standby.run(move || Ok::<_, BlockError>(i));
-                first.shutdown_background();
-                run.await
+    // A call that takes long holds up nobody but those that wait in the line.
+    #[tokio::test]
+    async fn nobody_waits_for_a_call_that_is_made_alone() {
+        let (standby, done) = (Arc::<Standby>::default(), Arc::default());
+        // A thread that stands by, or not: either way.
+        for _ in 0..100 {
+            counted(&standby, Manner::InLine, &done).await;
+            let (go, wait) = std::sync::mpsc::channel::<()>();
+            let long = standby.run(Manner::Alone, move || {
+                wait.recv().map_err(|_| BlockError::from_errno(libc::EIO))
             });
-            assert_eq!(done.unwrap(), i);
+            let short = async {
+                for manner in MANNERS {
+                    counted(&standby, manner, &done).await;
+                }
+                go.send(()).unwrap();
+            };
+            futures::join!(long, short).0.unwrap();
         }
+    }
+
+    // A runtime that shuts down doesn't take another's calls with it, neither those that its thread makes nor those that its thread would have made.
+    #[test]
+    fn a_runtime_that_ends_loses_no_call_of_another() {
+        for i in 0..50 {
+            let (standby, done) = (Arc::<Standby>::default(), Arc::default());
+            let (first, second) = (runtime(), runtime());
+            let mut own = Box::pin(counted(&standby, Manner::InLine, &done));
+            first.block_on(async {
+                if i % 2 == 0 {
+                    // Its only thread has something else to do.
+                    tokio::task::spawn_blocking(|| std::thread::sleep(Duration::from_millis(2)));
+                }
+                let _ = futures::poll!(&mut own);
+            });
+            second.block_on(async {
+                let mut run = Box::pin(counted(&standby, Manner::InLine, &done));
+                let early = futures::poll!(&mut run);
+                first.shutdown_background();
+                if early.is_pending() {
+                    run.await;
+                }
+            });
+            assert_eq!(done.load(Ordering::Relaxed), 2);
+        }
+    }
+
+    // A runtime's thread is its own again after a while, however much others have to do.
+    #[test]
+    fn a_runtime_ends_while_another_uses_its_thread() {
+        let (standby, done) = (Arc::<Standby>::default(), Arc::default());
+        let first = runtime();
+        first.block_on(counted(&standby, Manner::InLine, &done));
+        let is_over = Arc::new(AtomicBool::new(false));
+        let other = std::thread::spawn({
+            let (standby, done, is_over) = (standby.clone(), done.clone(), is_over.clone());
+            move || {
+                runtime().block_on(async {
+                    while !is_over.load(Ordering::Relaxed) {
+                        let two = [Manner::InLine; 2].map(|m| counted(&standby, m, &done));
+                        futures::future::join_all(two).await;
+                    }
+                });
+            }
+        });
+        for _ in 0..200 {
+            first.block_on(counted(&standby, Manner::InLine, &done));
+        }
+        drop(first);
+        is_over.store(true, Ordering::Relaxed);
+        other.join().unwrap();
     }
 
     #[tokio::test]
     #[should_panic(expected = "as planned")]
     async fn a_panic_is_the_callers() {
         let work = || -> Result<()> { panic!("as planned") };
-        let _ = standby().run(work).await;
+        let _ = Arc::<Standby>::default().run(Manner::Alone, work).await;
     }
 }
