@@ -161,6 +161,19 @@ const SIZE_FIELD: u64 = 24;
 /// Byte offset of the refcount table's offset in the header; its length in clusters follows.
 const REFCOUNT_TABLE_OFFSET_FIELD: u64 = 48;
 
+/// The same ranges in their order, with those that touch in one: writes that come together put them down in any order.
+fn joined(mut ranges: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    ranges.sort_unstable();
+    ranges.dedup_by(|next, last| {
+        let touches = next.0 <= last.1;
+        if touches {
+            last.1 = last.1.max(next.1);
+        }
+        touches
+    });
+    ranges
+}
+
 impl Image {
     /// Makes all completed writes durable, with the metadata that makes them reachable. INV QCOW2-ORD-5.
     ///
@@ -259,7 +272,7 @@ impl Image {
             old_l1: growth.old_l1.clone(),
         });
         plan.freed = std::mem::take(&mut meta.freed);
-        plan.unwritten = std::mem::take(&mut meta.unwritten);
+        plan.unwritten = joined(std::mem::take(&mut meta.unwritten));
         Ok(plan)
     }
 
@@ -463,5 +476,17 @@ impl Image {
             .pwritev(at, IoBuf::from(bytes), WriteFlags::empty())
             .await?;
         self.file.flush().await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::joined;
+
+    #[test]
+    fn ranges_that_touch_become_one() {
+        let ranges = vec![(40, 50), (0, 10), (20, 30), (10, 15), (25, 40), (60, 70)];
+        assert_eq!(joined(ranges), [(0, 15), (20, 50), (60, 70)]);
+        assert_eq!(joined(Vec::new()), []);
     }
 }

@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex, RwLock};
 use async_trait::async_trait;
 use blockcore::{
     BlockDriver, BlockError, BlockLimits, BlockStatus, DriverInfo, IoBuf, IoBufMut, Node, Perm,
-    Permissions, PreparedReopen, ReadFlags, ReopenRequest, Result, SpecificInfo, StatusFlags,
-    StatusMode, TruncateRequest, WriteFlags,
+    Permissions, Preallocation, PreparedReopen, ReadFlags, ReopenRequest, Result, SpecificInfo,
+    StatusFlags, StatusMode, TruncateRequest, WriteFlags,
 };
 
 use crate::engine::pool;
@@ -168,9 +168,10 @@ impl FileDriver {
         standby.run(Manner::Alone, move || work(&host)).await
     }
 
-    /// As `blocking`, for a change of a range.
+    /// As `blocking`, for a change of a range. `is_short`: as far as the host goes, writes can wait for it.
     async fn change<E: Into<BlockError> + Send + 'static>(
         &self,
+        is_short: bool,
         offset: u64,
         end: u64,
         work: impl FnOnce(&HostFile) -> Result<(), E> + Send + 'static,
@@ -179,10 +180,12 @@ impl FileDriver {
         orphans.wait(offset, end).await;
         let host = self.state.host();
         let standby = host.standby.clone();
+        let manner = match is_short {
+            true => host.write_manner(),
+            false => Manner::Alone,
+        };
         let work = move || work(&host);
-        standby
-            .run_change(Manner::Alone, orphans, offset, end, work)
-            .await
+        standby.run_change(manner, orphans, offset, end, work).await
     }
 }
 
@@ -249,14 +252,14 @@ impl BlockDriver for FileDriver {
         if !self.state.host().may_zero() {
             return Err(BlockError::from_errno(libc::ENOTSUP));
         }
-        self.change(offset, offset + bytes, move |host| {
+        self.change(true, offset, offset + bytes, move |host| {
             host.zero(offset, bytes, flags)
         })
         .await
     }
 
     async fn reserve_storage(&self, offset: u64, bytes: u64) -> Result<()> {
-        self.change(offset, offset + bytes, move |host| {
+        self.change(true, offset, offset + bytes, move |host| {
             host.reserve(offset, bytes)
         })
         .await
@@ -266,7 +269,7 @@ impl BlockDriver for FileDriver {
         if !self.state.host().may_discard() {
             return Err(BlockError::from_errno(libc::ENOTSUP));
         }
-        self.change(offset, offset + bytes, move |host| {
+        self.change(true, offset, offset + bytes, move |host| {
             host.discard(offset, bytes)
         })
         .await
@@ -294,7 +297,8 @@ impl BlockDriver for FileDriver {
 
     async fn truncate(&self, request: TruncateRequest) -> Result<()> {
         let state = self.state.clone();
-        self.change(0, u64::MAX, move |host| {
+        let is_short = request.preallocation == Preallocation::Off;
+        self.change(is_short, 0, u64::MAX, move |host| {
             // Somebody may count on the length: a raw image with a fixed place in the file.
             state.also_use(Perm::RESIZE)?;
             truncate::truncate(host, request)
@@ -333,7 +337,7 @@ impl BlockDriver for FileDriver {
         let from = source.state.host();
         // What is being copied must not change before a copy that nobody waits for any more is over.
         let (reader, _waiter) = orphans.begin(src_offset, src_end);
-        self.change(dst_offset, dst_offset + bytes, move |host| {
+        self.change(false, dst_offset, dst_offset + bytes, move |host| {
             let _reader = reader;
             host.copy_from(&from, src_offset, dst_offset, bytes)
         })

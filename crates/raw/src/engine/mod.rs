@@ -39,8 +39,8 @@ impl HostFile {
         self.engine == Engine::Uring && self.direct.is_some()
     }
 
-    /// The host's file systems let one at a time write to the page cache of a file.
-    fn write_manner(&self) -> Manner {
+    /// The host's file systems let one at a time write to the page cache of a file, or change what is in it.
+    pub fn write_manner(&self) -> Manner {
         match self.kind == HostKind::File && self.direct.is_none() {
             true => Manner::InLine,
             false => Manner::Alone,

@@ -27,7 +27,7 @@ fn driver(path: &Path, direct: bool, aio: Aio) -> FileDriver {
 
 /// Begins a write of `byte` that a pool thread makes only after a while, and drops it.
 async fn drop_a_slow_write(driver: &FileDriver, byte: u8) {
-    let slow = driver.change(0, 4096, move |host| {
+    let slow = driver.change(false, 0, 4096, move |host| {
         std::thread::sleep(DELAY);
         host.write(0, &IoBuf::from(vec![byte; 4096]))
     });
