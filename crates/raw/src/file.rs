@@ -133,6 +133,15 @@ impl FileState {
     }
 }
 
+/// How long a change of the file takes, as far as the kind of host doesn't matter.
+#[derive(Clone, Copy)]
+enum Takes {
+    /// Writes can wait for it.
+    Moments,
+    /// Nobody should have to wait for it.
+    ItsTime,
+}
+
 impl FileDriver {
     pub(crate) fn new(
         driver_name: &'static str,
@@ -168,10 +177,10 @@ impl FileDriver {
         standby.run(Manner::Alone, move || work(&host)).await
     }
 
-    /// As `blocking`, for a change of a range. `is_short`: as far as the host goes, writes can wait for it.
+    /// As `blocking`, for a change of a range.
     async fn change<E: Into<BlockError> + Send + 'static>(
         &self,
-        is_short: bool,
+        takes: Takes,
         offset: u64,
         end: u64,
         work: impl FnOnce(&HostFile) -> Result<(), E> + Send + 'static,
@@ -180,9 +189,9 @@ impl FileDriver {
         orphans.wait(offset, end).await;
         let host = self.state.host();
         let standby = host.standby.clone();
-        let manner = match is_short {
-            true => host.write_manner(),
-            false => Manner::Alone,
+        let manner = match takes {
+            Takes::Moments => host.write_manner(),
+            Takes::ItsTime => Manner::Alone,
         };
         let work = move || work(&host);
         standby.run_change(manner, orphans, offset, end, work).await
@@ -252,14 +261,14 @@ impl BlockDriver for FileDriver {
         if !self.state.host().may_zero() {
             return Err(BlockError::from_errno(libc::ENOTSUP));
         }
-        self.change(true, offset, offset + bytes, move |host| {
+        self.change(Takes::Moments, offset, offset + bytes, move |host| {
             host.zero(offset, bytes, flags)
         })
         .await
     }
 
     async fn reserve_storage(&self, offset: u64, bytes: u64) -> Result<()> {
-        self.change(true, offset, offset + bytes, move |host| {
+        self.change(Takes::Moments, offset, offset + bytes, move |host| {
             host.reserve(offset, bytes)
         })
         .await
@@ -269,7 +278,7 @@ impl BlockDriver for FileDriver {
         if !self.state.host().may_discard() {
             return Err(BlockError::from_errno(libc::ENOTSUP));
         }
-        self.change(true, offset, offset + bytes, move |host| {
+        self.change(Takes::Moments, offset, offset + bytes, move |host| {
             host.discard(offset, bytes)
         })
         .await
@@ -297,8 +306,11 @@ impl BlockDriver for FileDriver {
 
     async fn truncate(&self, request: TruncateRequest) -> Result<()> {
         let state = self.state.clone();
-        let is_short = request.preallocation == Preallocation::Off;
-        self.change(is_short, 0, u64::MAX, move |host| {
+        let takes = match request.preallocation {
+            Preallocation::Off => Takes::Moments,
+            _ => Takes::ItsTime,
+        };
+        self.change(takes, 0, u64::MAX, move |host| {
             // Somebody may count on the length: a raw image with a fixed place in the file.
             state.also_use(Perm::RESIZE)?;
             truncate::truncate(host, request)
@@ -337,10 +349,15 @@ impl BlockDriver for FileDriver {
         let from = source.state.host();
         // What is being copied must not change before a copy that nobody waits for any more is over.
         let (reader, _waiter) = orphans.begin(src_offset, src_end);
-        self.change(false, dst_offset, dst_offset + bytes, move |host| {
-            let _reader = reader;
-            host.copy_from(&from, src_offset, dst_offset, bytes)
-        })
+        self.change(
+            Takes::ItsTime,
+            dst_offset,
+            dst_offset + bytes,
+            move |host| {
+                let _reader = reader;
+                host.copy_from(&from, src_offset, dst_offset, bytes)
+            },
+        )
         .await
     }
 

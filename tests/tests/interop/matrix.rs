@@ -90,7 +90,14 @@ fn run_all(cases: &[Case<'_>], turns: usize, seed: u64, all: bool) {
     let failed = Mutex::new(Vec::new());
     let met = Mutex::new(Vec::new());
     let work = || {
-        while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
+        loop {
+            let place = next.fetch_add(1, Ordering::Relaxed);
+            let Some(case) = cases.get(place) else {
+                break;
+            };
+            if place > 0 && place.is_multiple_of(100) {
+                println!("matrix: {place} of {} images begun", cases.len());
+            }
             let name = case.name();
             let own = name
                 .bytes()
