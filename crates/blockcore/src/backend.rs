@@ -89,8 +89,8 @@ impl Drop for OwnedInFlightGuard {
 #[derive(Debug)]
 pub struct Backend {
     root: Child,
-    write_through: AtomicBool,
-    in_flight: InFlight,
+    write_through: Arc<AtomicBool>,
+    in_flight: Arc<InFlight>,
 }
 
 impl Backend {
@@ -98,8 +98,8 @@ impl Backend {
     pub fn new(root: Arc<Node>, write_through: bool) -> Backend {
         Backend {
             root: Child::new("root", ChildRole::Filtered, root),
-            write_through: AtomicBool::new(write_through),
-            in_flight: InFlight::default(),
+            write_through: Arc::new(AtomicBool::new(write_through)),
+            in_flight: Arc::default(),
         }
     }
 
@@ -301,7 +301,8 @@ impl Backend {
     }
 
     /// Changes mode and options of the root node, and with them the mode of the nodes below it that belong to it. Waits for requests in flight
-    /// first; the caller starts none meanwhile.
+    /// first; the caller starts none meanwhile. If the future is dropped after that, the nodes are changed all the same, and what is asked for next waits
+    /// for it: closing, draining, another reopening.
     ///
     /// # Errors
     /// Options that can't be changed; the drivers'. Then nothing has changed on the node that refused; nodes that were changed before it are
@@ -316,16 +317,17 @@ impl Backend {
         if !self.root.is_read_only() {
             self.root.flush().await?;
         }
-        let mut done = Vec::new();
-        let result = reopen_down(self.root.node(), flags, options, &mut done).await;
-        if let Err(err) = result {
-            for (node, flags, options) in done.into_iter().rev() {
-                node.reopen(flags, options).await?;
-            }
-            return Err(err);
-        }
-        self.write_through.store(write_through, Ordering::Release);
-        Ok(())
+        let in_flight = self.in_flight.enter_owned();
+        let (root, mode) = (self.root.node().clone(), self.write_through.clone());
+        // INV REQ-DROP-1: nobody is left with some nodes in one mode and some in the other.
+        let task = tokio::spawn(async move {
+            let _in_flight = in_flight;
+            reopen_all(&root, flags, options).await?;
+            mode.store(write_through, Ordering::Release);
+            Ok(())
+        });
+        let cancelled = |_| Err(BlockError::from_errno(libc::ECANCELED).during(Op::Reopen));
+        task.await.unwrap_or_else(cancelled)
     }
 
     /// Waits for requests in flight, flushes, and closes the chain.
@@ -360,6 +362,18 @@ fn undo(node: &Node, change: &Options) -> Options {
         }
     }
     undo
+}
+
+/// Reopens a node and what belongs to it, or nothing.
+async fn reopen_all(root: &Arc<Node>, flags: NodeFlags, options: Options) -> Result<()> {
+    let mut done = Vec::new();
+    let result = reopen_down(root, flags, options, &mut done).await;
+    if result.is_err() {
+        for (node, flags, options) in done.into_iter().rev() {
+            node.reopen(flags, options).await?;
+        }
+    }
+    result
 }
 
 /// Reopens a node after its own storage when that becomes writable, before it when it becomes read-only: a format never is writable over a

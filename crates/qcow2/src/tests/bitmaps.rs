@@ -356,6 +356,11 @@ async fn a_dropped_reopening_stores_no_bitmap_that_lacks_a_later_write() {
         if let Ok(found) = repaired {
             assert_eq!(found.messages, [""; 0], "after {rounds} rounds");
         }
+        backend.drain().await;
+        for child in node.driver().children() {
+            let (above, below) = (node.is_read_only(), child.is_read_only());
+            assert_eq!(above, below, "modes differ after {rounds} rounds");
+        }
         backend.close().await.unwrap();
         let (copy, _) = reopened(&disk).await;
         let bitmap = copy.dirty_bitmap("b").unwrap();
