@@ -260,6 +260,10 @@ impl Tool {
     ) -> Outcome {
         let total: u64 = sources.iter().map(Backend::length).sum();
         let mut backing = request.backing.clone();
+        if request.target_is_zero && backing.is_some() {
+            let text = "Cannot use --target-is-zero when the destination image has a backing file";
+            return Err(self.console.fail(text));
+        }
         let mut options = Options::new();
         if request.create {
             let plan = self.create_target(request, sources, total).await?;
@@ -271,6 +275,7 @@ impl Tool {
                 }
             }
         } else {
+            self.check_one_source(sources, backing.is_some())?;
             self.check_source_bitmaps(sources, request.bitmaps)?;
         }
         let format = request.target_format.clone();
@@ -319,13 +324,14 @@ impl Tool {
         let mut options = check_options(&known, given).map_err(plain)?;
         let has_backing = request.backing.is_some() || options.contains("backing_file");
         let has_format = request.backing_format.is_some() || options.contains("backing_fmt");
+        let knows_backing = known_options(&self.registry, format, None)
+            .is_ok_and(|known| known.iter().any(|o| o.name == "backing_file"));
+        self.check_one_source(sources, has_backing && knows_backing)?;
         if request.compressed {
             self.check_compression(format, &options)?;
         }
         // The length is that of the sources, whatever the options say.
         options.take("size");
-        let knows_backing = known_options(&self.registry, format, None)
-            .is_ok_and(|known| known.iter().any(|o| o.name == "backing_file"));
         if has_backing && !has_format && knows_backing {
             let text = "Use of backing file requires explicit backing format";
             return Err(self.console.fail(text));
@@ -349,6 +355,15 @@ impl Tool {
             self.console.block_error(&prefix, &e)
         })?;
         Ok(plan)
+    }
+
+    /// What a backing file shows is part of one disk, not of several.
+    fn check_one_source(&self, sources: &[Backend], has_backing: bool) -> Outcome {
+        if has_backing && sources.len() > 1 {
+            let text = "Having a backing file for the target makes no sense when concatenating multiple input images";
+            return Err(self.console.fail(text));
+        }
+        Ok(())
     }
 
     fn check_compression(&self, format: &str, options: &Options) -> Outcome {

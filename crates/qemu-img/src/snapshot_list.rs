@@ -8,10 +8,18 @@ use crate::number::human_size;
 
 const SECOND_NSEC: u64 = 1_000_000_000;
 
+/// A text with blanks behind it, to so many bytes.
+fn left(text: &str, bytes: usize) -> String {
+    let blanks = bytes.saturating_sub(text.len());
+    format!("{text}{:blanks$}", "")
+}
+
 /// A head line, and a line for each snapshot.
 pub(crate) fn lines(snapshots: &[SnapshotInfo]) -> Vec<String> {
     let row = |id: &str, name: &str, size: &str, date: &str, clock: &str, icount: &str| {
-        format!("{id:<7} {name:<16} {size:>8} {date:>19} {clock:>15} {icount:>10}")
+        // The columns are as wide in bytes.
+        let (id, name) = (left(id, 7), left(name, 16));
+        format!("{id} {name} {size:>8} {date:>19} {clock:>15} {icount:>10}")
     };
     let head = format!(
         "{:<7} {:<16} {:>8}{:>20}{:>16}{:>11}",
