@@ -54,13 +54,13 @@ impl Image {
     }
 
     /// Whether far more clusters are allocated than the file has storage for: `preallocation=metadata`. Found out once, from what is on disk, without
-    /// any lock. `QEMU: qcow2_detect_metadata_preallocation`.
+    /// any lock, and from the image's own file even where the data lies elsewhere. `QEMU: qcow2_detect_metadata_preallocation`.
     async fn is_metadata_preallocated(&self) -> Result<bool> {
         if let Some(&known) = self.metadata_preallocated.get() {
             return Ok(known);
         }
         // Where data is encrypted, a hole of the host is noise.
-        if self.has_data_file() || self.is_encrypted() {
+        if self.is_encrypted() {
             return Ok(false);
         }
         let found = match self.file.driver().allocated_size().await? {
