@@ -30,10 +30,12 @@ impl Qcow2 {
         self.image.header().clone()
     }
 
-    /// Hands a result on. Corruption that was found is noted on disk first, so that the next program knows too.
+    /// Hands a result on. Corruption that was found is noted on disk first, so that the next program knows too; if that fails, the next commit tries again.
     async fn settle<T: Send>(&self, result: Result<T>) -> Result<T> {
-        if matches!(&result, Err(e) if e.kind() == ErrorKind::Corrupt) {
-            self.image.mark_corrupt_on_disk().await?;
+        if matches!(&result, Err(e) if e.kind() == ErrorKind::Corrupt)
+            && let Err(e) = self.image.mark_corrupt_on_disk().await
+        {
+            tracing::error!("the image could not be marked as corrupt: {e}");
         }
         result
     }
