@@ -23,6 +23,7 @@
 
 pub mod backend;
 mod bitmap_ops;
+pub mod blocking;
 pub mod buffer;
 mod check;
 pub mod child;

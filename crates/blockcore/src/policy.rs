@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 
+use crate::blocking;
 use crate::error::{BlockError, ErrorKind, Result};
 use crate::name::protocol_of;
 use crate::options::Options;
@@ -41,13 +42,9 @@ impl OpenPolicy {
             return denied("only plain files are");
         }
         let path = PathBuf::from(name);
-        let looked = tokio::task::spawn_blocking(move || {
-            std::io::Result::Ok((dir.canonicalize()?, path.canonicalize()?))
-        });
-        let resolved = looked
-            .await
-            .map_err(|_| BlockError::from_errno(libc::ECANCELED))?;
-        let (dir, path) = resolved
+        let resolve = move || std::io::Result::Ok((dir.canonicalize()?, path.canonicalize()?));
+        let (dir, path) = blocking::run(resolve)
+            .await?
             .map_err(|e| BlockError::from_io(e).context(format!("Could not open '{name}'")))?;
         if !path.starts_with(&dir) {
             return denied(&format!("it does not lie in '{}'", dir.display()));

@@ -4,6 +4,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::blocking;
 use crate::driver::DriverFactory;
 use crate::error::{BlockError, ErrorKind, Result};
 use crate::name::protocol_of;
@@ -108,9 +109,7 @@ impl Registry {
     pub async fn find_protocol(&self, filename: &str) -> Result<Arc<dyn DriverFactory>> {
         let (registry, filename) = (self.clone(), filename.to_owned());
         let look = move || registry.protocol_for(&filename).cloned();
-        tokio::task::spawn_blocking(look)
-            .await
-            .unwrap_or_else(|_| Err(BlockError::from_errno(libc::ECANCELED)))
+        blocking::run(look).await?
     }
 
     /// The protocol driver that a file name belongs to. Looks at the host (is it a device?), and may wait for it.

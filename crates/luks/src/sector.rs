@@ -7,7 +7,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use blockcore::{BlockError, IoBuf, IoBufMut, Result, Secret};
+use blockcore::{BlockError, IoBuf, IoBufMut, Result, Secret, blocking};
 use zeroize::Zeroizing;
 
 use crate::algorithm::{CipherAlg, CipherMode, CipherSpec, IvGen};
@@ -184,9 +184,7 @@ impl SectorCipher {
             return Ok(work(self));
         }
         let cipher = self.clone();
-        let task = tokio::task::spawn_blocking(move || work(&cipher));
-        task.await
-            .map_err(|_| BlockError::from_errno(libc::ECANCELED))
+        blocking::run(move || work(&cipher)).await
     }
 }
 

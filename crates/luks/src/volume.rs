@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use blockcore::{BlockError, ErrorKind, Result, Secret};
+use blockcore::{BlockError, ErrorKind, Result, Secret, blocking};
 use zeroize::Zeroizing;
 
 use crate::af;
@@ -168,15 +168,13 @@ async fn on_pool<T: Send + 'static>(
             self.0.store(true, Ordering::Relaxed);
         }
     }
-    let cancelled = || BlockError::from_errno(libc::ECANCELED);
     let stop = StopOnDrop(Arc::default());
     let looked_at = stop.0.clone();
-    let task = tokio::task::spawn_blocking(move || work(&looked_at));
-    match task.await {
-        Ok(Ok(done)) => Ok(done),
-        Ok(Err(Halt::Failed(e))) => Err(e),
-        Ok(Err(Halt::Stopped)) | Err(_) => Err(cancelled()),
-    }
+    let done = blocking::run(move || work(&looked_at)).await?;
+    done.map_err(|halt| match halt {
+        Halt::Failed(e) => e,
+        Halt::Stopped => BlockError::from_errno(libc::ECANCELED),
+    })
 }
 
 impl Header {

@@ -7,12 +7,11 @@
 
 use std::cell::RefCell;
 
-use blockcore::{BlockError, IoBuf, Result};
+use blockcore::{BlockError, IoBuf, Result, blocking};
 use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
 use zstd::zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective};
 
 use crate::header::CompressionType;
-use crate::image::cancelled;
 
 /// Clusters up to this size are inflated on the spot: the way to another thread would take longer.
 const INLINE_BYTES_MAX: usize = 4096;
@@ -33,8 +32,7 @@ pub async fn decompress(
     if cluster_size <= INLINE_BYTES_MAX {
         return inflate(kind, &raw, cluster_size);
     }
-    let task = tokio::task::spawn_blocking(move || inflate(kind, &raw, cluster_size));
-    task.await.unwrap_or_else(|_| Err(cancelled()))
+    blocking::run(move || inflate(kind, &raw, cluster_size)).await?
 }
 
 /// The window of the deflate streams of the format, as a power two of bytes: readers have no longer one.
@@ -43,7 +41,7 @@ const DEFLATE_WINDOW_BITS: u8 = 12;
 /// Compresses a cluster of `cluster_size` bytes. What `cluster` lacks at the end is zero. `None`: it doesn't get shorter.
 ///
 /// # Errors
-/// `Cancelled` if the runtime ends.
+/// As [`blocking::run`].
 pub async fn compress(
     kind: CompressionType,
     cluster: IoBuf,
@@ -61,8 +59,7 @@ pub async fn compress(
     if cluster_size <= INLINE_BYTES_MAX {
         return Ok(work());
     }
-    let task = tokio::task::spawn_blocking(work);
-    task.await.map_err(|_| cancelled())
+    blocking::run(work).await
 }
 
 /// At most `max` bytes of raw deflate.

@@ -12,10 +12,9 @@ use async_trait::async_trait;
 use blockcore::{
     BlockDriver, BlockError, BlockLimits, BlockStatus, DriverInfo, IoBuf, IoBufMut, Node, Perm,
     Permissions, Preallocation, PreparedReopen, ReadFlags, ReopenRequest, Result, SpecificInfo,
-    StatusFlags, StatusMode, TruncateRequest, WriteFlags,
+    StatusFlags, StatusMode, TruncateRequest, WriteFlags, blocking,
 };
 
-use crate::engine::pool;
 use crate::engine::standby::Manner;
 use crate::file_open::Aio;
 use crate::host::{HostFile, HostKind};
@@ -116,12 +115,12 @@ impl FileState {
         *held = keep;
     }
 
-    fn sync(&self) -> Result<()> {
+    /// Makes what was written to an opening of the file durable. All syncs come by here: the kernel tells of a failure only once.
+    fn sync(&self, host: &HostFile) -> Result<()> {
         let failed = self.sync_failed.load(Ordering::Acquire);
         if failed != 0 {
             return Err(BlockError::from_errno(failed));
         }
-        let host = self.host();
         host.sync_data().map_err(|e| {
             let err = BlockError::from_io(e);
             // The kernel has dropped the dirty state of the pages: a later sync would succeed with the data lost.
@@ -301,7 +300,7 @@ impl BlockDriver for FileDriver {
     async fn flush(&self) -> Result<()> {
         self.state.orphans.wait_all().await;
         let state = self.state.clone();
-        pool::run(move || state.sync()).await
+        blocking::run(move || state.sync(&state.host())).await?
     }
 
     async fn truncate(&self, request: TruncateRequest) -> Result<()> {
@@ -313,7 +312,7 @@ impl BlockDriver for FileDriver {
         self.change(takes, 0, u64::MAX, move |host| {
             // Somebody may count on the length: a raw image with a fixed place in the file.
             state.also_use(Perm::RESIZE)?;
-            truncate::truncate(host, request)
+            truncate::truncate(host, request, &|| state.sync(host))
         })
         .await
     }
@@ -368,11 +367,11 @@ impl BlockDriver for FileDriver {
 
     async fn set_permissions(&self, permissions: Permissions) -> Result<()> {
         let state = self.state.clone();
-        pool::run(move || {
+        blocking::run(move || {
             direct::check_writer(&state.host(), permissions)?;
             state.apply_permissions(permissions)
         })
-        .await
+        .await?
     }
 
     async fn close(&self) -> Result<()> {

@@ -8,12 +8,12 @@ use async_trait::async_trait;
 use blockcore::{
     BlockDriver, BlockError, CreateContext, CreateOption, DriverFactory, IoBuf, OpenContext,
     OptionKind, Options, Perm, Permissions, Preallocation, Result, SECTOR_BYTES, TruncateRequest,
-    strerror,
+    blocking, strerror,
 };
 use rustix::fs::{FileType, IFlags, Mode, OFlags};
 
 use crate::direct::Alignment;
-use crate::engine::{Engine, pool, uring};
+use crate::engine::{Engine, uring};
 use crate::file::FileDriver;
 use crate::host::{HostFile, HostKind, retry};
 use crate::{ioctl, lock, truncate};
@@ -174,7 +174,7 @@ async fn open(
         return Err(BlockError::unsupported(text));
     }
     let name = filename;
-    pool::run(move || {
+    blocking::run(move || {
         if aio == Aio::Uring {
             uring::available()
                 .map_err(|e| BlockError::from_io(e).context("Unable to use io_uring"))?;
@@ -214,7 +214,7 @@ async fn open(
         let locks = locking != "off" && can_lock;
         Ok(FileDriver::new(driver_name, name, aio, locks, host))
     })
-    .await
+    .await?
     .map(|driver| Box::new(driver) as Box<dyn BlockDriver>)
 }
 
@@ -289,7 +289,7 @@ impl DriverFactory for FileFactory {
             nocow,
             extent_bytes,
         };
-        pool::run(move || create(&name, bytes, preallocation, hints)).await
+        blocking::run(move || create(&name, bytes, preallocation, hints)).await?
     }
 
     async fn delete(&self, filename: &str) -> Result<()> {
@@ -304,7 +304,7 @@ impl DriverFactory for FileFactory {
             }
             std::fs::remove_file(&name)
         };
-        pool::run(move || delete().map_err(BlockError::from_io)).await
+        blocking::run(delete).await?.map_err(BlockError::from_io)
     }
 }
 
@@ -355,7 +355,7 @@ fn create(name: &str, bytes: u64, preallocation: Preallocation, hints: Hints) ->
             preallocation,
             zero_new_area: false,
         };
-        return truncate::truncate(&host, request);
+        return truncate::truncate(&host, request, &|| sync_new(&host));
     }
     let mine = Permissions {
         used: Perm::WRITE | Perm::RESIZE,
@@ -368,7 +368,7 @@ fn create(name: &str, bytes: u64, preallocation: Preallocation, hints: Hints) ->
         .map_err(|e| BlockError::from_io(e).context("Failed to resize file"))?;
     // While it is empty: later it is too late.
     hints.give(name, &host);
-    truncate::truncate_file(&host, 0, bytes, preallocation)
+    truncate::truncate_file(&host, 0, bytes, preallocation, &|| sync_new(&host))
 }
 
 #[async_trait]
@@ -434,8 +434,13 @@ impl DriverFactory for HostDeviceFactory {
         if let Some(key) = options.keys().next() {
             return Err(BlockError::invalid(format!("Invalid parameter '{key}'")));
         }
-        pool::run(move || use_as_new(&name, bytes)).await
+        blocking::run(move || use_as_new(&name, bytes)).await?
     }
+}
+
+/// Makes durable what was written to a file that is open only while it is being made.
+fn sync_new(host: &HostFile) -> Result<()> {
+    host.sync_data().map_err(BlockError::from_io)
 }
 
 /// Takes a device that is there for a new image of `bytes`; blocks. `QEMU: bdrv_co_create_opts_simple`.
@@ -468,7 +473,7 @@ fn use_as_new(name: &str, bytes: u64) -> Result<()> {
         exact: false,
         ..TruncateRequest::default()
     };
-    truncate::truncate(&host, request)?;
+    truncate::truncate(&host, request, &|| sync_new(&host))?;
     // The header of what was there before must not make the next guess find it.
     let cannot_clear =
         |e| BlockError::from_io(e).context("Failed to clear the new image's first sector");

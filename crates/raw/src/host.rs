@@ -51,6 +51,9 @@ pub(crate) struct HostFile {
     can_discard: AtomicBool,
     can_allocate: AtomicBool,
     can_nowait: AtomicBool,
+    /// The next sync fails, and those after it don't, as with a kernel that tells of a failure only once.
+    #[cfg(test)]
+    pub sync_fails: AtomicBool,
 }
 
 impl AsFd for HostFile {
@@ -81,6 +84,8 @@ impl HostFile {
             can_discard: AtomicBool::new(true),
             can_allocate: AtomicBool::new(true),
             can_nowait: AtomicBool::new(direct.is_none()),
+            #[cfg(test)]
+            sync_fails: AtomicBool::new(false),
         }
     }
 
@@ -153,6 +158,10 @@ impl HostFile {
     }
 
     pub fn sync_data(&self) -> io::Result<()> {
+        #[cfg(test)]
+        if self.sync_fails.swap(false, Ordering::Relaxed) {
+            return Err(Errno::IO.into());
+        }
         Ok(retry(|| rustix::fs::fdatasync(&self.fd))?)
     }
 

@@ -7,10 +7,11 @@
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
-use blockcore::{BlockError, Perm, Permissions, PreparedReopen, ReopenRequest, Result, strerror};
+use blockcore::{
+    BlockError, Perm, Permissions, PreparedReopen, ReopenRequest, Result, blocking, strerror,
+};
 use rustix::fs::fstat;
 
-use crate::engine::pool;
 use crate::file::FileState;
 use crate::file_open::{Aio, OpenMode, open_host};
 use crate::host::HostFile;
@@ -92,7 +93,7 @@ pub(crate) async fn prepare(
         aio: state.aio,
     };
     let state = state.clone();
-    pool::run(move || prepare_blocking(state, mode)).await
+    blocking::run(move || prepare_blocking(state, mode)).await?
 }
 
 fn take_unchanged(state: &FileState, request: &mut ReopenRequest) -> Result<()> {

@@ -20,11 +20,15 @@ fn failed(what: &str) -> impl Fn(io::Error) -> BlockError + '_ {
     }
 }
 
-/// Changes the length; blocks.
-pub(crate) fn truncate(host: &HostFile, request: TruncateRequest) -> Result<()> {
+/// Changes the length; blocks. `sync` makes durable what was written.
+pub(crate) fn truncate(
+    host: &HostFile,
+    request: TruncateRequest,
+    sync: &dyn Fn() -> Result<()>,
+) -> Result<()> {
     let old = host.length().map_err(failed("Could not stat file"))?;
     if host.kind == HostKind::File {
-        return truncate_file(host, old, request.bytes, request.preallocation);
+        return truncate_file(host, old, request.bytes, request.preallocation, sync);
     }
     if request.preallocation != Preallocation::Off {
         let name = request.preallocation;
@@ -46,6 +50,7 @@ pub(crate) fn truncate_file(
     old: u64,
     new: u64,
     preallocation: Preallocation,
+    sync: &dyn Fn() -> Result<()>,
 ) -> Result<()> {
     if new < old && preallocation != Preallocation::Off {
         return Err(BlockError::unsupported(
@@ -62,7 +67,7 @@ pub(crate) fn truncate_file(
             .allocate(old, new - old)
             .and_then(|()| first_block(host, old, new))
             .map_err(failed("Could not preallocate data for the new file")),
-        Preallocation::Full => fill(host, old, new),
+        Preallocation::Full => fill(host, old, new, sync),
         Preallocation::Metadata => Err(BlockError::unsupported(format!(
             "Unsupported preallocation mode: {preallocation}"
         ))),
@@ -88,7 +93,7 @@ fn first_block(host: &HostFile, old: u64, new: u64) -> io::Result<()> {
     }
 }
 
-fn fill(host: &HostFile, old: u64, new: u64) -> Result<()> {
+fn fill(host: &HostFile, old: u64, new: u64, sync: &dyn Fn() -> Result<()>) -> Result<()> {
     let what = "Could not write zeros for preallocation";
     host.set_length(new)
         .map_err(failed("Failed to resize file"))?;
@@ -105,6 +110,8 @@ fn fill(host: &HostFile, old: u64, new: u64) -> Result<()> {
         host.set_length(new)
             .map_err(failed("Failed to resize file"))?;
     }
-    host.sync_data()
-        .map_err(failed("Could not flush file to disk"))
+    sync().map_err(|e| {
+        let text = format!("Could not flush file to disk: {}", strerror(e.errno()));
+        e.message(text)
+    })
 }

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The I/O engines: how requests get to the kernel without a wait on an executor's thread.
 //!
-//! * [`pool`]: any call at all, on a thread of tokio's blocking pool; [`standby`]: the same for the short calls that a file gets one by one;
-//! * [`uring`]: reads, writes and syncs by io_uring, where the kernel grants it.
+//! * [`blocking`](blockcore::blocking): any call at all, on a thread of tokio's blocking pool; [`standby`]: the same for the short calls that a file gets one
+//!   by one;
+//! * [`uring`]: reads and writes by io_uring, where the kernel grants it.
 //!
 //! With both, whoever works on a buffer owns it, so a future can be dropped at any time; what then goes on is the business of
 //! [`orphan`](crate::orphan).
 
-pub(crate) mod pool;
 pub(crate) mod standby;
 pub(crate) mod uring;
 

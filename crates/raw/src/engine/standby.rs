@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
-use blockcore::{BlockError, Result};
+use blockcore::{BlockError, Result, blocking};
 use tokio::runtime::{Handle, Id};
 use tokio::sync::oneshot::{self, error::TryRecvError};
 
@@ -42,9 +42,10 @@ pub(crate) enum Manner {
 }
 
 /// The calls for one file.
-#[derive(Default)]
 pub(crate) struct Standby {
     post: Mutex<Post>,
+    /// There is another CPU for what is looked for.
+    may_look: bool,
     /// The thread that stands by has been given something; saves it from taking the lock to look.
     is_given: AtomicBool,
     /// So many calls still go without looking.
@@ -58,6 +59,10 @@ pub(crate) struct Standby {
 #[derive(Default)]
 struct Post {
     thread: Thread,
+    /// Which shift the thread is there for, or will be.
+    shift: u64,
+    /// How many there have been.
+    shifts: u64,
     queue: VecDeque<Job>,
 }
 
@@ -82,26 +87,53 @@ impl std::fmt::Debug for Standby {
     }
 }
 
-/// What a thread of the pool does.
+/// What a thread of the pool does: a call perhaps, and then what is in the queue if nobody else sees to it.
 struct Shift {
     standby: Arc<Standby>,
+    number: u64,
     first: Option<Job>,
-    is_over: bool,
 }
 
 impl Shift {
     fn work(mut self) {
-        self.is_over = true;
-        self.standby.work(self.first.take());
+        let end = Instant::now() + SHIFT;
+        if let Some(job) = self.first.take() {
+            self.standby.make(job);
+        }
+        if self.begin() {
+            self.standby.work(end);
+        }
+    }
+
+    /// Whether it is its business to see to the queue.
+    fn begin(&self) -> bool {
+        let mut post = self.standby.lock();
+        let is_mine = post.thread == Thread::Away || post.shift == self.number;
+        if is_mine {
+            post.thread = Thread::Busy;
+            post.shift = self.number;
+        }
+        is_mine
     }
 }
 
 impl Drop for Shift {
+    /// The pool may have thrown it away, and with it those who came before now: they are all of its runtime.
     fn drop(&mut self) {
-        // The pool throws it away, with what was to be done: those who came before it began are all of its runtime.
-        if !self.is_over && self.first.is_none() {
-            drop(self.standby.take_leave());
+        let mut post = self.standby.lock();
+        if post.shift == self.number {
+            let queue = post.leave();
+            drop(post);
+            drop(queue);
         }
+    }
+}
+
+impl Post {
+    /// The thread is away for those who come from now on. What those asked for who came before.
+    fn leave(&mut self) -> VecDeque<Job> {
+        self.thread = Thread::Away;
+        std::mem::take(&mut self.queue)
     }
 }
 
@@ -111,13 +143,17 @@ struct Place;
 static TAKEN: AtomicUsize = AtomicUsize::new(0);
 
 impl Place {
-    fn take() -> Option<Place> {
+    /// How many there are.
+    fn all() -> usize {
         static PLACES: OnceLock<usize> = OnceLock::new();
-        let places = *PLACES.get_or_init(|| available_parallelism().map_or(0, |n| n.get() / 2));
+        *PLACES.get_or_init(|| available_parallelism().map_or(0, |n| n.get() / 2))
+    }
+
+    fn take() -> Option<Place> {
         let before = TAKEN.fetch_add(1, Ordering::Relaxed);
         // Made first, so that it gives back what was counted.
         let place = Place;
-        (before < places).then_some(place)
+        (before < Place::all()).then_some(place)
     }
 }
 
@@ -136,11 +172,24 @@ impl Drop for Looking<'_> {
     }
 }
 
+impl Default for Standby {
+    fn default() -> Standby {
+        Standby {
+            post: Mutex::default(),
+            may_look: Place::all() > 0,
+            is_given: AtomicBool::new(false),
+            without: AtomicUsize::new(0),
+            is_looked_at: AtomicBool::new(false),
+            done: AtomicUsize::new(0),
+        }
+    }
+}
+
 impl Standby {
     /// Makes a call. What `work` needs, it owns; it runs to its end even if the future is dropped.
     ///
     /// # Errors
-    /// The call's; `ECANCELED` if the runtime shuts down.
+    /// The call's; `ECANCELED` if the runtime shuts down; `EAGAIN` if the host has no thread for it. Either way the call is not made.
     pub async fn run<T, E>(
         self: &Arc<Self>,
         manner: Manner,
@@ -155,11 +204,11 @@ impl Standby {
             // Nobody may wait any more.
             let _ = sender.send(catch_unwind(AssertUnwindSafe(work)));
         });
-        let shift = self.give(job, manner);
+        let shift = self.give(job, manner, Handle::current().id());
         let is_awake = shift.is_none();
         if let Some(shift) = shift {
             // One that the runtime drops because it shuts down says so to who waits.
-            drop(tokio::task::spawn_blocking(move || shift.work()));
+            blocking::send(move || shift.work())?;
         }
         match self.wait(receiver, is_awake).await {
             Some(Ok(done)) => done.map_err(Into::into),
@@ -195,7 +244,7 @@ impl Standby {
 
     /// Waits for what a job sends; `None` if it was thrown away. `is_awake`: no thread is woken for it, so what takes long are the calls.
     async fn wait<R>(&self, mut receiver: oneshot::Receiver<R>, is_awake: bool) -> Option<R> {
-        let may_look = self.without.load(Ordering::Relaxed) == 0;
+        let may_look = self.may_look && self.without.load(Ordering::Relaxed) == 0;
         if may_look && !self.is_looked_at.swap(true, Ordering::Relaxed) {
             let _looking = Looking(self);
             let mut seen = self.done.load(Ordering::Relaxed);
@@ -221,22 +270,15 @@ impl Standby {
         receiver.await.ok()
     }
 
-    /// Gives a job to the thread that is there; or what a thread of the pool has to do.
-    fn give(self: &Arc<Self>, job: Job, manner: Manner) -> Option<Shift> {
+    /// Gives a job to the thread that is there, or will be; else says what a thread of the `pool` has to do.
+    fn give(self: &Arc<Self>, job: Job, manner: Manner, pool: Id) -> Option<Shift> {
         let without = self.without.load(Ordering::Relaxed);
         if without > 0 {
             // Decides nothing but who works: that two threads at once may miscount is no harm.
             self.without.store(without - 1, Ordering::Relaxed);
         }
-        let shift = |first| {
-            Some(Shift {
-                standby: self.clone(),
-                first,
-                is_over: false,
-            })
-        };
         let mut post = self.lock();
-        match (post.thread, manner) {
+        let first = match (post.thread, manner) {
             (Thread::StandingBy, _) => {
                 post.queue.push_back(job);
                 post.thread = match manner {
@@ -244,50 +286,46 @@ impl Standby {
                     Manner::Alone => Thread::Apart,
                 };
                 self.is_given.store(true, Ordering::Release);
-                None
+                return None;
             }
             (Thread::Busy, Manner::InLine) => {
                 post.queue.push_back(job);
-                None
+                return None;
             }
-            (Thread::Called(pool), Manner::InLine) if pool == Handle::current().id() => {
+            (Thread::Called(its), Manner::InLine) if its == pool => {
                 post.queue.push_back(job);
-                None
+                return None;
             }
             (Thread::Away, Manner::InLine) => {
                 post.queue.push_back(job);
-                post.thread = Thread::Called(Handle::current().id());
-                shift(None)
+                post.thread = Thread::Called(pool);
+                post.shift = post.shifts + 1;
+                None
             }
-            _ => shift(Some(job)),
-        }
+            _ => Some(job),
+        };
+        post.shifts += 1;
+        Some(Shift {
+            standby: self.clone(),
+            number: post.shifts,
+            first,
+        })
     }
 
-    /// What a thread of the pool does: `first`, or else what is in the queue; and what comes meanwhile.
-    fn work(&self, first: Option<Job>) {
-        let end = Instant::now() + SHIFT;
-        let is_called = first.is_none();
-        if let Some(job) = first {
-            self.make(job);
-        }
-        {
-            let mut post = self.lock();
-            if !is_called && post.thread != Thread::Away {
-                return;
-            }
-            post.thread = Thread::Busy;
-        }
+    /// Makes the calls in the queue, and those that come meanwhile.
+    fn work(&self, end: Instant) {
         while let Some(job) = self.next() {
             self.make(job);
             if Instant::now() >= end {
-                let rest = self.take_leave();
+                let rest = self.lock().leave();
                 return rest.into_iter().for_each(|job| self.make(job));
             }
         }
     }
 
     fn make(&self, job: Job) {
-        job();
+        // Who is told of the end may panic; that is nothing to those who come after it in the line.
+        let _ = catch_unwind(AssertUnwindSafe(job));
         self.done.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -323,13 +361,6 @@ impl Standby {
         job
     }
 
-    /// The thread is away for those who come from now on. What those asked for who came before.
-    fn take_leave(&self) -> VecDeque<Job> {
-        let mut post = self.lock();
-        post.thread = Thread::Away;
-        std::mem::take(&mut post.queue)
-    }
-
     fn lock(&self) -> MutexGuard<'_, Post> {
         self.post
             .lock()
@@ -340,6 +371,8 @@ impl Standby {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use futures::FutureExt;
+    use std::future::Future;
     use tokio::runtime::{Builder, Runtime};
 
     const MANNERS: [Manner; 2] = [Manner::InLine, Manner::Alone];
@@ -490,6 +523,88 @@ mod tests {
         drop(first);
         is_over.store(true, Ordering::Relaxed);
         other.join().unwrap();
+    }
+
+    // The host has no thread for one runtime: its calls fail, and no other's.
+    #[test]
+    fn a_call_that_no_thread_can_be_had_for_holds_up_nobody() {
+        let (standby, done) = (Arc::<Standby>::default(), Arc::default());
+        let mut builder = Builder::new_current_thread();
+        // No host has so much room.
+        let poor = builder.thread_stack_size(1 << 60).build().unwrap();
+        let rich = runtime();
+        for i in 0..10 {
+            for manner in MANNERS {
+                let told = poor.block_on(standby.run(manner, || -> Result<()> { unreachable!() }));
+                assert_eq!(told.unwrap_err().errno(), libc::EAGAIN);
+            }
+            assert_eq!(rich.block_on(counted(&standby, Manner::InLine, &done)), i);
+        }
+    }
+
+    #[test]
+    fn a_call_outside_a_runtime_harms_nobody_else() {
+        let (standby, done) = (Arc::<Standby>::default(), Arc::default());
+        let runtime = runtime();
+        let mut own = Box::pin(counted(&standby, Manner::InLine, &done));
+        let outside = catch_unwind(AssertUnwindSafe(|| (&mut own).now_or_never()));
+        assert!(outside.is_err(), "there is nobody who could make it");
+        assert_eq!(
+            runtime.block_on(counted(&standby, Manner::InLine, &done)),
+            0
+        );
+    }
+
+    #[test]
+    fn a_waker_that_panics_ends_no_line() {
+        struct Panics;
+        impl std::task::Wake for Panics {
+            fn wake(self: Arc<Self>) {
+                panic!("as planned");
+            }
+        }
+        let (standby, done) = (Arc::<Standby>::default(), Arc::default());
+        let runtime = runtime();
+        let waker = Arc::new(Panics).into();
+        let (go, wait) = std::sync::mpsc::channel::<()>();
+        let work = move || wait.recv().map_err(|_| BlockError::from_errno(libc::EIO));
+        let mut own = Box::pin(standby.run(Manner::InLine, work));
+        {
+            let _in_runtime = runtime.enter();
+            // The looking waker is woken at once; the one that waits when there was nothing to see is another's.
+            standby.without.store(2, Ordering::Relaxed);
+            let mut context = std::task::Context::from_waker(&waker);
+            assert!(own.as_mut().poll(&mut context).is_pending());
+        }
+        go.send(()).unwrap();
+        runtime.block_on(counted(&standby, Manner::InLine, &done));
+        let all = async { futures::join!(own, counted(&standby, Manner::InLine, &done)) };
+        runtime.block_on(all).0.unwrap();
+    }
+
+    #[tokio::test]
+    async fn nobody_looks_where_there_is_one_cpu() {
+        let standby = Arc::new(Standby {
+            may_look: false,
+            ..Standby::default()
+        });
+        let (go, wait) = std::sync::mpsc::channel::<()>();
+        let work = move || wait.recv().map_err(|_| BlockError::from_errno(libc::EIO));
+        let polls = AtomicUsize::new(0);
+        let mut run = Box::pin(standby.run(Manner::InLine, work));
+        let counting = std::future::poll_fn(|context| {
+            polls.fetch_add(1, Ordering::Relaxed);
+            run.as_mut().poll(context)
+        });
+        let later = tokio::spawn(async move {
+            for _ in 0..10 {
+                tokio::task::yield_now().await;
+            }
+            go.send(()).unwrap();
+        });
+        counting.await.unwrap();
+        later.await.unwrap();
+        assert_eq!(polls.into_inner(), 2, "one to ask, one for the answer");
     }
 
     #[tokio::test]

@@ -27,7 +27,7 @@ fn driver(path: &Path, direct: bool, aio: Aio) -> FileDriver {
 
 /// Begins a write of `byte` that a pool thread makes only after a while, and drops it.
 async fn drop_a_slow_write(driver: &FileDriver, byte: u8) {
-    let slow = driver.change(false, 0, 4096, move |host| {
+    let slow = driver.change(Takes::ItsTime, 0, 4096, move |host| {
         std::thread::sleep(DELAY);
         host.write(0, &IoBuf::from(vec![byte; 4096]))
     });
@@ -123,6 +123,36 @@ async fn a_failed_sync_stays_failed() {
     let file = tempfile::NamedTempFile::new().unwrap();
     let driver = driver(file.path(), false, Aio::Threads);
     driver.flush().await.unwrap();
-    driver.state.sync_failed.store(libc::EIO, Ordering::Release);
+    driver
+        .state
+        .host()
+        .sync_fails
+        .store(true, Ordering::Relaxed);
+    for _ in 0..2 {
+        assert_eq!(driver.flush().await.unwrap_err().errno(), libc::EIO);
+    }
+}
+
+// A preallocation syncs what it has written, and with it what guests have: that this failed must not be forgotten.
+#[tokio::test]
+async fn a_sync_that_fails_in_a_preallocation_stays_failed() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let driver = driver(file.path(), false, Aio::Threads);
+    driver
+        .state
+        .host()
+        .sync_fails
+        .store(true, Ordering::Relaxed);
+    let request = TruncateRequest {
+        bytes: 1 << 16,
+        preallocation: Preallocation::Full,
+        ..TruncateRequest::default()
+    };
+    let told = driver.truncate(request).await.unwrap_err();
+    assert_eq!(
+        told.to_string(),
+        "Could not flush file to disk: Input/output error"
+    );
+    assert_eq!(driver.length().await.unwrap(), 0);
     assert_eq!(driver.flush().await.unwrap_err().errno(), libc::EIO);
 }
