@@ -290,7 +290,8 @@ pub trait BlockDriver: Send + Sync + 'static {
 
     /// The length of the disk in bytes.
     ///
-    /// *Called* after open and truncate; the node keeps the answer. *Errors*: the host's.
+    /// *Called* after open, truncate, and a write past the end that failed or was given up; the node keeps the answer. *The driver must* settle what was given
+    /// up first. *Errors*: the host's.
     async fn length(&self) -> Result<u64>;
 
     /// Reads without waiting, if that is possible, into memory that the caller keeps.

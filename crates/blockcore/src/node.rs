@@ -64,6 +64,7 @@ pub struct Node {
     pub(crate) request_alignment: AtomicU32,
     /// In bytes, a multiple of a sector.
     length: AtomicU64,
+    length_doubts: Doubts,
     read_only: AtomicBool,
     direct: AtomicBool,
     no_flush: AtomicBool,
@@ -120,6 +121,7 @@ impl Node {
             limits: RwLock::default(),
             request_alignment: AtomicU32::new(1),
             length: AtomicU64::new(0),
+            length_doubts: Doubts::default(),
             read_only: AtomicBool::new(f.read_only),
             direct: AtomicBool::new(f.direct),
             no_flush: AtomicBool::new(f.no_flush),
@@ -231,8 +233,29 @@ impl Node {
         Ok(bytes)
     }
 
-    /// A write reached past the end.
-    pub(crate) fn grow_length(&self, end: u64) {
+    /// As [`length`](Node::length), after changes that reached past the end and failed, or were given up: parts of them may be there.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(crate) async fn known_length(&self) -> Result<u64> {
+        if let Some(doubt) = self.length_doubts.open() {
+            let bytes = self.driver.length().await?;
+            self.grow_length(bytes);
+            self.length_doubts.settle(doubt);
+        }
+        Ok(self.length())
+    }
+
+    /// Begins a change up to `end`. Unless [`Growing::done`] is told, nobody knows how far it got.
+    pub(crate) fn growing_to(&self, end: u64) -> Growing<'_> {
+        Growing {
+            node: self,
+            end,
+            is_known: end <= self.length(),
+        }
+    }
+
+    fn grow_length(&self, end: u64) {
         self.length
             .fetch_max(end.next_multiple_of(SECTOR_BYTES), Ordering::AcqRel);
     }
@@ -375,7 +398,7 @@ impl Node {
         request: impl FnOnce(u64) -> Option<TruncateRequest> + Send + 'static,
     ) -> Result<()> {
         let change = async move |node: Arc<Node>| {
-            let Some(request) = request(node.length()) else {
+            let Some(request) = request(node.known_length().await?) else {
                 return Ok(());
             };
             let result = async {
@@ -513,6 +536,50 @@ impl Node {
     }
 }
 
+/// How often the length was in doubt, and how often of these it was looked at since.
+#[derive(Debug, Default)]
+struct Doubts {
+    raised: AtomicU64,
+    settled: AtomicU64,
+}
+
+impl Doubts {
+    fn open(&self) -> Option<u64> {
+        let raised = self.raised.load(Ordering::Acquire);
+        (raised > self.settled.load(Ordering::Acquire)).then_some(raised)
+    }
+
+    fn settle(&self, doubt: u64) {
+        self.settled.fetch_max(doubt, Ordering::AcqRel);
+    }
+}
+
+/// A change that may reach past the end.
+pub(crate) struct Growing<'a> {
+    node: &'a Node,
+    end: u64,
+    is_known: bool,
+}
+
+impl Growing<'_> {
+    /// It has worked.
+    pub(crate) fn done(mut self) {
+        self.node.grow_length(self.end);
+        self.is_known = true;
+    }
+}
+
+impl Drop for Growing<'_> {
+    fn drop(&mut self) {
+        if !self.is_known {
+            self.node
+                .length_doubts
+                .raised
+                .fetch_add(1, Ordering::AcqRel);
+        }
+    }
+}
+
 impl fmt::Debug for Node {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
@@ -528,8 +595,9 @@ impl fmt::Debug for Node {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::buffer::IoBuf;
-    use crate::driver::WriteFlags;
+    use crate::buffer::{IoBuf, IoBufMut};
+    use crate::driver::{ReadFlags, WriteFlags};
+    use crate::status::StatusMode;
     use crate::testing::fault::{Event, Faults, Rule};
     use crate::testing::{CrashDriver, FaultDriver, MemoryDriver};
     use futures::FutureExt;
@@ -552,6 +620,34 @@ mod tests {
         drop(dropped);
         node.flush().await.unwrap();
         assert_eq!(flushes(), 2, "nobody knows what the dropped write has done");
+    }
+
+    // What part of a failed write is there is there at once, and not only when the image is opened again.
+    #[tokio::test]
+    async fn a_write_that_failed_past_the_end_is_seen_as_far_as_it_got() {
+        for is_zero_write in [false, true] {
+            let driver = FaultDriver::new(Box::new(MemoryDriver::new(vec![0; 4096])));
+            let faults = driver.faults();
+            let node = driver.into_node(NodeFlags::default()).await.unwrap();
+            faults.add(Rule::tear_all(libc::EIO));
+            let none = WriteFlags::empty();
+            match is_zero_write {
+                true => node.pwrite_zeroes(4096, 4096, none).await.unwrap_err(),
+                false => {
+                    let write = node.pwritev(4096, IoBuf::from(vec![7; 4096]), none);
+                    write.await.unwrap_err()
+                }
+            };
+            faults.clear();
+            let status = node.block_status(4096, 4096, StatusMode::Precise).await;
+            let there = status.unwrap().bytes;
+            let read = node.preadv(4096, IoBufMut::zeroed(4096), ReadFlags::empty());
+            let read = read.await.unwrap().to_vec();
+            let (expected, bytes) = if is_zero_write { (0, 0) } else { (7, 2048) };
+            assert_eq!(there, bytes);
+            assert_eq!((read[0], read[2048]), (expected, 0));
+            assert_eq!(node.length(), 4096 + bytes);
+        }
     }
 
     /// A node over a disk whose changes of length take their time, and the faults of the disk.

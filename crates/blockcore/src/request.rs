@@ -151,7 +151,8 @@ impl Node {
     ) -> Result<IoBufMut> {
         let bytes = buf.len() as u64;
         let readable = self
-            .length()
+            .known_length()
+            .await?
             .next_multiple_of(align)
             .saturating_sub(offset)
             .min(bytes);
@@ -267,6 +268,7 @@ impl Node {
     ) -> Result<()> {
         let end = offset + buf.len() as u64;
         let supported = self.driver().supported_write_flags();
+        let growing = self.growing_to(end);
         let max = self.max_transfer(align);
         let mut at = offset;
         let mut left = buf;
@@ -283,7 +285,7 @@ impl Node {
             left = rest;
         }
         self.debug_event(DebugEvent::PwritevDone).await;
-        self.grow_length(end);
+        growing.done();
         if flags.contains(WriteFlags::FUA) && !supported.contains(WriteFlags::FUA) {
             self.mark_written();
             self.flush_now().await?;

@@ -20,7 +20,7 @@ impl Node {
     ) -> Result<BlockStatus> {
         self.settle_orphans(offset, offset.saturating_add(bytes))
             .await;
-        let length = self.length();
+        let length = self.known_length().await?;
         if offset >= length || bytes == 0 {
             let flags = if offset >= length {
                 StatusFlags::EOF

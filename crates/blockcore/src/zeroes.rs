@@ -83,7 +83,7 @@ impl Node {
         flags: WriteFlags,
         align: u64,
     ) -> Result<()> {
-        let end = offset + bytes;
+        let growing = self.growing_to(offset + bytes);
         for (at, n) in pieces(offset, bytes, align, 0) {
             let padding = Padding::new(at, n, align);
             if padding.is_none() {
@@ -96,7 +96,7 @@ impl Node {
                     .await?;
             }
         }
-        self.grow_length(end);
+        growing.done();
         Ok(())
     }
 

@@ -225,6 +225,7 @@ impl BlockDriver for FileDriver {
     }
 
     async fn length(&self) -> Result<u64> {
+        self.state.orphans.wait_all().await;
         self.blocking(HostFile::length).await
     }
 

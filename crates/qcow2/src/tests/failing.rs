@@ -5,8 +5,10 @@ use blockcore::testing::fault::{Event, Rule};
 use blockcore::testing::{CrashDriver, Rng};
 use blockcore::{Node, TruncateRequest};
 
+use super::torture::{Op, Plan, Step};
 use super::{
-    Shape, corruptions, findings, fresh_image, open_on, open_with_faults, read_all, write,
+    DataFileKind, Shape, corruptions, findings, fresh_image, open_on, open_with_faults, read_all,
+    write,
 };
 use crate::crypto::CryptMethod;
 
@@ -19,6 +21,32 @@ const MANY_BLOCKS: Shape = Shape {
     extended_l2: false,
     encryption: CryptMethod::None,
 };
+
+// INV QCOW2-RAW-1: what is left of a write that failed behind the end of the data file is there at once, or never.
+#[tokio::test(start_paused = true)]
+async fn a_torn_write_behind_the_end_of_a_raw_data_file_is_seen_at_once() {
+    let mut told = 0;
+    for nth in 0..30 {
+        let mut plan = Plan::over(Shape {
+            size: 36 * 512,
+            cluster_bits: 15,
+            version: 3,
+            refcount_order: 4,
+            extended_l2: true,
+            encryption: CryptMethod::None,
+        });
+        plan.data_file = DataFileKind::Raw;
+        plan.faults = vec![Rule::tear_all(libc::EIO).not_before(nth)];
+        let steps = [Op::Write(30..36, 1), Op::Read(11..36), Op::Write(4..9, 5)];
+        plan.sessions = vec![steps.map(Step::new).to_vec()];
+        let seen = plan.run(0, &mut Rng::new(1)).await;
+        told += seen
+            .unwrap_or_else(|why| panic!("request {nth}: {why}"))
+            .errors
+            .len();
+    }
+    assert!(told > 0, "nothing failed");
+}
 
 // INV QCOW2-ORD-1, INV QCOW2-ORD-3, INV QCOW2-ORD-5: a commit that failed anywhere has lost nothing, and may be tried again without harm.
 #[tokio::test]

@@ -214,6 +214,8 @@ pub const REFUSED: &[Refusal] = &[
 pub const LEFT_OUT: &[[&str; 2]] = &[
     // QEMU writes the VM state behind the end of the data file. Here there is none.
     ["data-file", "vm-state"],
+    // The one without its amendments reads as the disk does; the other one doesn't, from some time on.
+    ["data-file-raw", "data-file-raw-amend"],
     // What is made by `convert` is opened without options, and so without a password for what lies below.
     ["backing-luks", "copied"],
     ["backing-luks", "converted"],
