@@ -66,7 +66,7 @@ pub(crate) struct Meta {
     pub freed: Vec<Freed>,
     /// Station 4, with the epoch that has to pass.
     pub limbo: VecDeque<(u64, Freed)>,
-    /// No cluster below this index is free.
+    /// Where the search for free clusters begins. Below it lie at most holes that were too short for what was looked for.
     pub next_free: u64,
     /// No cluster from this index on was ever used.
     pub fresh_from: u64,

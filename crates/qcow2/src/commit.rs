@@ -5,7 +5,7 @@
 //!
 //! | step | what | why then |
 //! |---|---|---|
-//! | 1 | the file is made long enough; changed refcount blocks | nothing refers to new ones yet |
+//! | 1 | the file is made long enough; storage for what was written in part is reserved; changed refcount blocks | nothing refers to new ones yet |
 //! | 2 | *fdatasync*, then new refcount table entries; for a moved table *fdatasync*, and the header that names it | they must not point at garbage |
 //! | 3 | *fdatasync* | INV QCOW2-ORD-1: refcounts; INV QCOW2-ORD-2: guest data and COW that finished before the copy was taken |
 //! | 4 | changed L2 slices, changed L1 entries | everything they point at is durable |

@@ -252,11 +252,15 @@ impl BlockDriver for Qcow2 {
     }
 
     async fn reopen_prepare(&self, request: &mut ReopenRequest) -> Result<Box<dyn PreparedReopen>> {
-        struct Prepared(Arc<Image>, bool, RuntimeOptions);
+        struct Prepared {
+            image: Arc<Image>,
+            writable: bool,
+            runtime: RuntimeOptions,
+        }
         impl PreparedReopen for Prepared {
             fn commit(self: Box<Self>) {
-                self.0.set_runtime(self.2);
-                self.0.writable.store(self.1, Ordering::Release);
+                self.image.set_runtime(self.runtime);
+                self.image.writable.store(self.writable, Ordering::Release);
             }
         }
         let mut runtime = self.image.runtime().clone();
@@ -285,7 +289,12 @@ impl BlockDriver for Qcow2 {
             self.image.commit().await?;
             self.image.cut_ahead().await;
         }
-        Ok(Box::new(Prepared(self.image.clone(), writable, runtime)))
+        let image = self.image.clone();
+        Ok(Box::new(Prepared {
+            image,
+            writable,
+            runtime,
+        }))
     }
 
     async fn close(&self) -> Result<()> {
