@@ -14,6 +14,7 @@ use rustix::io::{Errno, preadv};
 use crate::engine;
 use crate::host::HostFile;
 use crate::orphan::Orphans;
+use crate::waits::may_wait;
 
 /// What is right for every disk there is, where nothing better is known, in bytes.
 const SAFE_ALIGN_BYTES: u32 = 4096;
@@ -34,6 +35,7 @@ impl Alignment {
     }
 
     fn from_statx(fd: &OwnedFd) -> Option<Alignment> {
+        may_wait("statx");
         let stat = statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
         let known = StatxFlags::from_bits_retain(stat.stx_mask).contains(StatxFlags::DIOALIGN);
         let (request, memory) = (stat.stx_dio_offset_align, stat.stx_dio_mem_align);
@@ -51,6 +53,7 @@ impl Alignment {
             };
             let range = at as usize..(at + len) as usize;
             let mut iov = [IoSliceMut::new(&mut all[range])];
+            may_wait("preadv");
             !matches!(preadv(fd.as_fd(), &mut iov, 0), Err(Errno::INVAL))
         };
         let sizes = [512, 1024, 2048, SAFE_ALIGN_BYTES];

@@ -16,6 +16,7 @@ use crate::direct::Alignment;
 use crate::engine::{Engine, uring};
 use crate::file::FileDriver;
 use crate::host::{HostFile, HostKind, retry};
+use crate::waits::may_wait;
 use crate::{ioctl, lock, truncate};
 
 /// Opens and creates regular files.
@@ -112,6 +113,7 @@ pub(crate) fn open_host(filename: &str, mode: OpenMode) -> io::Result<HostFile> 
 
 fn open_fd(filename: &str, flags: OFlags) -> io::Result<OwnedFd> {
     let mode = Mode::from_raw_mode(0o644);
+    may_wait("openat");
     let fd = retry(|| rustix::fs::open(filename, flags | OFlags::CLOEXEC, mode))?;
     if file_type(&fd)? == FileType::Directory {
         return Err(io::Error::from_raw_os_error(libc::EISDIR));
@@ -120,6 +122,7 @@ fn open_fd(filename: &str, flags: OFlags) -> io::Result<OwnedFd> {
 }
 
 fn file_type(fd: &OwnedFd) -> io::Result<FileType> {
+    may_wait("fstat");
     Ok(FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode))
 }
 
@@ -188,6 +191,7 @@ async fn open(
             BlockError::invalid(text)
         };
         // Opening a pipe would wait for whoever is at its other end.
+        may_wait("stat");
         let is_pipe = |mode| FileType::from_raw_mode(mode) == FileType::Fifo;
         if rustix::fs::stat(&name).is_ok_and(|stat| is_pipe(stat.st_mode)) {
             return Err(wrong_kind());
@@ -298,6 +302,7 @@ impl DriverFactory for FileFactory {
             .unwrap_or(filename)
             .to_owned();
         let delete = move || {
+            may_wait("unlink");
             // A device or a pipe is not ours to take away.
             if !std::fs::metadata(&name)?.is_file() {
                 return Err(std::io::ErrorKind::NotFound.into());
@@ -321,6 +326,7 @@ struct Hints {
 
 impl Hints {
     fn give(self, name: &str, host: &HostFile) {
+        may_wait("ioctl");
         if self.nocow
             && let Ok(flags) = rustix::fs::ioctl_getflags(host)
             && let Err(e) = rustix::fs::ioctl_setflags(host, flags | IFlags::NOCOW)
@@ -392,6 +398,7 @@ impl DriverFactory for HostDeviceFactory {
                 FileType::BlockDevice | FileType::CharacterDevice
             )
         };
+        may_wait("stat");
         match rustix::fs::stat(path) {
             Ok(stat) if is_device(stat.st_mode) => 100,
             _ => 0,
@@ -452,6 +459,7 @@ fn use_as_new(name: &str, bytes: u64) -> Result<()> {
     };
     let failed = |e| cannot_open(could_not("open", name, BlockError::from_io(e)));
     let is_file = |mode| FileType::from_raw_mode(mode) == FileType::RegularFile;
+    may_wait("stat");
     if rustix::fs::stat(name).is_ok_and(|stat| is_file(stat.st_mode)) {
         let text = format!(
             "'host_device' driver requires '{name}' to be either a character or block device"

@@ -18,6 +18,7 @@ use crate::engine::Engine;
 use crate::engine::standby::Standby;
 use crate::ioctl;
 use crate::status::KnownData;
+use crate::waits::may_wait;
 
 /// The most pieces that one vectored call takes (`IOV_MAX`).
 const IOV_MAX: usize = 1024;
@@ -92,8 +93,10 @@ impl HostFile {
     /// The length in bytes, of a device too.
     pub fn length(&self) -> io::Result<u64> {
         if self.kind == HostKind::File {
+            may_wait("fstat");
             return Ok(rustix::fs::fstat(&self.fd)?.st_size as u64);
         }
+        may_wait("lseek");
         Ok(rustix::fs::seek(&self.fd, SeekFrom::End(0))?)
     }
 
@@ -121,6 +124,7 @@ impl HostFile {
         let mut left = &mut iov[..];
         while !left.is_empty() {
             let count = left.len().min(IOV_MAX);
+            may_wait("preadv");
             match preadv(&self.fd, &mut left[..count], offset) {
                 Ok(n) => {
                     offset += n as u64;
@@ -144,6 +148,7 @@ impl HostFile {
         let mut left = &mut iov[..];
         while !left.is_empty() {
             let count = left.len().min(IOV_MAX);
+            may_wait("pwritev");
             match pwritev(&self.fd, &left[..count], offset) {
                 Ok(0) => return Err(Errno::NOSPC.into()),
                 Ok(n) => {
@@ -162,11 +167,13 @@ impl HostFile {
         if self.sync_fails.swap(false, Ordering::Relaxed) {
             return Err(Errno::IO.into());
         }
+        may_wait("fdatasync");
         Ok(retry(|| rustix::fs::fdatasync(&self.fd))?)
     }
 
     /// Bytes of storage in use.
     pub fn allocated_bytes(&self) -> io::Result<u64> {
+        may_wait("fstat");
         Ok(rustix::fs::fstat(&self.fd)?.st_blocks as u64 * 512)
     }
 
@@ -180,11 +187,13 @@ impl HostFile {
             return Err(Errno::FBIG.into());
         }
         let _holes = self.known_data.forget_afterwards();
+        may_wait("ftruncate");
         Ok(retry(|| rustix::fs::ftruncate(&self.fd, bytes))?)
     }
 
     /// Reserves storage without writing it.
     pub fn allocate(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        may_wait("fallocate");
         Ok(retry(|| {
             fallocate(&self.fd, FallocateFlags::empty(), offset, bytes)
         })?)
@@ -192,6 +201,7 @@ impl HostFile {
 
     /// Reserves storage for a range without changing bytes or length. A host that can't is no failure.
     pub fn reserve(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        may_wait("fallocate");
         match retry(|| fallocate(&self.fd, FallocateFlags::KEEP_SIZE, offset, bytes)) {
             Err(e) if is_unsupported(e) || e == Errno::INVAL => Ok(()),
             result => result.map_err(io::Error::from),
@@ -246,6 +256,7 @@ impl HostFile {
     pub fn discard(&self, offset: u64, bytes: u64) -> io::Result<()> {
         let _holes = self.known_data.forget_afterwards();
         if self.kind == HostKind::BlockDevice {
+            may_wait("ioctl");
             return match ioctl::discard_blocks(self.fd.as_fd(), offset, bytes) {
                 Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {
                     self.can_discard.store(false, Ordering::Relaxed);
@@ -266,6 +277,7 @@ impl HostFile {
         let (mut from, mut to, mut left) = (from, to, bytes);
         while left > 0 {
             let n = left.min(1 << 30) as usize;
+            may_wait("copy_file_range");
             match copy_file_range(source, Some(&mut from), self, Some(&mut to), n) {
                 // The source ends here: let the caller read zeroes.
                 Ok(0) => return Err(Errno::NOTSUP.into()),
@@ -291,6 +303,7 @@ impl HostFile {
         if !can.load(Ordering::Relaxed) {
             return Ok(false);
         }
+        may_wait("fallocate");
         match retry(|| fallocate(&self.fd, mode, offset, bytes)) {
             Ok(()) => Ok(true),
             Err(e) if is_unsupported(e) => {

@@ -3,7 +3,7 @@
 //!
 //! Reading order: `host` (an open file and its system calls), `engine` (who makes those calls, and what happens when nobody waits
 //! for them any more), `orphan` (what dropped futures leave going on), `file` (the driver), `file_open` (its options, creating), `lock`
-//! (what other processes see), `reopen`, `truncate`, `status` (holes), `direct` (O_DIRECT), `raw` and `raw_open` (the format).
+//! (what other processes see), `reopen`, `truncate`, `status` (holes), `direct` (O_DIRECT), `waits` (for tests), `raw` and `raw_open` (the format).
 
 mod direct;
 mod engine;
@@ -18,6 +18,7 @@ mod raw_open;
 mod reopen;
 mod status;
 mod truncate;
+mod waits;
 
 pub use engine::uring::use_this_runtime;
 pub use file::FileDriver;

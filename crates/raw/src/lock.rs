@@ -11,6 +11,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use blockcore::{BlockError, ErrorKind, Op, Perm, Permissions, Result};
 
+use crate::waits::may_wait;
+
 const USED_BASE: i64 = 100;
 const UNSHARED_BASE: i64 = 200;
 
@@ -115,6 +117,10 @@ fn lock_byte(
     kind: libc::c_int,
     byte: i64,
 ) -> io::Result<libc::c_int> {
+    // To let go of one takes no answer of anybody.
+    if kind != libc::F_UNLCK {
+        may_wait("fcntl");
+    }
     let mut lock = libc::flock {
         l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,

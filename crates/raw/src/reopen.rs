@@ -15,6 +15,7 @@ use rustix::fs::fstat;
 use crate::file::FileState;
 use crate::file_open::{Aio, OpenMode, open_host};
 use crate::host::HostFile;
+use crate::waits::may_wait;
 use crate::{direct, lock};
 
 struct Prepared {
@@ -152,6 +153,7 @@ fn open_again(state: &FileState, current: &HostFile, mode: OpenMode) -> std::io:
         other => return other,
     }
     let host = open_host(&state.filename, mode)?;
+    may_wait("fstat");
     let (a, b) = (fstat(current)?, fstat(&host)?);
     if (a.st_dev, a.st_ino) != (b.st_dev, b.st_ino) {
         return Err(std::io::Error::from_raw_os_error(libc::ESTALE));

@@ -12,6 +12,7 @@ use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
 use crate::host::HostFile;
+use crate::waits::may_wait;
 
 /// The last run of data that was found. That something is data is never wrong, only less than could be said, so what other processes do is no matter.
 #[derive(Debug, Default)]
@@ -84,6 +85,7 @@ fn at_itself(flags: StatusFlags, offset: u64, bytes: u64) -> BlockStatus {
 pub(crate) fn status(file: &HostFile, offset: u64, bytes: u64) -> BlockStatus {
     let generation = file.known_data.generation();
     let request_alignment = file.direct.map_or(1, |d| d.request).into();
+    may_wait("lseek");
     let (flags, bytes) = match seek(file, SeekFrom::Data(offset)) {
         // A hole up to the end, or past it.
         Err(Errno::NXIO) => (StatusFlags::ZERO, bytes),
