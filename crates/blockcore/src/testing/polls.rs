@@ -2,8 +2,10 @@
 //! Whether a future's polls put their thread to sleep: the kernel counts how often a thread goes to sleep of its own accord, and a poll that waits for a disk,
 //! a lock or another thread adds to that count. Linux only.
 
+use std::collections::BTreeSet;
 use std::future::poll_fn;
 use std::pin::pin;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Counts polls, and those that slept. Futures on any number of threads may share one.
@@ -17,12 +19,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// assert_eq!((polls.count(), polls.slept()), (1, 0));
 /// polls.watch(async { std::thread::sleep(std::time::Duration::from_millis(1)) }).await;
 /// assert_eq!((polls.count(), polls.slept()), (2, 1));
+/// assert!(polls.which_slept().contains(&1), "the second of them");
 /// # }
 /// ```
 #[derive(Debug, Default)]
 pub struct Polls {
     polls: AtomicU64,
-    slept: AtomicU64,
+    slept: Mutex<BTreeSet<u64>>,
 }
 
 /// How often this thread has gone to sleep of its own accord.
@@ -40,9 +43,14 @@ impl Polls {
         poll_fn(|cx| {
             let before = sleeps();
             let polled = future.as_mut().poll(cx);
-            let slept = u64::from(sleeps() != before);
-            self.slept.fetch_add(slept, Ordering::Relaxed);
-            self.polls.fetch_add(1, Ordering::Relaxed);
+            let slept = sleeps() != before;
+            let number = self.polls.fetch_add(1, Ordering::Relaxed);
+            if slept {
+                let mut all = self.slept.lock();
+                all.as_mut()
+                    .expect("no code panics while it holds this lock")
+                    .insert(number);
+            }
             polled
         })
         .await
@@ -55,6 +63,14 @@ impl Polls {
 
     /// How many of them put their thread to sleep.
     pub fn slept(&self) -> u64 {
-        self.slept.load(Ordering::Relaxed)
+        self.which_slept().len() as u64
+    }
+
+    /// Which polls did, counted from 0. On one thread, and where every run is the same, a wait for something is there in every run, and what the machine does
+    /// beside is not: other threads of the process hold locks of the allocator, or of the kernel's map of its memory.
+    pub fn which_slept(&self) -> BTreeSet<u64> {
+        let all = self.slept.lock();
+        all.expect("no code panics while it holds this lock")
+            .clone()
     }
 }
