@@ -173,13 +173,16 @@ impl Node {
     ///
     /// # Errors
     /// `NotFound` where there is no such snapshot; `InvalidArgument` for a node that may be written.
-    pub async fn snapshot_load(&self, which: SnapshotSelector) -> Result<()> {
+    pub async fn snapshot_load(self: &Arc<Self>, which: SnapshotSelector) -> Result<()> {
         if !self.is_read_only() {
             return Err(BlockError::invalid("Device is not readonly"));
         }
-        self.driver().snapshot_load(&which).await?;
-        self.refresh_length().await?;
-        Ok(())
+        // INV REQ-DROP-1: nobody sees the tables of one and the length of the other.
+        let load = async move |node: Arc<Node>| {
+            node.driver().snapshot_load(&which).await?;
+            node.refresh_length().await.map(drop)
+        };
+        self.change_behind(0, Op::Reopen, load).await
     }
 
     /// Reads the VM state area: `offset` counts from its start. What was never written is zero.
