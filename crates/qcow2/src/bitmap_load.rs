@@ -6,6 +6,7 @@
 //!
 //! An image that was changed by a program that doesn't know bitmaps has the autoclear bit cleared: then they are worth nothing, and are not even looked at.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use blockcore::{
@@ -45,6 +46,8 @@ pub(crate) struct Bitmaps {
     pub set: Arc<DirtyBitmaps>,
     /// Held while copies are marked or written. Comes before the metadata lock.
     pub storing: tokio::sync::Mutex<()>,
+    /// The copies on disk may say that they are in use although `stored` doesn't: to say so has begun, and nobody knows how it went. Changed by who holds `storing`.
+    pub may_be_in_use: AtomicBool,
     /// Changed by who holds `storing`. Not held over an await.
     stored: Mutex<Stored>,
 }
@@ -135,6 +138,7 @@ pub(crate) async fn load(
     Ok(Bitmaps {
         set,
         storing: tokio::sync::Mutex::default(),
+        may_be_in_use: AtomicBool::new(false),
         stored: Mutex::new(Stored {
             directory: Some(stored.0),
             bitmaps: all,

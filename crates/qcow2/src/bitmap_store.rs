@@ -124,6 +124,8 @@ impl Image {
         }
         let entries = outdated.bitmaps.iter().map(|b| &b.entry);
         let bytes = bitmap::encode_directory(entries);
+        // From here on an error, or a runtime that ends, leaves what closing has to set right.
+        self.bitmaps.may_be_in_use.store(true, Ordering::Release);
         self.write_metadata(Owner::BitmapDirectory, offset, bytes)
             .await?;
         self.file.flush().await?;
@@ -168,6 +170,7 @@ impl Image {
         self.free_bitmaps(&stored, &new).await;
         let is_current = new.bitmaps.iter().any(|b| !b.entry.is_in_use());
         *self.bitmaps.stored() = new;
+        self.bitmaps.may_be_in_use.store(false, Ordering::Release);
         self.bitmaps.set.set_copies_are_current(is_current);
         self.commit().await
     }
@@ -195,7 +198,8 @@ impl Image {
 
     fn is_stored(&self, stored: &Stored, wanted: &[Wanted]) -> bool {
         let places = (0..stored.bitmaps.len()).map(Some);
-        let are_current = self.bitmaps.set.copies_are_current();
+        let are_current = self.bitmaps.set.copies_are_current()
+            && !self.bitmaps.may_be_in_use.load(Ordering::Acquire);
         places.eq(wanted.iter().map(|w| w.place))
             && (are_current || wanted.iter().all(|w| w.bitmap.is_inconsistent()))
     }
