@@ -8,11 +8,17 @@
 //!
 //! `BLOCKLAYER_DROP_STEP`: on a disk that takes its time (at most 200 ms for a request), how many milliseconds lie between two places (`cargo xtask drop`).
 
-use blockcore::testing::Rng;
-use blockcore::{CheckFix, Preallocation, WriteFlags};
+use blockcore::testing::fault::{Event, Rule};
+use blockcore::testing::{CrashDriver, FaultDriver, MemoryDriver, Rng, given_up_after};
+use blockcore::{
+    CheckFix, IoBufMut, Preallocation, ReadFlags, SnapshotRequest, SnapshotSelector,
+    TruncateRequest, WriteFlags,
+};
 
-use super::torture::{Drop, Op, Plan, Step};
-use super::{Backing, DataFileKind, Shape};
+use super::torture::{BitmapOp, Drop, Op, Plan, Step};
+use super::{
+    Backing, DataFileKind, READ_ONLY, Shape, fresh_image, image_over, node_over, open_on, read_all,
+};
 use crate::crypto::CryptMethod;
 
 const UNMAP: WriteFlags = WriteFlags::MAY_UNMAP;
@@ -131,6 +137,16 @@ fn kinds() -> Vec<Kind> {
             Op::Resize(9),
         ),
         ("block status", vec![], Op::Status(0..800)),
+        (
+            "amendment of a switch",
+            vec![write(20, 8, 1)],
+            Op::Amend("lazy_refcounts", "on"),
+        ),
+        (
+            "reopening",
+            vec![write(20, 8, 1)],
+            Op::Reopen { read_only: false },
+        ),
         ("other refcounts", vec![write(20, 8, 1)], Op::Width(64)),
         ("taking a snapshot", vec![write(20, 8, 1)], Op::Snapshot(1)),
         (
@@ -226,6 +242,7 @@ fn disks() -> Vec<(Plan, Vec<Kind>)> {
         (plan_of_subclusters(), kinds_of_subclusters()),
         (plan_with_data_file(), kinds_with_data_file()),
         (plan().encrypted(CryptMethod::Luks), kinds_of_encrypted()),
+        (plan_with_bitmaps(), kinds_with_bitmaps()),
     ]
 }
 
@@ -264,6 +281,32 @@ fn kinds_with_data_file() -> Vec<Kind> {
             Op::Resize(21),
         ),
     ]
+}
+
+/// As [`kinds`], on the disk of [`plan_with_bitmaps`]. The first change says on disk that what the image holds of a bitmap is no longer right.
+fn kinds_with_bitmaps() -> Vec<Kind> {
+    let ops = [
+        ("adding a bitmap", BitmapOp::Add),
+        ("removing one", BitmapOp::Remove),
+        ("clearing one", BitmapOp::Clear),
+        ("disabling one", BitmapOp::Disable),
+        ("merging one into another", BitmapOp::Merge),
+        ("freezing one", BitmapOp::Freeze { is_done: false }),
+        ("freezing one for good", BitmapOp::Freeze { is_done: true }),
+    ];
+    let kind = |(name, op)| (name, vec![], Op::Bitmap(op));
+    let mut kinds: Vec<Kind> = ops.into_iter().map(kind).collect();
+    kinds.push(("write that outdates bitmaps", vec![], write(20, 8, 1)));
+    kinds.push(("growth with bitmaps", vec![], Op::Resize(5000)));
+    kinds
+}
+
+/// As [`plan`], with two bitmaps.
+fn plan_with_bitmaps() -> Plan {
+    Plan {
+        bitmap: true,
+        ..plan()
+    }
 }
 
 /// As [`plan`], with a raw data file, and so no snapshot, no compressed clusters, no backing disk.
@@ -371,10 +414,23 @@ fn with_company(before: &[Op], target: Step, company: Company) -> Vec<Step> {
     steps
 }
 
+/// Nothing may be in flight beside a reopening.
+fn companies(target: &Op) -> &'static [Company] {
+    match target {
+        Op::Reopen { .. } => &[Company::None, Company::After],
+        _ => &[Company::None, Company::After, Company::Beside],
+    }
+}
+
+/// How many milliseconds lie between two places.
+fn millis_step() -> u64 {
+    let step = std::env::var("BLOCKLAYER_DROP_STEP").ok();
+    step.and_then(|n| n.parse().ok()).unwrap_or(150)
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_request_may_be_dropped_at_every_await_point() {
-    let step = std::env::var("BLOCKLAYER_DROP_STEP").ok();
-    let step: u64 = step.and_then(|n| n.parse().ok()).unwrap_or(150);
+    let step = millis_step();
     let mut lines = String::new();
     let mut all = Vec::new();
     for (mut disk, kinds) in disks() {
@@ -383,7 +439,7 @@ async fn a_request_may_be_dropped_at_every_await_point() {
     }
     for (disk, (name, before, target)) in all {
         let mut points = Vec::new();
-        for company in [Company::None, Company::After, Company::Beside] {
+        for &company in companies(&target) {
             for delays in [None, Some(1)] {
                 let mut rounds = 0;
                 loop {
@@ -420,13 +476,123 @@ async fn a_request_may_be_dropped_at_every_await_point() {
     );
 }
 
+// Both are the end of what a disk is used for, so nothing comes after them.
+#[tokio::test(start_paused = true)]
+async fn closing_and_becoming_read_only_may_be_dropped_at_every_await_point() {
+    let step = millis_step();
+    for (mut disk, _) in disks() {
+        disk.prepare().await;
+        let before = [
+            write(20, 8, 1),
+            Op::Flush,
+            write(30, 40, 2),
+            Op::Discard(0..30),
+            Op::Zero(64..70, UNMAP),
+        ];
+        let before: Vec<Step> = before.into_iter().map(Step::new).collect();
+        let mut points = Vec::new();
+        for is_close in [true, false] {
+            for delays in [None, Some(1)] {
+                let mut rounds = 0;
+                loop {
+                    let drop = match delays {
+                        None => Drop::Rounds(rounds),
+                        Some(_) => Drop::Millis(u64::from(rounds) * step),
+                    };
+                    let mut plan = Plan {
+                        sessions: vec![before.clone()],
+                        delays,
+                        ..disk.clone()
+                    };
+                    match is_close {
+                        true => plan.close = drop,
+                        false => plan.sessions[0].push(Step {
+                            drop,
+                            ..Step::new(Op::Reopen { read_only: true })
+                        }),
+                    }
+                    let seen = plan.run(4, &mut Rng::new(rounds.into())).await;
+                    let seen = seen.unwrap_or_else(|why| {
+                        panic!("close {is_close}, {drop:?}, delays {delays:?}: {why}")
+                    });
+                    if seen.dropped == 0 {
+                        break;
+                    }
+                    rounds += 1;
+                }
+                points.push(rounds);
+            }
+        }
+        println!("closing and becoming read-only, without delays and with them: {points:?}");
+    }
+}
+
+// A read whose future was dropped may still be loading a table then.
+#[tokio::test]
+async fn loading_a_snapshot_may_be_dropped_at_every_await_point() {
+    let disk = CrashDriver::new(fresh_image(Shape::small(16 << 20)));
+    let (node, _image) = open_on(disk.clone(), None).await;
+    // Each in a table of its own.
+    let places = [5 << 20, 9 << 20];
+    for at in places {
+        super::write(&node, at, 4096, 1).await.unwrap();
+    }
+    let request = SnapshotRequest::now("a");
+    node.snapshot_create(request).await.unwrap();
+    for at in places {
+        super::write(&node, at, 4096, 2).await.unwrap();
+    }
+    let longer = TruncateRequest::to(20 << 20);
+    node.truncate(longer).await.unwrap();
+    node.driver().close().await.unwrap();
+    let which = || SnapshotSelector::name("a");
+    let (mut dropped, mut rounds) = (0, 0);
+    loop {
+        let file = MemoryDriver::new(disk.snapshot());
+        let slow = FaultDriver::new(Box::new(file));
+        let faults = slow.faults();
+        let file = slow.into_node(READ_ONLY).await.unwrap();
+        let node = node_over(image_over(file, None).await.unwrap(), READ_ONLY).await;
+        faults.add(Rule::slow(Event::Read, 60).only(0));
+        faults.add(Rule::slow(Event::Read, 1));
+        let read = node.preadv(places[0], IoBufMut::zeroed(512), ReadFlags::empty());
+        assert!(given_up_after(4, read).await.is_none());
+        let ended = given_up_after(rounds, node.snapshot_load(which())).await;
+        // A read waits for what is still to come, and how long the disk is then is known afterwards.
+        let first = node.preadv(0, IoBufMut::zeroed(512), ReadFlags::empty());
+        first.await.unwrap();
+        let all = read_all(&node).await;
+        let shown = (places.map(|at| all[at as usize]), all.len() >> 20);
+        match ended {
+            Some(loaded) => {
+                loaded.unwrap();
+                assert_eq!(shown, ([1; 2], 16), "after {rounds} rounds");
+                break;
+            }
+            None => {
+                let may_be = [([1; 2], 16), ([2; 2], 20)];
+                assert!(may_be.contains(&shown), "{shown:?} after {rounds} rounds");
+                dropped += 1;
+            }
+        }
+        node.snapshot_load(which()).await.unwrap();
+        assert_eq!(read_all(&node).await.len(), 16 << 20);
+        rounds += 1;
+    }
+    println!("dropped at {dropped} places");
+}
+
 #[test]
 fn a_runtime_may_end_at_every_request_to_the_file() {
     let mut lines = String::new();
     let disks = disks().into_iter();
     let all = disks.flat_map(|(disk, kinds)| kinds.into_iter().map(move |k| (disk.clone(), k)));
     for (disk, (name, before, target)) in all {
+        let is_alone = companies(&target).len() < 3;
         for company in [Company::None, Company::Beside] {
+            if is_alone && matches!(company, Company::Beside) {
+                continue;
+            }
             let plan = Plan {
                 sessions: vec![with_company(&before, Step::new(target.clone()), company)],
                 ..disk.clone()

@@ -22,8 +22,7 @@ use std::time::Duration;
 use blockcore::testing::fault::{Event, Faults, Rule};
 use blockcore::testing::{CrashDriver, DelayDriver, FaultDriver, Rng, given_up_after};
 use blockcore::{
-    Backend, BlockError, CheckFix, Child, ChildRole, Node, NodeFlags, Options, Preallocation,
-    Result, WriteFlags,
+    Backend, BlockError, CheckFix, Node, NodeFlags, Options, Preallocation, Result, WriteFlags,
 };
 use futures::FutureExt;
 
@@ -37,6 +36,9 @@ use crate::image::Image;
 
 /// The name of the dirty bitmap.
 const BITMAP: &str = "b";
+/// The name of another one, which is there together with it; and of one more, which isn't. They are what [`Op::Bitmap`] is about.
+const OTHER_BITMAP: &str = "other";
+const NEW_BITMAP: &str = "new";
 /// How long a slow disk's request waits at most, before it takes effect and again after.
 const DELAY_MILLIS: u64 = 100;
 
@@ -69,7 +71,29 @@ pub(crate) enum Op {
     Width(u32),
     /// Makes the image one of this version.
     Version(u32),
+    /// Changes another option that the image was made with.
+    Amend(&'static str, &'static str),
     Check(CheckFix),
+    Bitmap(BitmapOp),
+    /// Gives tables in memory another size, or makes the disk one that can't be written. The caller has nothing in flight.
+    Reopen {
+        read_only: bool,
+    },
+}
+
+/// What is done to the bitmaps that nobody looks into afterwards.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum BitmapOp {
+    Add,
+    Remove,
+    Clear,
+    Disable,
+    /// Into the one that is looked into.
+    Merge,
+    /// As for a backup that comes to nothing, or to its end.
+    Freeze {
+        is_done: bool,
+    },
 }
 
 impl Op {
@@ -100,6 +124,20 @@ pub(crate) enum Drop {
     Rounds(u32),
     /// After so much of the disk's time.
     Millis(u64),
+}
+
+impl Drop {
+    /// `None`: it was dropped.
+    async fn carry_out<T>(self, request: impl Future<Output = T>) -> Option<T> {
+        match self {
+            Drop::Never => Some(request.await),
+            Drop::Rounds(rounds) => given_up_after(rounds, request).await,
+            Drop::Millis(n) => {
+                let patience = Duration::from_millis(n);
+                tokio::time::timeout(patience, request).await.ok()
+            }
+        }
+    }
 }
 
 /// A request of one of the tasks.
@@ -151,6 +189,8 @@ pub(crate) struct Plan {
     pub nowait: bool,
     /// Sessions follow each other in one opening, read-only in between.
     pub reopens: bool,
+    /// When closing is given up. It is asked for once more then.
+    pub close: Drop,
     /// Requests to the file take random times, from this seed.
     pub delays: Option<u64>,
     /// What requests to the file have to be aligned to, in bytes.
@@ -190,6 +230,7 @@ impl Plan {
             noise: false,
             nowait: false,
             reopens: false,
+            close: Drop::Never,
             delays: None,
             file_alignment: 1,
             faults: Vec::new(),
@@ -245,7 +286,7 @@ impl Plan {
 
     fn drops(&self) -> bool {
         let mut steps = self.sessions.iter().flatten();
-        steps.any(|s| s.drop != Drop::Never)
+        self.close != Drop::Never || steps.any(|s| s.drop != Drop::Never)
     }
 
     /// Whether the disk may become shorter, and the file with it.
@@ -298,6 +339,7 @@ impl Plan {
         }
         if self.bitmap {
             image = with_bitmap(image, &backing, BITMAP).await;
+            image = with_bitmap(image, &backing, OTHER_BITMAP).await;
         }
         (image, backing.data())
     }
@@ -353,7 +395,7 @@ impl Plan {
         let runtime = || tokio::runtime::Builder::new_current_thread().build();
         let (first, second) = (runtime().unwrap(), runtime().unwrap());
         let mut disk = second.block_on(Disk::prepare(self));
-        let (node, image) = second.block_on(disk.open()).unwrap();
+        let (node, image) = second.block_on(disk.open_for_use()).unwrap();
         disk.faults.add(Rule::hang().only(nth));
         let ended = first.block_on(async {
             let mut work = std::pin::pin!(disk.work_all(&node, &self.sessions[0]));
@@ -375,7 +417,7 @@ impl Plan {
         }
         second.block_on(async {
             disk.faults.clear();
-            match disk.close(&node, &image, None).await? {
+            match disk.close(&image).await? {
                 Some(e) if !image.uncertain.load(Ordering::Acquire) => {
                     return Err(format!("close: {e}"));
                 }
@@ -413,6 +455,8 @@ struct Disk {
     history: History,
     start: Arc<Start>,
     snapshots: Snapshots,
+    /// Who uses the disk.
+    backend: Option<Arc<Backend>>,
     dropped: AtomicU32,
     /// How many requests failed that reach past the disk's end.
     past_end: AtomicU32,
@@ -464,6 +508,7 @@ impl Disk {
             history: History::default(),
             start,
             snapshots: Snapshots::default(),
+            backend: None,
             dropped: AtomicU32::new(0),
             past_end: AtomicU32::new(0),
         }
@@ -502,6 +547,17 @@ impl Disk {
         Ok((node, image))
     }
 
+    /// The same for the steps of a session.
+    async fn open_for_use(&mut self) -> Result<(Arc<Node>, Arc<Image>)> {
+        let (node, image) = self.open().await?;
+        self.backend = Some(Arc::new(Backend::new(node.clone(), false)));
+        Ok((node, image))
+    }
+
+    fn backend(&self) -> Arc<Backend> {
+        self.backend.clone().expect("it is open")
+    }
+
     fn add_faults(&mut self) {
         for rule in std::mem::take(&mut self.plan.faults) {
             self.faults.add(rule);
@@ -513,7 +569,7 @@ impl Disk {
         let mut errors = Vec::new();
         for steps in self.plan.sessions.clone() {
             self.add_faults();
-            let (node, image) = match self.open().await {
+            let (node, image) = match self.open_for_use().await {
                 Ok(open) => open,
                 Err(e) => {
                     errors.push(e);
@@ -521,7 +577,7 @@ impl Disk {
                 }
             };
             errors.extend(self.work_all(&node, &steps).await?);
-            errors.extend(self.close(&node, &image, None).await?);
+            errors.extend(self.close(&image).await?);
         }
         Ok(errors)
     }
@@ -529,28 +585,24 @@ impl Disk {
     /// The same without closing: between sessions the disk can't be written.
     async fn sessions_in_one(&mut self) -> Result<Vec<BlockError>, String> {
         self.add_faults();
-        let (node, image) = match self.open().await {
+        let (node, image) = match self.open_for_use().await {
             Ok(open) => open,
             Err(e) => return Ok(vec![e]),
         };
-        let backend = Backend::new(node.clone(), false);
         let mut errors = Vec::new();
         for (i, steps) in self.plan.sessions.clone().iter().enumerate() {
             if i > 0 {
-                errors.extend(self.stand_still(&backend, &image).await?);
+                errors.extend(self.stand_still(&image).await?);
             }
             errors.extend(self.work_all(&node, steps).await?);
         }
-        errors.extend(self.close(&node, &image, Some(backend)).await?);
+        errors.extend(self.close(&image).await?);
         Ok(errors)
     }
 
     /// Makes the disk read-only for a while, and looks at it; gives back what failed on the way.
-    async fn stand_still(
-        &self,
-        backend: &Backend,
-        image: &Image,
-    ) -> Result<Option<BlockError>, String> {
+    async fn stand_still(&self, image: &Image) -> Result<Option<BlockError>, String> {
+        let backend = self.backend();
         let called = self.history.now();
         let failed = backend.root().flush().await.err();
         self.faults.clear();
@@ -580,21 +632,22 @@ impl Disk {
     }
 
     /// Closes the disk; gives back what failed on the way.
-    async fn close(
-        &self,
-        node: &Arc<Node>,
-        image: &Image,
-        backend: Option<Backend>,
-    ) -> Result<Option<BlockError>, String> {
+    async fn close(&self, image: &Image) -> Result<Option<BlockError>, String> {
+        let backend = self.backend();
         let called = self.history.now();
-        let failed = node.flush().await.err();
+        let mut failed = None;
+        if self.plan.close == Drop::Never {
+            failed = backend.root().flush().await.err();
+        }
         // What was not written stays to be written.
         self.faults.clear();
-        let closed = match backend {
-            Some(backend) => backend.close().await,
+        let closed = match self.plan.close.carry_out(backend.close()).await {
+            Some(closed) => closed,
             None => {
-                let top = Child::new("top", ChildRole::File, node.clone());
-                top.close().await
+                self.dropped.fetch_add(1, Ordering::Relaxed);
+                // If it had come so far, it goes on by itself, and nobody is told when it has ended. Time is paused: it passes when there is nothing else to do.
+                tokio::time::sleep(Duration::from_secs(60)).await;
+                backend.close().await
             }
         };
         if image.uncertain.load(Ordering::Acquire) {
@@ -621,13 +674,7 @@ impl Disk {
                 tokio::task::yield_now().await;
             }
             let request = self.request(node, &step.op);
-            let result = match step.drop {
-                Drop::Never => Some(request.await),
-                Drop::Rounds(rounds) => given_up_after(rounds, request).await,
-                Drop::Millis(n) => tokio::time::timeout(Duration::from_millis(n), request)
-                    .await
-                    .ok(),
-            };
+            let result = step.drop.carry_out(request).await;
             if result.is_none() {
                 self.dropped.fetch_add(1, Ordering::Relaxed);
             }

@@ -5,15 +5,16 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use blockcore::{
-    BlockError, CheckFix, ErrorKind, IoBufMut, Node, Options, Preallocation, ReadFlags, Result,
-    SnapshotRequest, SnapshotSelector, StatusFlags, StatusMode, TruncateRequest, WriteFlags,
-    chain_status,
+    BlockError, CheckFix, ErrorKind, IoBufMut, Node, NodeFlags, Options, Preallocation, ReadFlags,
+    Result, SnapshotRequest, SnapshotSelector, StatusFlags, StatusMode, TruncateRequest,
+    WriteFlags, chain_status,
 };
 
+use super::super::bitmaps::stored;
 use super::super::history::{ANYTHING, SECTOR, STATE};
 use super::super::kept::{self, STATE_SECTORS};
 use super::super::write;
-use super::{Disk, Op, uniform};
+use super::{BITMAP, BitmapOp, Disk, NEW_BITMAP, OTHER_BITMAP, Op, uniform};
 
 /// What a request has found, and should not have.
 type Finding = Result<(), String>;
@@ -25,6 +26,28 @@ fn in_bytes(range: &Range<usize>) -> (u64, u64) {
 /// The places of some sectors of the VM state.
 fn of_state(range: &Range<usize>) -> Range<usize> {
     STATE + range.start..STATE + range.end
+}
+
+async fn bitmap_request(node: &Node, op: BitmapOp) -> Result<()> {
+    match op {
+        BitmapOp::Add => drop(node.add_dirty_bitmap(stored(NEW_BITMAP)).await?),
+        BitmapOp::Remove => node.remove_dirty_bitmap(OTHER_BITMAP).await?,
+        BitmapOp::Clear => node.clear_dirty_bitmap(OTHER_BITMAP).await?,
+        BitmapOp::Disable => node.enable_dirty_bitmap(OTHER_BITMAP, false).await?,
+        BitmapOp::Merge => {
+            let other = node.dirty_bitmap(OTHER_BITMAP)?;
+            node.merge_dirty_bitmap(BITMAP, &other).await?;
+        }
+        BitmapOp::Freeze { is_done } => {
+            let frozen = node.freeze_dirty_bitmap(OTHER_BITMAP).await?;
+            tokio::task::yield_now().await;
+            match is_done {
+                true => frozen.done(),
+                false => drop(frozen),
+            }
+        }
+    }
+    Ok(())
 }
 
 impl Disk {
@@ -114,11 +137,26 @@ impl Disk {
                 let compat = if *version == 2 { "0.10" } else { "1.1" };
                 node.amend(Options::new().with("compat", compat)).await?;
             }
+            Op::Amend(key, value) => node.amend(Options::new().with(key, *value)).await?,
             Op::Check(fix) => return self.check_in_use(node, *fix).await,
+            Op::Bitmap(op) => bitmap_request(node, *op).await?,
+            Op::Reopen { read_only } => self.reopen(*read_only).await?,
             Op::Resize(sectors) => self.resize(node, *sectors, Preallocation::Off).await?,
             Op::Preallocate(sectors, mode) => self.resize(node, *sectors, *mode).await?,
         }
         Ok(Ok(()))
+    }
+
+    async fn reopen(&self, read_only: bool) -> Result<()> {
+        let flags = NodeFlags {
+            read_only,
+            ..NodeFlags::default()
+        };
+        let options = Options::new().with("l2-cache-entry-size", "512");
+        let called = self.history.now();
+        self.backend().reopen(flags, false, options).await?;
+        self.history.flushed(called, self.log_len());
+        Ok(())
     }
 
     async fn read(&self, node: &Node, range: &Range<usize>) -> Result<Finding> {
