@@ -11,7 +11,7 @@ pub fn crash(words: &[&str]) -> Result<(), String> {
     wishes.run(command)
 }
 
-/// Errors from below: at every named point, and of every request. `--count` is the number of power cuts after each.
+/// Errors from below: at every named point, and of every request. `--count` is the number of power cuts after each, `--seed` what they go by.
 pub fn fault(words: &[&str]) -> Result<(), String> {
     let wishes = Wishes::parse(words, 10)?;
     let mut command = optimised_test("qcow2", "tests::faults");
@@ -21,14 +21,31 @@ pub fn fault(words: &[&str]) -> Result<(), String> {
     wishes.run(command)
 }
 
-/// Dropped requests: at every await point, and at random on several threads. `--count` is the number of random runs.
+/// Dropped requests: at every await point, and at random on several threads for `--seconds`. `--count`: for so many random runs instead, with seeds
+/// that follow on `--seed`.
 pub fn drop(words: &[&str]) -> Result<(), String> {
-    let wishes = Wishes::parse(words, 200)?;
+    let (mut numbers, mut seconds) = (Vec::new(), None);
+    for pair in words.chunks(2) {
+        match *pair {
+            ["--seconds", n] => {
+                let n: u64 = n.parse().map_err(|_| format!("{n} is no number"))?;
+                seconds = Some(n);
+            }
+            _ => numbers.extend(pair),
+        }
+    }
+    let has_count = numbers.contains(&"--count");
+    let wishes = Wishes::parse(&numbers, 0)?;
     let mut command = optimised_test("qcow2", "tests::dropped");
     command
         .arg("tests::stress")
-        .env("BLOCKLAYER_DROP_STEP", "5")
-        .env("BLOCKLAYER_STRESS_RUNS", wishes.count.to_string());
+        .env("BLOCKLAYER_DROP_STEP", "5");
+    if has_count {
+        command.env("BLOCKLAYER_STRESS_RUNS", wishes.count.to_string());
+    }
+    if let Some(seconds) = seconds.or((!has_count).then_some(60)) {
+        command.env("BLOCKLAYER_STRESS_SECONDS", seconds.to_string());
+    }
     wishes.run(command)
 }
 

@@ -21,10 +21,12 @@ Usage: cargo xtask VERB
                             outputs anew from the installed QEMU tools
   crash [--seed N] [--count N]
                             cut the power at 60 places in each of N random runs
-  fault [--count N]         let every request to the file fail, and those at every named point; cut the
+  fault [--seed N] [--count N]
+                            let every request to the file fail, and those at every named point; cut the
                             power N times after each
-  drop [--seed N] [--count N]
-                            drop requests at every await point, then at random in N runs on four threads
+  drop [--seed N] [--seconds N | --count N]
+                            drop requests at every await point, then at random on four threads for N
+                            seconds (60), or in N runs
   diff [--seed N] [--count N]
                             run N random scripts on our tools and on the installed QEMU tools
   interop [--seed N] [--only NAME]

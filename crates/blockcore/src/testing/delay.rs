@@ -3,7 +3,8 @@
 //!
 //! A request waits, takes effect, and waits again before it is said to be done; so requests that are in flight together take effect in one random order and
 //! end in another. On a current-thread runtime with paused time (`tokio::time::pause`) the orders depend on the seed alone, and the waits cost nothing.
-//! tokio's timers go by milliseconds, so the longest delay should be many of them.
+//! tokio's timers go by milliseconds, so the longest delay should be many of them. Where real time would be too slow, and paused time can't be had (on a
+//! multi-thread runtime), [`DelayDriver::by_turns`] counts in turns of the scheduler.
 //!
 //! ```
 //! use std::time::Duration;
@@ -38,7 +39,15 @@ use crate::status::{BlockStatus, StatusMode};
 pub struct DelayDriver {
     inner: Box<dyn BlockDriver>,
     rng: Mutex<Rng>,
-    longest: Duration,
+    longest: Delay,
+}
+
+/// A wait.
+#[derive(Clone, Copy)]
+enum Delay {
+    Time(Duration),
+    /// How often other tasks get their turn.
+    Turns(u32),
 }
 
 impl DelayDriver {
@@ -47,7 +56,16 @@ impl DelayDriver {
         DelayDriver {
             inner,
             rng: Mutex::new(Rng::new(seed)),
-            longest,
+            longest: Delay::Time(longest),
+        }
+    }
+
+    /// Over `inner`: before it takes effect, every request lets other tasks have their turn less than `most` times, and as often again before it is done.
+    /// `most` is not 0.
+    pub fn by_turns(inner: Box<dyn BlockDriver>, seed: u64, most: u32) -> DelayDriver {
+        DelayDriver {
+            longest: Delay::Turns(most),
+            ..DelayDriver::new(inner, seed, Duration::ZERO)
         }
     }
 
@@ -64,14 +82,27 @@ impl DelayDriver {
         Node::new(Box::new(self), config).await
     }
 
-    async fn wait(&self) {
-        let longest = u64::try_from(self.longest.as_nanos()).unwrap_or(u64::MAX);
-        let nanos = self
+    fn below(&self, bound: u64) -> u64 {
+        let mut rng = self
             .rng
             .lock()
-            .expect("no code panics while it holds this lock")
-            .below(longest.max(1));
-        tokio::time::sleep(Duration::from_nanos(nanos)).await;
+            .expect("no code panics while it holds this lock");
+        rng.below(bound)
+    }
+
+    async fn wait(&self) {
+        match self.longest {
+            Delay::Time(longest) => {
+                let longest = u64::try_from(longest.as_nanos()).unwrap_or(u64::MAX);
+                let nanos = self.below(longest.max(1));
+                tokio::time::sleep(Duration::from_nanos(nanos)).await;
+            }
+            Delay::Turns(most) => {
+                for _ in 0..self.below(most.into()) {
+                    tokio::task::yield_now().await;
+                }
+            }
+        }
     }
 
     async fn around<T>(&self, request: impl Future<Output = Result<T>>) -> Result<T> {
