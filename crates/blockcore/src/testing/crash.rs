@@ -125,7 +125,8 @@ impl CrashDriver {
         matches!(self.lock().get(at), Some((_, LogEntry::Flush(_))))
     }
 
-    /// What a power cut after the first `cut` log entries could leave, chosen by `rng`. `keep_percent` of the sectors that were not flushed survive.
+    /// What a power cut after the first `cut` log entries could leave, chosen by `rng`. `keep_percent` of the sectors that were not flushed survive, and the order of
+    /// writes is any; with 100 it is what was there at that moment, all of it and nothing else.
     pub fn image_after(&self, cut: usize, keep_percent: u64, rng: &mut Rng) -> Vec<u8> {
         let log = self.lock();
         let own = || (log[..cut].iter().enumerate()).filter(|(_, (disk, _))| *disk == self.number);
@@ -142,7 +143,7 @@ impl CrashDriver {
         let rest = own().skip_while(|(at, _)| *at < flushed);
         let mut rest: Vec<&LogEntry> = rest.map(|(_, (_, entry))| entry).collect();
         for i in (1..rest.len()).rev() {
-            if rng.chance(30) {
+            if keep_percent < 100 && rng.chance(30) {
                 rest.swap(i, rng.below(i as u64 + 1) as usize);
             }
         }
@@ -288,6 +289,27 @@ mod tests {
         }
         assert_eq!(seen, [true; 4], "every mixture turns up");
     }
+
+    #[tokio::test]
+    async fn a_cut_that_keeps_everything_leaves_what_was_there() {
+        let disk = CrashDriver::new(vec![0; 2048]);
+        let node = disk.clone().into_node(NodeFlags::default()).await.unwrap();
+        let mut was_there = vec![disk.snapshot()];
+        for step in 1..8u64 {
+            let data = vec![step as u8; 512 * (1 + step as usize % 3)];
+            let write = node.pwritev(512 * (step % 2), data.into(), WriteFlags::empty());
+            write.await.unwrap();
+            was_there.push(disk.snapshot());
+        }
+        assert_eq!(disk.log_len() + 1, was_there.len());
+        for (cut, was_there) in was_there.iter().enumerate() {
+            for seed in 0..20 {
+                let left = disk.image_after(cut, 100, &mut Rng::new(seed));
+                assert_eq!(&left, was_there, "cut {cut}");
+            }
+        }
+    }
+
     #[tokio::test]
     async fn a_flush_of_one_disk_says_nothing_about_another() {
         let disk = CrashDriver::new(vec![0; 512]);

@@ -43,14 +43,19 @@ fn some_shape(rng: &mut Rng, least: u64) -> Shape {
     if version == 3 && rng.chance(30) {
         return Shape {
             refcount_order: rng.below(7) as u32,
-            cluster_bits: 14 + rng.below(2) as u32,
+            cluster_bits: 14 + rng.below(3) as u32,
             encryption: some_encryption(rng),
             ..Shape::extended((least + rng.below(250)) * 512)
         };
     }
+    // Small clusters, so that there are many; now and then those that most images have.
+    let (cluster_bits, more) = match rng.below(20) {
+        0 => (16, 400),
+        _ => (9 + rng.below(5) as u32, 100),
+    };
     Shape {
-        size: (least + rng.below(100)) * 512,
-        cluster_bits: 9 + rng.below(5) as u32,
+        size: (least + rng.below(more)) * 512,
+        cluster_bits,
         version,
         refcount_order: if version == 2 { 4 } else { rng.below(7) as u32 },
         extended_l2: false,
@@ -96,15 +101,21 @@ fn some_fault(rng: &mut Rng) -> Rule {
 }
 
 async fn some_plan(rng: &mut Rng) -> Plan {
-    let shape = some_shape(rng, 24);
+    let mut shape = some_shape(rng, 24);
+    if rng.below(500) == 0 && !shape.extended_l2 {
+        // As large as they get, two of them at most: looking at every sector takes its time.
+        shape.cluster_bits = 21;
+        shape.size += rng.below(2) << 21;
+    }
     let sectors = (shape.size / 512) as usize;
     let cluster_sectors = 1u64 << (shape.cluster_bits - 9);
     let clusters = sectors as u64 / cluster_sectors;
     let mut compressed: Vec<(u64, u8)> = Vec::new();
     let is_encrypted = shape.encryption != CryptMethod::None;
+    let has_compressed = !is_encrypted && shape.cluster_bits <= 16;
     for value in 150..150 + rng.below(3) as u8 {
         let cluster = rng.below(clusters.max(1));
-        if !is_encrypted && cluster < clusters && compressed.iter().all(|c| c.0 != cluster) {
+        if has_compressed && cluster < clusters && compressed.iter().all(|c| c.0 != cluster) {
             compressed.push((cluster, value));
         }
     }

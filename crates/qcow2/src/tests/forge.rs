@@ -29,7 +29,7 @@ fn put(image: &mut Vec<u8>, at: u64, bytes: &[u8]) {
 pub(crate) async fn compressed(bytes: Vec<u8>, guest_cluster: u64, value: u8) -> Vec<u8> {
     let disk = CrashDriver::new(bytes);
     let (node, image) = open_on(disk.clone(), &Backing::default()).await;
-    let mut deflater = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::fast());
+    let mut deflater = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::best());
     let cluster = vec![value; image.cluster_size() as usize];
     deflater.write_all(&cluster).unwrap();
     let deflated = deflater.finish().unwrap();
