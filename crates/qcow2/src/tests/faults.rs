@@ -3,9 +3,11 @@
 //! should, a power cut right after finds what was flushed, and when the errors are over the image works.
 //!
 //! The method: a plan that comes by every named point that this writer has, done again for each point, its first, second and every passing, and each
-//! errno; and once for every single request that reaches the file. `BLOCKLAYER_FAULT_CUTS` says how many power cuts follow each (`cargo xtask fault`).
+//! errno; and once for every single request that reaches the file. `BLOCKLAYER_FAULT_CUTS` says how many power cuts follow each (`cargo xtask fault`); their
+//! places, and what they leave, are the seed's.
 
 use std::collections::BTreeMap;
+use std::sync::LazyLock;
 
 use blockcore::testing::Rng;
 use blockcore::testing::fault::Rule;
@@ -317,9 +319,12 @@ fn cuts() -> u64 {
     from_env("BLOCKLAYER_FAULT_CUTS", 1)
 }
 
+/// What the cuts go by.
+static SEED: LazyLock<u64> = LazyLock::new(Rng::seed_from_env);
+
 /// Does the plan with an error, and says how many requests were told of one.
 async fn with_fault(plan: &Plan, rule: Rule, what: &str) -> usize {
-    let mut rng = Rng::new(1);
+    let mut rng = Rng::new(*SEED);
     let mut plan = plan.clone();
     plan.faults.push(rule);
     match plan.run(cuts(), &mut rng).await {
@@ -334,7 +339,7 @@ async fn errors_at_any_point_harm_nothing() {
     let mut lines = String::new();
     for (name, mut plan) in plans() {
         plan.prepare().await;
-        let seen = plan.run(cuts(), &mut Rng::new(1)).await.unwrap();
+        let seen = plan.run(cuts(), &mut Rng::new(*SEED)).await.unwrap();
         let passed: BTreeMap<DebugEvent, u32> = seen.faults.passed();
         never.retain(|e| !passed.contains_key(e));
         for (&point, times) in &passed {
@@ -370,7 +375,7 @@ async fn an_error_of_any_single_request_harms_nothing() {
         plan.prepare().await;
         let seen = plan.run(0, &mut Rng::new(1)).await.unwrap();
         let requests = seen.faults.requests();
-        for nth in (Rng::seed_from_env() % every..requests).step_by(every as usize) {
+        for nth in (*SEED % every..requests).step_by(every as usize) {
             let once = Rule::fail_all(libc::EIO).only(nth as u32);
             with_fault(&plan, once, &format!("{name}: request {nth}")).await;
             let from_then_on = Rule::fail_all(libc::ENOSPC).not_before(nth as u32);
