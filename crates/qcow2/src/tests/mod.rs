@@ -17,6 +17,7 @@ mod hostile;
 mod kept;
 mod model;
 mod options;
+mod packed;
 mod parked;
 mod repair;
 mod repair_live;
