@@ -17,6 +17,7 @@ mod hostile;
 mod kept;
 mod model;
 mod options;
+mod overhaul;
 mod packed;
 mod parked;
 mod repair;
