@@ -9,7 +9,8 @@ use crate::format::{L2E_OFFSET_MASK, OFLAG_ZERO};
 
 impl Checker<'_> {
     /// Takes the impossible place out of the entries that were found while counting, and says whether there were any. Their guest clusters read as zero
-    /// afterwards, or as what shows through; nothing else changes, so the order of these writes and of all others doesn't matter.
+    /// afterwards, or as what shows through; nothing else changes, so the order of these writes and of all others doesn't matter, but
+    /// for the marks in the header: they go when this is durable (INV QCOW2-REPAIR-5).
     pub(super) async fn mend_entries(&mut self) -> Result<bool> {
         for at in std::mem::take(&mut self.mendable) {
             let table = at / self.cluster * self.cluster;

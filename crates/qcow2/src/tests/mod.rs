@@ -21,6 +21,7 @@ mod overhaul;
 mod packed;
 mod parked;
 mod repair;
+mod repair_cuts;
 mod repair_live;
 mod repair_rules;
 mod rules;

@@ -13,16 +13,16 @@ use crate::refcount::get_refcount;
 
 const CLUSTER: usize = 4096;
 
-fn word(image: &[u8], at: usize) -> usize {
+pub(super) fn word(image: &[u8], at: usize) -> usize {
     u64::from_be_bytes(image[at..at + 8].try_into().unwrap()) as usize
 }
 
-fn put(image: &mut [u8], at: usize, word: u64) {
+pub(super) fn put(image: &mut [u8], at: usize, word: u64) {
     image[at..at + 8].copy_from_slice(&word.to_be_bytes());
 }
 
 /// An image of 1 MiB whose first 64 KiB are 1.
-async fn with_data() -> Vec<u8> {
+pub(super) async fn with_data() -> Vec<u8> {
     let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
     let (node, _image) = open_on(disk.clone(), None).await;
     write(&node, 0, 64 << 10, 1).await.unwrap();
@@ -30,7 +30,7 @@ async fn with_data() -> Vec<u8> {
     disk.snapshot()
 }
 
-async fn repair(disk: &CrashDriver) -> CheckResult {
+pub(super) async fn repair(disk: &CrashDriver) -> CheckResult {
     let file = disk.clone().into_node(NodeFlags::default()).await.unwrap();
     let file = Child::new("file", ChildRole::File, file);
     let header = Header::read_for_check(&file).await.unwrap();
