@@ -302,7 +302,10 @@ fn what_ours_repairs_is_sound_to_both_and_reads_as_before() {
         for (before, after) in before.iter().zip(&after) {
             assert!(before.is_none() || before == after, "{story}");
         }
-        if status == 0 {
+        if they_said.contains("cannot unlock any keyslot") {
+            // What the damage made of the keys is nobody's to repair, and QEMU looks no further.
+            damaged += 1;
+        } else if status == 0 {
             bench.check(&ours, "ours.qcow2");
             let image = feature.image("ours.qcow2");
             let (checked, text) = feature.shell(&bench, &qemu, &format!("img check {image}"));
