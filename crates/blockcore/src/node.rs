@@ -8,7 +8,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
 use futures::future::BoxFuture;
 
@@ -219,6 +219,7 @@ impl Node {
     /// # Errors
     /// The driver's, or `InvalidImage` for a length that is out of bounds.
     pub async fn refresh_length(&self) -> Result<u64> {
+        let doubt = self.length_doubts.raised();
         let bytes = self
             .driver
             .length()
@@ -229,6 +230,7 @@ impl Node {
                 .context(format!("Image of {bytes} bytes is too long")));
         }
         let bytes = bytes.next_multiple_of(SECTOR_BYTES);
+        let _settling = self.length_doubts.settle(doubt);
         self.length.store(bytes, Ordering::Release);
         Ok(bytes)
     }
@@ -238,10 +240,14 @@ impl Node {
     /// # Errors
     /// The driver's.
     pub(crate) async fn known_length(&self) -> Result<u64> {
-        if let Some(doubt) = self.length_doubts.open() {
+        let doubt = self.length_doubts.raised();
+        if self.length_doubts.is_open(doubt) {
             let bytes = self.driver.length().await?;
-            self.grow_length(bytes);
-            self.length_doubts.settle(doubt);
+            let settling = self.length_doubts.settle(doubt);
+            // Somebody else may have looked since, and the node may have become shorter.
+            if settling.is_first {
+                self.grow_length(bytes);
+            }
         }
         Ok(self.length())
     }
@@ -541,16 +547,36 @@ impl Node {
 struct Doubts {
     raised: AtomicU64,
     settled: AtomicU64,
+    /// Held while the answer is taken over, so that an older one comes before a newer one or not at all.
+    settling: Mutex<()>,
+}
+
+/// The answer to a doubt can be taken over.
+struct Settling<'a> {
+    /// Nobody has answered it before.
+    is_first: bool,
+    _held: MutexGuard<'a, ()>,
 }
 
 impl Doubts {
-    fn open(&self) -> Option<u64> {
-        let raised = self.raised.load(Ordering::Acquire);
-        (raised > self.settled.load(Ordering::Acquire)).then_some(raised)
+    fn raised(&self) -> u64 {
+        self.raised.load(Ordering::Acquire)
     }
 
-    fn settle(&self, doubt: u64) {
-        self.settled.fetch_max(doubt, Ordering::AcqRel);
+    fn is_open(&self, doubt: u64) -> bool {
+        doubt > self.settled.load(Ordering::Acquire)
+    }
+
+    fn settle(&self, doubt: u64) -> Settling<'_> {
+        let held = self
+            .settling
+            .lock()
+            .expect("no code panics while it holds this lock");
+        let before = self.settled.fetch_max(doubt, Ordering::AcqRel);
+        Settling {
+            is_first: doubt > before,
+            _held: held,
+        }
     }
 }
 
@@ -648,6 +674,25 @@ mod tests {
             assert_eq!((read[0], read[2048]), (expected, 0));
             assert_eq!(node.length(), 4096 + bytes);
         }
+    }
+
+    // Who asks for the length while the disk becomes shorter may get the old one, which is none of the node's any more.
+    #[tokio::test]
+    async fn an_old_answer_makes_no_node_longer_that_has_become_shorter() {
+        let driver = FaultDriver::new(Box::new(MemoryDriver::new(vec![0; 4096])));
+        let faults = driver.faults();
+        let node = driver.into_node(NodeFlags::default()).await.unwrap();
+        faults.add(Rule::fail_all(libc::EIO));
+        let write = node.pwritev(4096, IoBuf::from(vec![7; 4096]), WriteFlags::empty());
+        write.await.unwrap_err();
+        faults.clear();
+        // The driver has answered this one, and it is not its turn yet.
+        faults.add(Rule::slow(Event::Length, 100).only(0));
+        let mut read = Box::pin(node.preadv(0, IoBufMut::zeroed(512), ReadFlags::empty()));
+        assert!(read.as_mut().now_or_never().is_none());
+        node.truncate(TruncateRequest::to(1024)).await.unwrap();
+        read.await.unwrap();
+        assert_eq!(node.length(), 1024);
     }
 
     /// A node over a disk whose changes of length take their time, and the faults of the disk.

@@ -428,6 +428,33 @@ fn millis_step() -> u64 {
     step.and_then(|n| n.parse().ok()).unwrap_or(150)
 }
 
+/// Has a plan drop something ever later, until it has ended by then: on a quick disk, and on one that takes its time. How many places there were on each.
+async fn places(what: &str, cuts: u64, plan: impl Fn(Drop) -> Plan) -> [u32; 2] {
+    let step = millis_step();
+    let mut places = [0; 2];
+    for (rounds, delays) in places.iter_mut().zip([None, Some(1)]) {
+        loop {
+            // A disk that takes its time stands still while others run, so there it is the time that is cut short.
+            let drop = match delays {
+                None => Drop::Rounds(*rounds),
+                Some(_) => Drop::Millis(u64::from(*rounds) * step),
+            };
+            let plan = Plan {
+                delays,
+                ..plan(drop)
+            };
+            let seen = plan.run(cuts, &mut Rng::new((*rounds).into())).await;
+            let seen =
+                seen.unwrap_or_else(|why| panic!("{what}, {drop:?}, delays {delays:?}: {why}"));
+            if seen.dropped == 0 {
+                break;
+            }
+            *rounds += 1;
+        }
+    }
+    places
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_request_may_be_dropped_at_every_await_point() {
     let step = millis_step();
@@ -440,34 +467,18 @@ async fn a_request_may_be_dropped_at_every_await_point() {
     for (disk, (name, before, target)) in all {
         let mut points = Vec::new();
         for &company in companies(&target) {
-            for delays in [None, Some(1)] {
-                let mut rounds = 0;
-                loop {
-                    // A disk that takes its time stands still while others run, so there it is the time that is cut short.
-                    let drop = match delays {
-                        None => Drop::Rounds(rounds),
-                        Some(_) => Drop::Millis(u64::from(rounds) * step),
-                    };
-                    let target = Step {
-                        drop,
-                        ..Step::new(target.clone())
-                    };
-                    let plan = Plan {
-                        sessions: vec![with_company(&before, target, company)],
-                        delays,
-                        ..disk.clone()
-                    };
-                    let seen = plan.run(1, &mut Rng::new(rounds.into())).await;
-                    let seen = seen.unwrap_or_else(|why| {
-                        panic!("{name}, {company:?}, {drop:?}, delays {delays:?}: {why}")
-                    });
-                    if seen.dropped == 0 {
-                        break;
-                    }
-                    rounds += 1;
+            let what = format!("{name}, {company:?}");
+            let plan = |drop| {
+                let target = Step {
+                    drop,
+                    ..Step::new(target.clone())
+                };
+                Plan {
+                    sessions: vec![with_company(&before, target, company)],
+                    ..disk.clone()
                 }
-                points.push(rounds);
-            }
+            };
+            points.extend(places(&what, 1, plan).await);
         }
         lines += &format!("{name}: {points:?}\n");
     }
@@ -479,7 +490,6 @@ async fn a_request_may_be_dropped_at_every_await_point() {
 // Both are the end of what a disk is used for, so nothing comes after them.
 #[tokio::test(start_paused = true)]
 async fn closing_and_becoming_read_only_may_be_dropped_at_every_await_point() {
-    let step = millis_step();
     for (mut disk, _) in disks() {
         disk.prepare().await;
         let before = [
@@ -492,36 +502,21 @@ async fn closing_and_becoming_read_only_may_be_dropped_at_every_await_point() {
         let before: Vec<Step> = before.into_iter().map(Step::new).collect();
         let mut points = Vec::new();
         for is_close in [true, false] {
-            for delays in [None, Some(1)] {
-                let mut rounds = 0;
-                loop {
-                    let drop = match delays {
-                        None => Drop::Rounds(rounds),
-                        Some(_) => Drop::Millis(u64::from(rounds) * step),
-                    };
-                    let mut plan = Plan {
-                        sessions: vec![before.clone()],
-                        delays,
-                        ..disk.clone()
-                    };
-                    match is_close {
-                        true => plan.close = drop,
-                        false => plan.sessions[0].push(Step {
-                            drop,
-                            ..Step::new(Op::Reopen { read_only: true })
-                        }),
-                    }
-                    let seen = plan.run(4, &mut Rng::new(rounds.into())).await;
-                    let seen = seen.unwrap_or_else(|why| {
-                        panic!("close {is_close}, {drop:?}, delays {delays:?}: {why}")
-                    });
-                    if seen.dropped == 0 {
-                        break;
-                    }
-                    rounds += 1;
+            let plan = |drop| {
+                let mut plan = Plan {
+                    sessions: vec![before.clone()],
+                    ..disk.clone()
+                };
+                match is_close {
+                    true => plan.close = drop,
+                    false => plan.sessions[0].push(Step {
+                        drop,
+                        ..Step::new(Op::Reopen { read_only: true })
+                    }),
                 }
-                points.push(rounds);
-            }
+                plan
+            };
+            points.extend(places(&format!("close {is_close}"), 4, plan).await);
         }
         println!("closing and becoming read-only, without delays and with them: {points:?}");
     }
