@@ -3,4 +3,6 @@
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| fuzzing::operations(bytes));
+mod bounded;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| bounded::bounded(|| fuzzing::operations(bytes)));

@@ -142,7 +142,6 @@ pub fn fuzz(words: &[&str]) -> Result<(), String> {
             "-len_control=0".to_owned(),
             "-timeout=120".to_owned(),
             "-rss_limit_mb=1024".to_owned(),
-            "-malloc_limit_mb=64".to_owned(),
             "-print_final_stats=1".to_owned(),
             "-print_funcs=0".to_owned(),
         ])

@@ -9,15 +9,12 @@ use std::time::{Duration, Instant};
 
 use blocklayer::testing::Rng;
 use blocklayer::{CheckFix, OpenOptions};
-use fuzzing::seeds;
+use fuzzing::{MEMORY_BYTES, seeds};
 use peak_alloc::PeakAlloc;
 
 #[global_allocator]
 static MEMORY: PeakAlloc = PeakAlloc;
 
-/// The most that a case may allocate at a time, in bytes, over what there was before: four times the longest L1 table that the format has. What takes most is
-/// a small file whose header claims such a table: it is read at opening, and once more by a check.
-const MEMORY_BYTES: usize = 128 << 20;
 /// A case that takes longer hangs, on any machine.
 const CASE_TIME: Duration = Duration::from_secs(20);
 

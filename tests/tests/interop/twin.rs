@@ -4,13 +4,14 @@
 //!
 //! Half of the scripts are about chains and requests (here), half about one image with any features (`features`).
 //!
-//! The ordinary test runs 25 scripts, always the same ones. A script that differs is printed with its seed, and can be put into `tests/golden` as it is. `BLOCKLAYER_TWIN_SCRIPTS` says how many there are
+//! The ordinary test runs 25 scripts, always the same ones. A script that differs is printed with its seed, and once more as short as it gets (`shrink`), and can be put into `tests/golden` as it is. `BLOCKLAYER_TWIN_SCRIPTS` says how many there are
 //! (`cargo xtask diff --count N`).
 
 mod bitmaps;
 mod features;
 mod keys;
 mod looks;
+mod shrink;
 
 use std::fmt::Write;
 
@@ -253,10 +254,14 @@ fn random_scripts_print_the_same_on_both_sides() {
             0 => writer.script(seed),
             _ => writer.features_script(seed),
         };
-        let bench = Bench::new();
-        bench.write("cmd", text.as_bytes());
-        if let Err(why) = Script::compare(&bench.path(""), &ours, &qemu, &bench.path("")) {
-            println!("{text}\n{why}");
+        let compare = |text: &str| {
+            let bench = Bench::new();
+            bench.write("cmd", text.as_bytes());
+            Script::compare(&bench.path(""), &ours, &qemu, &bench.path(""))
+        };
+        if let Err(why) = compare(&text) {
+            let short = shrink::shortest(&text, |text| compare(text).is_err());
+            println!("{text}\n{why}\nA short script that differs, maybe in another way:\n{short}");
             differ.push(seed);
         }
     }

@@ -22,5 +22,5 @@ pub use delay::DelayDriver;
 pub use fault::{FaultDriver, Faults};
 pub use give_up::given_up_after;
 pub use memory::{MemoryDriver, MemoryFactory};
-pub use polls::Polls;
+pub use polls::{Polls, longest_wait};
 pub use rng::Rng;

@@ -7,6 +7,9 @@ use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use futures::future::{Either, select};
 
 /// Counts polls, and those that slept. Futures on any number of threads may share one.
 ///
@@ -73,4 +76,38 @@ impl Polls {
         all.expect("no code panics while it holds this lock")
             .clone()
     }
+}
+
+/// Runs a future to its end on a current-thread runtime that is never idle meanwhile. Gives back its output, and the longest time between two turns of the
+/// scheduler in which the thread went to sleep all the same: then a poll has waited, the future's or that of any other task of the runtime.
+///
+/// ```
+/// use std::time::Duration;
+/// use blockcore::testing::longest_wait;
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() {
+/// let wait = Duration::from_millis(50);
+/// let (_, longest) = longest_wait(async {
+///     tokio::spawn(async move { std::thread::sleep(wait) }).await
+/// })
+/// .await;
+/// assert!(longest >= wait);
+/// # }
+/// ```
+pub async fn longest_wait<T>(future: impl Future<Output = T>) -> (T, Duration) {
+    let mut longest = Duration::ZERO;
+    let watch = async {
+        loop {
+            let (before, since) = (sleeps(), Instant::now());
+            tokio::task::yield_now().await;
+            if sleeps() != before {
+                longest = longest.max(since.elapsed());
+            }
+        }
+    };
+    let output = match select(pin!(future), pin!(watch)).await {
+        Either::Left((output, _)) => output,
+        Either::Right((never, _)) => never,
+    };
+    (output, longest)
 }

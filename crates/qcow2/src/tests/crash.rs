@@ -15,6 +15,7 @@ use blockcore::testing::Rng;
 use blockcore::testing::fault::{Event, Rule};
 use blockcore::{CheckFix, Preallocation, WriteFlags};
 
+use super::history::SECTOR;
 use super::torture::{Drop, Op, Plan, Step};
 use super::{Backing, DataFileKind, Shape, kept};
 use crate::crypto::CryptMethod;
@@ -23,10 +24,10 @@ use crate::crypto::CryptMethod;
 const WRITERS: u64 = 3;
 const STEPS: u64 = 14;
 
-fn some_range(rng: &mut Rng, sectors: usize, most: u64) -> Range<usize> {
-    let first = rng.below(sectors as u64) as usize;
-    let count = 1 + rng.below(most) as usize;
-    first..(first + count).min(sectors)
+fn some_range(rng: &mut Rng, end: usize, most: usize) -> Range<usize> {
+    let first = rng.below(end as u64) as usize;
+    let count = 1 + rng.below(most as u64) as usize;
+    first..(first + count).min(end)
 }
 
 fn some_encryption(rng: &mut Rng) -> CryptMethod {
@@ -63,24 +64,27 @@ fn some_shape(rng: &mut Rng, least: u64) -> Shape {
     }
 }
 
-fn some_writes(rng: &mut Rng, sectors: usize, value: u8) -> Vec<(Range<usize>, u8)> {
-    let range = |rng: &mut Rng| some_range(rng, sectors, 30);
+/// Writes to a disk of so many bytes, in this unit.
+fn some_writes(rng: &mut Rng, size: u64, unit: usize, value: u8) -> Vec<(Range<usize>, u8)> {
+    let range = |rng: &mut Rng| some_range(rng, size as usize / unit, 30 * SECTOR / unit);
     let count = rng.below(5) as u8;
     (0..count).map(|i| (range(rng), value + i)).collect()
 }
 
-async fn some_backing(rng: &mut Rng, sectors: u64) -> Backing {
+/// What lies below a disk of so many bytes. A raw file ends at any place in this unit.
+async fn some_backing(rng: &mut Rng, size: u64, unit: usize) -> Backing {
     let mut backing = Backing::default();
     if rng.chance(50) {
-        let count = rng.below(sectors + 10);
-        let raw = (0..count).flat_map(|s| [200 + (s % 40) as u8; 512]);
+        let count = rng.below((size as usize + 10 * SECTOR) as u64 / unit as u64);
+        let value = |place: u64| 200 + (place * unit as u64 / SECTOR as u64 % 40) as u8;
+        let raw = (0..count).flat_map(|place| vec![value(place); unit]);
         backing.raw = Some(raw.collect());
     }
     for _ in 0..[0, 0, 1, 2][rng.below(4) as usize] {
         let shape = some_shape(rng, 1);
         let layer = Plan {
             backing: backing.clone(),
-            filled: some_writes(rng, (shape.size / 512) as usize, 180),
+            filled: some_writes(rng, shape.size, SECTOR, 180),
             ..Plan::over(shape)
         };
         backing.layers.push(layer.prepared().await);
@@ -107,9 +111,8 @@ async fn some_plan(rng: &mut Rng) -> Plan {
         shape.cluster_bits = 21;
         shape.size += rng.below(2) << 21;
     }
-    let sectors = (shape.size / 512) as usize;
-    let cluster_sectors = 1u64 << (shape.cluster_bits - 9);
-    let clusters = sectors as u64 / cluster_sectors;
+    let unit = [SECTOR, SECTOR, 128, 64][rng.below(4) as usize];
+    let clusters = shape.size >> shape.cluster_bits;
     let mut compressed: Vec<(u64, u8)> = Vec::new();
     let is_encrypted = shape.encryption != CryptMethod::None;
     let has_compressed = !is_encrypted && shape.cluster_bits <= 16;
@@ -131,11 +134,12 @@ async fn some_plan(rng: &mut Rng) -> Plan {
     let backing = match data_file {
         // What a backing disk shows would have to be in the file, too.
         DataFileKind::Raw => Backing::default(),
-        _ => some_backing(rng, sectors as u64).await,
+        _ => some_backing(rng, shape.size, unit).await,
     };
     let mut plan = Plan {
         backing,
-        filled: some_writes(rng, sectors, 120),
+        unit,
+        filled: some_writes(rng, shape.size, unit, 120),
         compressed,
         snapshot: is_inside && shape.refcount_order > 0 && rng.chance(40),
         bitmap: shape.version > 2 && rng.chance(30),
@@ -155,7 +159,7 @@ async fn some_plan(rng: &mut Rng) -> Plan {
     let drops = rng.chance(50);
     let mut steps = Steps {
         value: 0,
-        sectors,
+        end: shape.size as usize / unit,
         snapshots: 1,
     };
     for _ in 0..1 + rng.below(3) {
@@ -190,8 +194,8 @@ async fn some_plan(rng: &mut Rng) -> Plan {
 struct Steps {
     /// Of the last write.
     value: u8,
-    /// How long the disk is at most.
-    sectors: usize,
+    /// How long the disk is at most, in the plan's unit.
+    end: usize,
     /// The number of the last snapshot.
     snapshots: u32,
 }
@@ -205,10 +209,10 @@ impl Steps {
     fn some_op(&mut self, rng: &mut Rng, plan: &Plan, task: usize) -> Op {
         let shape = plan.shape;
         let is_inside = plan.data_file == DataFileKind::Inside;
-        let cluster_sectors = 1 << (shape.cluster_bits - 9);
-        let most = [2 * cluster_sectors, 3 * shape.subcluster_sectors()];
-        let most = most[rng.below(2) as usize];
-        let range = some_range(rng, self.sectors, most);
+        let subcluster = shape.subcluster_sectors() as usize * SECTOR;
+        let most = [2 << shape.cluster_bits, 3 * subcluster];
+        let most = most[rng.below(2) as usize] / plan.unit;
+        let range = some_range(rng, self.end, most);
         match rng.below(24) {
             0..10 => match rng.below(6) {
                 0 if is_inside && shape.encryption == CryptMethod::None => {
@@ -239,7 +243,7 @@ impl Steps {
             16 if task == 0 => self.some_length(rng, plan),
             17 if task == 0 => self.some_change_of_all(rng, plan),
             18 if is_inside => {
-                let range = some_range(rng, kept::STATE_SECTORS, most);
+                let range = some_range(rng, kept::STATE_BYTES / plan.unit, most);
                 match rng.below(3) {
                     0 => Op::LoadState(range),
                     _ => Op::SaveState(range, self.next_value()),
@@ -252,16 +256,21 @@ impl Steps {
 
     fn some_length(&mut self, rng: &mut Rng, plan: &Plan) -> Op {
         use Preallocation::{Falloc, Full, Metadata};
+        let in_sector = SECTOR / plan.unit;
+        let more = rng.below(60) as usize * in_sector;
         match rng.below(4) {
-            0 if !plan.bitmap => self.sectors = 1 + rng.below(self.sectors as u64) as usize,
-            1 => {
-                self.sectors += rng.below(60) as usize;
-                let mode = [Metadata, Falloc, Full][rng.below(3) as usize];
-                return Op::Preallocate(self.sectors, mode);
+            0 if !plan.bitmap => {
+                self.end = 1 + rng.below(self.end as u64) as usize;
+                self.end = self.end.next_multiple_of(in_sector);
             }
-            _ => self.sectors += rng.below(60) as usize,
+            1 => {
+                self.end += more;
+                let mode = [Metadata, Falloc, Full][rng.below(3) as usize];
+                return Op::Preallocate(self.end, mode);
+            }
+            _ => self.end += more,
         }
-        Op::Resize(self.sectors)
+        Op::Resize(self.end)
     }
 
     fn some_change_of_all(&mut self, rng: &mut Rng, plan: &Plan) -> Op {
@@ -391,11 +400,9 @@ async fn a_power_cut_loses_nothing_that_was_flushed_and_shows_nothing_foreign() 
             let (mut plan, why) = shrunk(plan, why, cuts).await;
             // The bytes of the backing disks say nothing.
             let layers = plan.backing.layers.len();
-            let raw = plan.backing.raw.as_ref().map(|r| r.len() / 512);
+            let raw = plan.backing.raw.as_ref().map(Vec::len);
             plan.backing = Backing::default();
-            panic!(
-                "seed {seed}: {why}\nbacking: {raw:?} sectors of raw, {layers} layers\n{plan:#?}"
-            );
+            panic!("seed {seed}: {why}\nbacking: {raw:?} bytes of raw, {layers} layers\n{plan:#?}");
         }
     }
     println!("{} cuts over {seeds} seeds", seeds * cuts);

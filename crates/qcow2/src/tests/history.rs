@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What each sector of a disk may read as: now, or after a power cut at any place in the log of the disk below. A sector is uniform: all its bytes are
-//! the same value. The disk's length is looked at in the same way, as one more place that has a value.
+//! What each sector of a disk, or each of the parts that a plan goes by, may read as: now, or after a power cut at any place in the log of the disk below. A sector is uniform: all its
+//! bytes are the same value. The disk's length is looked at in the same way, as one more place that has a value.
 
 use std::collections::BTreeSet;
 use std::ops::Range;

@@ -6,11 +6,10 @@ use std::sync::{Mutex, MutexGuard};
 use blockcore::testing::CrashDriver;
 use blockcore::{IoBufMut, SnapshotSelector};
 
-use super::history::SECTOR;
 use super::{Backing, open_on, read_all};
 
-/// How much of the VM state area is looked at, in sectors.
-pub(crate) const STATE_SECTORS: usize = 24;
+/// How much of the VM state area is looked at, in bytes.
+pub(crate) const STATE_BYTES: usize = 24 << 9;
 
 /// What a snapshot, or a disk, holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,7 +42,7 @@ pub(crate) async fn contents(image: &[u8], backing: &Backing, name: &str) -> Opt
     let which = SnapshotSelector::name(name);
     image.snapshot_load(&which).await.ok()?;
     node.refresh_length().await.unwrap();
-    let state = IoBufMut::zeroed(STATE_SECTORS * SECTOR);
+    let state = IoBufMut::zeroed(STATE_BYTES);
     Some(Contents {
         disk: read_all(&node).await,
         state: node.load_vmstate(0, state).await.unwrap().to_vec(),

@@ -42,7 +42,7 @@ const NEW_BITMAP: &str = "new";
 /// How long a slow disk's request waits at most, before it takes effect and again after.
 const DELAY_MILLIS: u64 = 100;
 
-/// A request. Places and lengths are in sectors.
+/// A request. Places and lengths are in the plan's unit ([`Plan::unit`]).
 #[derive(Clone, Debug)]
 pub(crate) enum Op {
     Write(Range<usize>, u8),
@@ -170,6 +170,8 @@ const NOISE: u8 = 0xa5;
 pub(crate) struct Plan {
     pub shape: Shape,
     pub backing: Backing,
+    /// What places and lengths count, in bytes: sectors, or a part of one.
+    pub unit: usize,
     /// Written before all else.
     pub filled: Vec<(Range<usize>, u8)>,
     /// Guest clusters that are compressed ones, and their values.
@@ -208,7 +210,7 @@ pub(crate) struct Start {
     image: Vec<u8>,
     /// What its data file holds, if it has one.
     data: Option<Vec<u8>>,
-    /// The values of its sectors.
+    /// The values of its places.
     base: Vec<u8>,
     /// What its snapshot holds.
     snapshot: Option<Vec<u8>>,
@@ -220,6 +222,7 @@ impl Plan {
         Plan {
             shape,
             backing: Backing::default(),
+            unit: SECTOR,
             filled: Vec::new(),
             compressed: Vec::new(),
             snapshot: false,
@@ -265,12 +268,12 @@ impl Plan {
         let disk = CrashDriver::new(image.clone());
         let backing = below(&self.backing, &disk, data.clone());
         let (node, _image) = open_on(disk, &backing).await;
-        let sectors = read_all(&node).await;
-        let value = |sector: &[u8]| uniform(sector).expect("sectors are uniform") as u8;
+        let contents = read_all(&node).await;
+        let value = |place: &[u8]| uniform(place).expect("places are uniform") as u8;
         Start {
             image,
             data,
-            base: sectors.chunks(SECTOR).map(value).collect(),
+            base: contents.chunks(self.unit).map(value).collect(),
             snapshot,
         }
     }
@@ -292,7 +295,7 @@ impl Plan {
     /// Whether the disk may become shorter, and the file with it.
     fn shrinks(&self) -> bool {
         let mut steps = self.sessions.iter().flatten();
-        steps.any(|s| matches!(s.op, Op::Resize(n) if n < 1000))
+        steps.any(|s| matches!(s.op, Op::Resize(n) if n * self.unit < 1000 * SECTOR))
     }
 
     /// Whether the file may be made longer than it has to be: where it can't, it isn't.
@@ -329,7 +332,7 @@ impl Plan {
         let backing = below(&self.backing, &disk, is_outside.then(Vec::new));
         let (node, _image) = open_on(disk.clone(), &backing).await;
         for (range, value) in &self.filled {
-            let (offset, length) = (range.start * SECTOR, range.len() * SECTOR);
+            let (offset, length) = (range.start * self.unit, range.len() * self.unit);
             write(&node, offset as u64, length, *value).await.unwrap();
         }
         node.driver().close().await.unwrap();
@@ -468,19 +471,6 @@ async fn all(node: &Node) -> Result<Vec<u8>, String> {
     read.map_err(|e| format!("can't be read: {e}"))
 }
 
-/// Whether a change reaches past the end of the disk as it is now.
-fn is_past_end(node: &Node, op: &Op) -> bool {
-    let end = match op {
-        Op::Write(range, _)
-        | Op::WriteDurably(range, _)
-        | Op::Pack(range, _)
-        | Op::Zero(range, _)
-        | Op::Discard(range) => range.end,
-        _ => 0,
-    };
-    (end * SECTOR) as u64 > node.length()
-}
-
 fn uniform(sector: &[u8]) -> Option<u64> {
     let first = sector[0];
     sector.iter().all(|b| *b == first).then_some(first.into())
@@ -518,9 +508,22 @@ impl Disk {
         self.disk.log_len()
     }
 
-    /// The value of a sector before all else. What appears when the disk grows is zero.
-    fn base(&self, sector: usize) -> u8 {
-        self.start.base.get(sector).copied().unwrap_or(0)
+    /// The value of a place before all else. What appears when the disk grows is zero.
+    fn base(&self, place: usize) -> u8 {
+        self.start.base.get(place).copied().unwrap_or(0)
+    }
+
+    /// Whether a change reaches past the end of the disk as it is now.
+    fn is_past_end(&self, node: &Node, op: &Op) -> bool {
+        let end = match op {
+            Op::Write(range, _)
+            | Op::WriteDurably(range, _)
+            | Op::Pack(range, _)
+            | Op::Zero(range, _)
+            | Op::Discard(range) => range.end,
+            _ => 0,
+        };
+        (end * self.plan.unit) as u64 > node.length()
     }
 
     async fn open(&self) -> Result<(Arc<Node>, Arc<Image>)> {
@@ -683,7 +686,7 @@ impl Disk {
                 Some(Ok(Err(why))) => return Err(format!("{:?}: {why}", step.op)),
                 // It waited for the way back to a shorter disk.
                 // An injected error may have come before.
-                Some(Err(e)) if e.errno() == libc::EIO && is_past_end(node, &step.op) => {
+                Some(Err(e)) if e.errno() == libc::EIO && self.is_past_end(node, &step.op) => {
                     self.past_end.fetch_add(1, Ordering::Relaxed);
                 }
                 Some(Err(e)) if step.op.is_refused_with(&e, self.plan.is_old()) => {}

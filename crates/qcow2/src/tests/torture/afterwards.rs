@@ -9,7 +9,7 @@ use blockcore::{BlockError, CheckFix, IoBufMut, Node};
 
 use super::super::bitmaps::covers;
 use super::super::history::{ANYTHING, SECTOR, STATE};
-use super::super::kept::STATE_SECTORS;
+use super::super::kept::STATE_BYTES;
 use super::super::{DataFileKind, corruptions, findings, forge, open_on, write};
 use super::{BITMAP, Disk, Op, all, below, uniform};
 use crate::crypto::CryptMethod;
@@ -19,10 +19,10 @@ impl Disk {
     pub(super) async fn use_and_check(&mut self, leaks: bool) -> Result<(), String> {
         let told = |e: BlockError| format!("not usable afterwards: {e}");
         let (node, _image) = self.open().await.map_err(told)?;
-        let sectors = node.length() as usize / SECTOR;
+        let places = node.length() as usize / self.plan.unit;
         let lengths = self.history.lengths_now(self.start.base.len() as u64);
-        if !lengths.contains(&(sectors as u64)) {
-            return Err(format!("{sectors} sectors long, and may be {lengths:?}"));
+        if !lengths.contains(&(places as u64)) {
+            return Err(format!("{places} places long, and may be {lengths:?}"));
         }
         self.check_contents(&all(&node).await?, |s, base| {
             self.history.allowed_now(s, base)
@@ -30,8 +30,8 @@ impl Disk {
         let now = |s, base| self.history.allowed_now(s, base);
         self.check_state(&node, now).await?;
         let steps = [
-            Op::Write(0..sectors.min(3), 251),
-            Op::Write(sectors / 2..sectors, 252),
+            Op::Write(0..places.min(3), 251),
+            Op::Write(places / 2..places, 252),
             Op::Flush,
         ];
         for op in &steps {
@@ -73,7 +73,7 @@ impl Disk {
         let now = |s, base| self.history.allowed_now(s, base);
         self.check_contents(&all(node).await?, now)?;
         self.check_state(node, now).await?;
-        if write(node, 0, SECTOR, 1).await.is_ok() {
+        if write(node, 0, self.plan.unit, 1).await.is_ok() {
             return Err("written, though read-only".to_owned());
         }
         let image = self.disk.snapshot();
@@ -98,16 +98,16 @@ impl Disk {
         if self.plan.data_file != DataFileKind::Inside {
             return Ok(());
         }
-        let buf = IoBufMut::zeroed(STATE_SECTORS * SECTOR);
+        let buf = IoBufMut::zeroed(STATE_BYTES);
         let state = node.load_vmstate(0, buf).await;
         let state = state.map_err(|e| format!("the state can't be read: {e}"))?;
-        for (bytes, place) in state.to_vec().chunks(SECTOR).zip(STATE..) {
+        for (bytes, place) in state.to_vec().chunks(self.plan.unit).zip(STATE..) {
             let allowed = allowed(place, 0);
             let value = uniform(bytes);
             if !allowed.contains(&ANYTHING) && !value.is_some_and(|v| allowed.contains(&v)) {
-                let sector = place - STATE;
+                let place = place - STATE;
                 return Err(format!(
-                    "sector {sector} of the state holds {value:?} and may hold {allowed:?}"
+                    "place {place} of the state holds {value:?} and may hold {allowed:?}"
                 ));
             }
         }
@@ -119,12 +119,12 @@ impl Disk {
         contents: &[u8],
         allowed: impl Fn(usize, u8) -> BTreeSet<u64>,
     ) -> Result<(), String> {
-        for (sector, bytes) in contents.chunks(SECTOR).enumerate() {
-            let allowed = allowed(sector, self.base(sector));
+        for (place, bytes) in contents.chunks(self.plan.unit).enumerate() {
+            let allowed = allowed(place, self.base(place));
             if !uniform(bytes).is_some_and(|v| allowed.contains(&v)) {
                 let value = uniform(bytes);
                 return Err(format!(
-                    "sector {sector} holds {value:?} and may hold {allowed:?}"
+                    "place {place} holds {value:?} and may hold {allowed:?}"
                 ));
             }
         }
@@ -149,7 +149,8 @@ impl Disk {
     fn check_bitmap(&self, node: &Node, contents: &[u8]) -> Result<bool, String> {
         match self.plan.bitmap {
             true => {
-                let base: Vec<u8> = self.start.base.iter().flat_map(|v| [*v; SECTOR]).collect();
+                let values = self.start.base.iter();
+                let base: Vec<u8> = values.flat_map(|v| vec![*v; self.plan.unit]).collect();
                 covers(node, BITMAP, &base, contents)
             }
             false => Ok(true),
@@ -181,12 +182,12 @@ impl Disk {
         let data = data.map(|(data, _)| data.image_after(cut, keep, rng));
         let backing = below(&self.plan.backing, &left, data.clone());
         let (node, _image) = open_on(left.clone(), &backing).await;
-        let sectors = node.length() / SECTOR as u64;
+        let places = node.length() / self.plan.unit as u64;
         let lengths = self
             .history
             .lengths_after_cut(self.start.base.len() as u64, cut);
-        if !lengths.contains(&sectors) {
-            return Err(format!("{sectors} sectors long, and may be {lengths:?}"));
+        if !lengths.contains(&places) {
+            return Err(format!("{places} places long, and may be {lengths:?}"));
         }
         let contents = all(&node).await?;
         let after_cut = |s, base| self.history.allowed_after_cut(s, base, cut);

@@ -12,18 +12,14 @@ use blockcore::{
 
 use super::super::bitmaps::stored;
 use super::super::history::{ANYTHING, SECTOR, STATE};
-use super::super::kept::{self, STATE_SECTORS};
+use super::super::kept::{self, STATE_BYTES};
 use super::super::write;
 use super::{BITMAP, BitmapOp, Disk, NEW_BITMAP, OTHER_BITMAP, Op, uniform};
 
 /// What a request has found, and should not have.
 type Finding = Result<(), String>;
 
-fn in_bytes(range: &Range<usize>) -> (u64, u64) {
-    ((range.start * SECTOR) as u64, (range.len() * SECTOR) as u64)
-}
-
-/// The places of some sectors of the VM state.
+/// The places of a part of the VM state.
 fn of_state(range: &Range<usize>) -> Range<usize> {
     STATE + range.start..STATE + range.end
 }
@@ -51,33 +47,43 @@ async fn bitmap_request(node: &Node, op: BitmapOp) -> Result<()> {
 }
 
 impl Disk {
+    fn in_bytes(&self, range: &Range<usize>) -> (u64, u64) {
+        let unit = self.plan.unit;
+        ((range.start * unit) as u64, (range.len() * unit) as u64)
+    }
+
+    /// The places of the VM state.
+    fn whole_state(&self) -> Range<usize> {
+        of_state(&(0..STATE_BYTES / self.plan.unit))
+    }
+
     /// One request. The outer error is the disk's, the inner one what it did wrong.
     pub(super) async fn request(&self, node: &Arc<Node>, op: &Op) -> Result<Finding> {
         // The disk may not have grown that far.
-        let sectors = node.length() as usize / SECTOR;
-        let clip = |range: &Range<usize>| range.start.min(sectors)..range.end.min(sectors);
+        let end = node.length() as usize / self.plan.unit;
+        let clip = |range: &Range<usize>| range.start.min(end)..range.end.min(end);
         let log_len = || self.log_len();
         match op {
             Op::Write(range, value) => {
                 let range = clip(range);
-                let (offset, length) = in_bytes(&range);
+                let (offset, length) = self.in_bytes(&range);
                 let recording = self.history.change(range, *value, log_len);
                 write(node, offset, length as usize, *value).await?;
                 recording.done(false);
             }
             Op::WriteDurably(range, value) => {
                 let range = clip(range);
-                let (offset, length) = in_bytes(&range);
+                let (offset, length) = self.in_bytes(&range);
                 let recording = self.history.change(range, *value, log_len);
                 let data = vec![*value; length as usize].into();
                 node.pwritev(offset, data, WriteFlags::FUA).await?;
                 recording.done_durably();
             }
             Op::Pack(range, value) => {
-                let cluster = 1usize << (self.plan.shape.cluster_bits - 9);
-                let whole = |sector: usize| sector.next_multiple_of(cluster);
+                let cluster = (1usize << self.plan.shape.cluster_bits) / self.plan.unit;
+                let whole = |place: usize| place.next_multiple_of(cluster);
                 let range = clip(&(whole(range.start)..whole(range.end)));
-                let (offset, length) = in_bytes(&range);
+                let (offset, length) = self.in_bytes(&range);
                 if range.is_empty() {
                     return Ok(Ok(()));
                 }
@@ -93,14 +99,14 @@ impl Disk {
             }
             Op::Zero(range, flags) => {
                 let range = clip(range);
-                let (offset, length) = in_bytes(&range);
+                let (offset, length) = self.in_bytes(&range);
                 let recording = self.history.change(range, 0, log_len);
                 node.pwrite_zeroes(offset, length, *flags).await?;
                 recording.done(false);
             }
             Op::Discard(range) => {
                 let range = clip(range);
-                let (offset, length) = in_bytes(&range);
+                let (offset, length) = self.in_bytes(&range);
                 let recording = self.history.change(range, 0, log_len);
                 node.pdiscard(offset, length).await?;
                 recording.done(true);
@@ -113,7 +119,7 @@ impl Disk {
             }
             Op::Status(range) => return self.status(node, &clip(range)).await,
             Op::SaveState(range, value) => {
-                let (offset, length) = in_bytes(range);
+                let (offset, length) = self.in_bytes(range);
                 let recording = self.history.change(of_state(range), *value, log_len);
                 let data = vec![*value; length as usize].into();
                 node.save_vmstate(offset, data).await?;
@@ -121,7 +127,7 @@ impl Disk {
             }
             Op::LoadState(range) => {
                 let called = self.history.now();
-                let (offset, length) = in_bytes(range);
+                let (offset, length) = self.in_bytes(range);
                 let buf = IoBufMut::zeroed(length as usize);
                 let read = node.load_vmstate(offset, buf).await?;
                 return Ok(self.check_read(&of_state(range), &read.to_vec(), called));
@@ -141,8 +147,8 @@ impl Disk {
             Op::Check(fix) => return self.check_in_use(node, *fix).await,
             Op::Bitmap(op) => bitmap_request(node, *op).await?,
             Op::Reopen { read_only } => self.reopen(*read_only).await?,
-            Op::Resize(sectors) => self.resize(node, *sectors, Preallocation::Off).await?,
-            Op::Preallocate(sectors, mode) => self.resize(node, *sectors, *mode).await?,
+            Op::Resize(end) => self.resize(node, *end, Preallocation::Off).await?,
+            Op::Preallocate(end, mode) => self.resize(node, *end, *mode).await?,
         }
         Ok(Ok(()))
     }
@@ -161,7 +167,7 @@ impl Disk {
 
     async fn read(&self, node: &Node, range: &Range<usize>) -> Result<Finding> {
         let called = self.history.now();
-        let (offset, length) = in_bytes(range);
+        let (offset, length) = self.in_bytes(range);
         // Every byte has to be written to.
         let mut buf = IoBufMut::zeroed(length as usize);
         buf.fill(0xee);
@@ -180,33 +186,35 @@ impl Disk {
         let mut at = range.start;
         while at < range.end {
             let called = self.history.now();
-            let (offset, length) = in_bytes(&(at..range.end));
+            let (offset, length) = self.in_bytes(&(at..range.end));
             let found = chain_status(node, None, offset, length, StatusMode::Precise).await?;
-            let sectors = found.status.bytes as usize / SECTOR;
+            let places = found.status.bytes as usize / self.plan.unit;
             if found.status.flags.contains(StatusFlags::ZERO) {
-                let zeroes = vec![0; sectors * SECTOR];
-                if let Err(why) = self.check_read(&(at..at + sectors), &zeroes, called) {
+                let zeroes = vec![0; places * self.plan.unit];
+                if let Err(why) = self.check_read(&(at..at + places), &zeroes, called) {
                     return Ok(Err(format!("said to be zero: {why}")));
                 }
             }
-            if sectors == 0 {
+            if places == 0 {
                 // It has become shorter.
                 break;
             }
-            at += sectors;
+            at += places;
         }
         Ok(Ok(()))
     }
 
-    async fn resize(&self, node: &Arc<Node>, sectors: usize, mode: Preallocation) -> Result<()> {
+    async fn resize(&self, node: &Arc<Node>, places: usize, mode: Preallocation) -> Result<()> {
+        // A disk has whole sectors.
+        let end = places.next_multiple_of(SECTOR / self.plan.unit);
         let log_len = || self.log_len();
-        let behind = self.history.change(sectors..STATE, 0, log_len);
+        let behind = self.history.change(end..STATE, 0, log_len);
         // The state lies behind the end: it stays where it is, or becomes a part of the disk.
-        let state = self.history.muddle(of_state(&(0..STATE_SECTORS)), log_len);
-        let length = self.history.resize(sectors as u64, log_len);
+        let state = self.history.muddle(self.whole_state(), log_len);
+        let length = self.history.resize(end as u64, log_len);
         let request = TruncateRequest {
             preallocation: mode,
-            ..TruncateRequest::to((sectors * SECTOR) as u64)
+            ..TruncateRequest::to((end * self.plan.unit) as u64)
         };
         node.truncate(request).await?;
         behind.done(false);
@@ -240,15 +248,16 @@ impl Disk {
                 };
                 let log_len = || self.log_len();
                 let (disk, state) = (&kept.contents.disk, &kept.contents.state);
-                let places = disk.chunks(SECTOR).zip(0..);
-                let places = places.chain(state.chunks(SECTOR).zip(STATE..));
+                let unit = self.plan.unit;
+                let places = disk.chunks(unit).zip(0..);
+                let places = places.chain(state.chunks(unit).zip(STATE..));
                 let mut recordings = Vec::new();
                 for (bytes, place) in places {
                     recordings.push(self.history.change(place..place + 1, bytes[0], log_len));
                 }
-                let sectors = disk.len() / SECTOR;
-                recordings.push(self.history.change(sectors..STATE, 0, log_len));
-                recordings.push(self.history.resize(sectors as u64, log_len));
+                let end = disk.len() / unit;
+                recordings.push(self.history.change(end..STATE, 0, log_len));
+                recordings.push(self.history.resize(end as u64, log_len));
                 match node.snapshot_goto(SnapshotSelector::name(&name)).await {
                     Ok(()) => recordings.into_iter().for_each(|r| r.done(false)),
                     // Deleted meanwhile, or never taken.
@@ -279,8 +288,8 @@ impl Disk {
         let mut request = SnapshotRequest::now(&name);
         let mut state = None;
         if number % 2 == 1 {
-            request.vm_state_size = (STATE_SECTORS * SECTOR) as u64;
-            let places = of_state(&(0..STATE_SECTORS));
+            request.vm_state_size = STATE_BYTES as u64;
+            let places = self.whole_state();
             state = Some(self.history.change(places, 0, || self.log_len()));
         }
         node.snapshot_create(request).await?;
@@ -291,8 +300,9 @@ impl Disk {
         let Some(contents) = kept::contents(&image, &self.plan.backing, &name).await else {
             return Ok(Err("there is no such snapshot".to_owned()));
         };
-        let places = contents.disk.chunks(SECTOR).zip(0..);
-        let places = places.chain(contents.state.chunks(SECTOR).zip(STATE..));
+        let unit = self.plan.unit;
+        let places = contents.disk.chunks(unit).zip(0..);
+        let places = places.chain(contents.state.chunks(unit).zip(STATE..));
         for (bytes, place) in places {
             let base = self.base(place);
             let allowed = self.history.allowed_since(place, base, called);
@@ -300,7 +310,7 @@ impl Disk {
             if !uniform(bytes).is_some_and(is_allowed) {
                 let value = uniform(bytes);
                 return Ok(Err(format!(
-                    "sector {place} of it holds {value:?} and may hold {allowed:?}"
+                    "place {place} of it holds {value:?} and may hold {allowed:?}"
                 )));
             }
         }
@@ -310,20 +320,18 @@ impl Disk {
     }
 
     fn check_read(&self, range: &Range<usize>, read: &[u8], called: u64) -> Result<(), String> {
-        for (sector, bytes) in range.clone().zip(read.chunks(SECTOR)) {
-            let allowed = self
-                .history
-                .allowed_since(sector, self.base(sector), called);
+        for (place, bytes) in range.clone().zip(read.chunks(self.plan.unit)) {
+            let allowed = self.history.allowed_since(place, self.base(place), called);
             match uniform(bytes) {
                 Some(_) if allowed.contains(&ANYTHING) => {}
                 Some(value) if allowed.contains(&value) => {
                     if allowed.len() > 1 {
-                        self.history.saw(sector, value, called);
+                        self.history.saw(place, value, called);
                     }
                 }
                 value => {
                     return Err(format!(
-                        "sector {sector} reads {value:?} and may read {allowed:?}"
+                        "place {place} reads {value:?} and may read {allowed:?}"
                     ));
                 }
             }
