@@ -188,7 +188,7 @@ impl Node {
     /// Reads the VM state area: `offset` counts from its start. What was never written is zero.
     ///
     /// # Errors
-    /// `Unsupported` for drivers without such an area; those of the driver.
+    /// `Unsupported` for drivers without such an area, and for parts of sectors of an encrypted image; those of the driver.
     pub async fn load_vmstate(&self, offset: u64, buf: IoBufMut) -> Result<IoBufMut> {
         self.settle_orphans(self.length(), u64::MAX).await;
         let _tracked = self.track_vmstate().await;
@@ -199,7 +199,7 @@ impl Node {
     /// Writes the VM state area, as [`load_vmstate`](Node::load_vmstate) reads it. The next snapshot keeps it.
     ///
     /// # Errors
-    /// `Unsupported` for drivers without such an area; `ReadOnly`; those of the driver.
+    /// `Unsupported` for drivers without such an area, and for parts of sectors of an encrypted image; `ReadOnly`; those of the driver.
     pub async fn save_vmstate(&self, offset: u64, buf: IoBuf) -> Result<()> {
         let _tracked = self.track_vmstate().await;
         let _written = WrittenOnDrop(self);

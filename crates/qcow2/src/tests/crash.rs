@@ -243,7 +243,13 @@ impl Steps {
             16 if task == 0 => self.some_length(rng, plan),
             17 if task == 0 => self.some_change_of_all(rng, plan),
             18 if is_inside => {
-                let range = some_range(rng, kept::STATE_BYTES / plan.unit, most);
+                // Encrypted, it can be reached by whole sectors alone.
+                let step = match shape.encryption {
+                    CryptMethod::None => 1,
+                    _ => SECTOR / plan.unit,
+                };
+                let range = some_range(rng, kept::STATE_BYTES / plan.unit / step, most);
+                let range = range.start * step..range.end * step;
                 match rng.below(3) {
                     0 => Op::LoadState(range),
                     _ => Op::SaveState(range, self.next_value()),
