@@ -3,11 +3,13 @@
 //! on a fresh checkout.
 //!
 //! One file per concern: `run` starts processes, `checks` holds the verbs that call cargo, `tidy` the rules that no compiler
-//! checks, `demo` the walk through a real backing chain, `long` the random tests that run for as long as one likes.
+//! checks, `demo` the walk through a real backing chain, `long` the random tests that run for as long as one likes,
+//! `plant` the faults that the tests have to find.
 
 mod checks;
 mod demo;
 mod long;
+mod plant;
 mod run;
 mod tidy;
 
@@ -38,6 +40,8 @@ Usage: cargo xtask VERB
                             the same under libFuzzer (needs cargo-fuzz)
   bench [--rounds N] [--quick] [--only NAME]
                             measure us beside QEMU's tools, imago and qcow2-rs; results in target/bench
+  plant [RULE]              take each rule of docs/INVARIANTS.md (those whose id contains RULE) out of a copy of
+                            the code, and see the tests fail
   demo [--keep]             build a real backing chain, drive it through qemu-io, map and check it
   tidy                      the project's own rules: headers, file sizes, invariants, golden scripts
   docs                      build the documentation, warnings denied
@@ -57,6 +61,7 @@ fn main() -> ExitCode {
         ["diff", rest @ ..] => long::diff(rest),
         ["interop", rest @ ..] => long::interop(rest),
         ["bench", rest @ ..] => long::bench(rest),
+        ["plant", rest @ ..] => plant::plant(rest),
         ["demo"] => demo::demo(false),
         ["demo", "--keep"] => demo::demo(true),
         ["tidy"] => tidy::tidy(),

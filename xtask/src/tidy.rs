@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use crate::plant::{PLANTS, planted};
 use crate::run::root;
 
 const SPDX: &str = "// SPDX-License-Identifier: MIT OR Apache-2.0";
@@ -68,6 +69,7 @@ pub fn tidy() -> Result<(), String> {
         dependencies(source, &mut findings);
     }
     invariants(&sources, &mut findings);
+    plants(&sources, &mut findings);
     named_tests(&sources, &mut findings);
     golden_scripts(&root, &mut findings)?;
     if findings.is_empty() {
@@ -263,6 +265,22 @@ fn invariants(sources: &[Source], findings: &mut Vec<String>) {
         }
         if !tested.contains(&id) {
             findings.push(format!("{DOC}:{number}: no test says `INV {id}`"));
+        }
+        if !PLANTS.iter().any(|plant| plant.rule == id) {
+            findings.push(format!("{DOC}:{number}: no plant breaks {id}"));
+        }
+    }
+}
+
+/// A plant that no longer finds the lines that it changes is one that nobody can run.
+fn plants(sources: &[Source], findings: &mut Vec<String>) {
+    for plant in PLANTS {
+        for (file, code, instead) in plant.edits {
+            let source = sources.iter().find(|s| s.path == *file);
+            let text = source.map_or("", |s| &s.text);
+            if let Err(why) = planted(plant, text, file, code, instead) {
+                findings.push(format!("{file}:1: {why}"));
+            }
         }
     }
 }

@@ -27,7 +27,8 @@ struct Daemon(Child);
 impl Drop for Daemon {
     fn drop(&mut self) {
         // Not killed: it takes its mount away.
-        let _there_or_not = Command::new("kill").arg(self.0.id().to_string()).status();
+        let kill = format!("kill {}", self.0.id());
+        let _there_or_not = Command::new("sh").args(["-c", &kill]).status();
         let _ended = self.0.wait();
     }
 }

@@ -1,0 +1,444 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `cargo xtask plant`: takes each rule of `docs/INVARIANTS.md` out of a copy of the code, and sees the tests fail.
+//!
+//! A [`Plant`] changes a few lines. It counts as caught when the changed copy compiles and the quick tests of its crate fail, the random ones among them. The copy lies in `target/plant`; what else
+//! it needs is built already for the ordinary tests. `tidy` sees to it that every rule has a plant, and that every plant still finds its lines.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::run::{cargo, root};
+
+/// A fault.
+pub struct Plant {
+    /// The rule that it breaks.
+    pub rule: &'static str,
+    /// What is taken out, or done wrong.
+    pub what: &'static str,
+    /// The package whose tests have to fail.
+    package: &'static str,
+    /// Files with lines that occur once in them, and what takes their place.
+    pub edits: &'static [(&'static str, &'static str, &'static str)],
+}
+
+impl Plant {
+    const fn qcow2(
+        rule: &'static str,
+        what: &'static str,
+        edits: &'static [(&'static str, &'static str, &'static str)],
+    ) -> Plant {
+        Plant {
+            rule,
+            what,
+            package: "qcow2",
+            edits,
+        }
+    }
+
+    const fn core(
+        rule: &'static str,
+        what: &'static str,
+        edits: &'static [(&'static str, &'static str, &'static str)],
+    ) -> Plant {
+        Plant {
+            rule,
+            what,
+            package: "blockcore",
+            edits,
+        }
+    }
+}
+
+const COMMIT: &str = "crates/qcow2/src/commit.rs";
+const WRITE: &str = "crates/qcow2/src/write.rs";
+const OVERHAUL: &str = "crates/qcow2/src/overhaul.rs";
+const BITMAPS: &str = "crates/qcow2/src/bitmap_store.rs";
+const REBUILD: &str = "crates/qcow2/src/check/rebuild.rs";
+
+pub const PLANTS: &[Plant] = &[
+    Plant::qcow2(
+        "QCOW2-ORD-1",
+        "no flush between refcounts and the entries that need them",
+        &[(
+            COMMIT,
+            "what the entries below point at is durable before they are.\n        self.file.flush().await?;",
+            "\n",
+        )],
+    ),
+    Plant::qcow2(
+        "QCOW2-ORD-1",
+        "no flush between a refcount block and the table entry that names it",
+        &[(
+            COMMIT,
+            "and after the entry of the block that counts it.\n            self.file.flush().await?;",
+            "\n",
+        )],
+    ),
+    Plant::qcow2(
+        "QCOW2-ORD-2",
+        "clusters are linked before their data is there",
+        &[(
+            WRITE,
+            "        let filled = filled.await;\n",
+            "        self.link_run(written.clone(), run, sparse).await?;\n        let filled = filled.await;\n",
+        )],
+    ),
+    Plant::qcow2(
+        "QCOW2-ORD-3",
+        "what is freed is counted down before the entries are written",
+        &[
+            (
+                COMMIT,
+                "        let result = self.write_plan(&plan).await;\n",
+                "        let early = plan.freed.iter().map(|f| (0, *f));\n        self.meta.lock().await.limbo.extend(early);\n        self.empty_limbo().await?;\n        let result = self.write_plan(&plan).await;\n",
+            ),
+            (
+                COMMIT,
+                "let mut freed = plan.freed.clone();",
+                "let mut freed = Vec::new();",
+            ),
+        ],
+    ),
+    Plant::qcow2(
+        "QCOW2-ORD-4",
+        "freed clusters do not wait for those who are reading them",
+        &[(COMMIT, ".take_while(passed)", ".take_while(|_| true)")],
+    ),
+    Plant::qcow2(
+        "QCOW2-ORD-5",
+        "no flush after the entries",
+        &[(
+            COMMIT,
+            "        self.file.debug_event(DebugEvent::FlushToDisk).await;\n        self.file.flush().await?;",
+            "\n",
+        )],
+    ),
+    Plant::qcow2(
+        "QCOW2-ORD-6",
+        "no flush before the header names a new tree",
+        &[(
+            OVERHAUL,
+            "all that the header names below is durable before.\n        self.image.file.flush().await?;",
+            "\n",
+        )],
+    ),
+    Plant::qcow2(
+        "QCOW2-ORD-6",
+        "no flush after it",
+        &[(
+            OVERHAUL,
+            "            .await?;\n        file.flush().await\n",
+            "            .await\n",
+        )],
+    ),
+    Plant::qcow2(
+        "QCOW2-ORD-7",
+        "no flush of what was there before the first change",
+        &[(
+            "crates/qcow2/src/open.rs",
+            "self.file.node().flush_unseen().await?;",
+            "",
+        )],
+    ),
+    Plant::qcow2(
+        "QCOW2-BITMAP-1",
+        "changes begin before the mark of bitmaps in use is durable",
+        &[(
+            BITMAPS,
+            "            .await?;\n        self.file.flush().await?;\n        *self.bitmaps.stored() = outdated;",
+            "            .await?;\n        *self.bitmaps.stored() = outdated;",
+        )],
+    ),
+    Plant::qcow2(
+        "QCOW2-BITMAP-1",
+        "new bitmaps take their place before what they tell of is durable",
+        &[(
+            BITMAPS,
+            "        self.commit().await?;\n        Ok(new)",
+            "        Ok(new)",
+        )],
+    ),
+    Plant::qcow2(
+        "QCOW2-REPAIR-1",
+        "no flush after refcounts were raised or lowered",
+        &[(
+            "crates/qcow2/src/check/refcounts.rs",
+            "            self.file.flush().await?;",
+            "",
+        )],
+    ),
+    Plant::qcow2(
+        "QCOW2-REPAIR-2",
+        "new refcounts are named before they are durable",
+        &[(
+            REBUILD,
+            "        self.file.flush().await?;\n        let mut fields",
+            "        let mut fields",
+        )],
+    ),
+    Plant::qcow2(
+        "QCOW2-REPAIR-3",
+        "a table is changed in place whatever else its clusters are",
+        &[(
+            "crates/qcow2/src/check/count.rs",
+            "clusters.into_iter().all(|c| self.uses.get(c) == what)",
+            "clusters.into_iter().all(|c| self.uses.get(c) & what == what)",
+        )],
+    ),
+    Plant::qcow2(
+        "QCOW2-REPAIR-4",
+        "leaks are freed while entries name impossible places",
+        &[(
+            "crates/qcow2/src/check/compare.rs",
+            "self.fix != CheckFix::None && self.lost == 0",
+            "self.fix != CheckFix::None",
+        )],
+    ),
+    Plant::qcow2(
+        "QCOW2-REPAIR-5",
+        "an image that is still damaged loses its mark",
+        &[(
+            "crates/qcow2/src/check/finish.rs",
+            "        if found.is_clean() {\n            bits -=",
+            "        if true {\n            bits -=",
+        )],
+    ),
+    Plant::qcow2(
+        "QCOW2-META-1",
+        "nobody looks whether data would be written over metadata",
+        &[(
+            "crates/qcow2/src/image.rs",
+            "        match self.owner_in(host, bytes) {\n            Some(owner) if self.runtime().overlap_checks.includes(owner) => {",
+            "        match self.owner_in(host, bytes) {\n            Some(owner) if false => {",
+        )],
+    ),
+    Plant::qcow2(
+        "QCOW2-META-2",
+        "a cluster that a snapshot shares is written in place",
+        &[(
+            WRITE,
+            "let Mapping::Data { host, copied: true } = mapping else {",
+            "let Mapping::Data { host, .. } = mapping else {",
+        )],
+    ),
+    Plant::qcow2(
+        "QCOW2-CRYPT-1",
+        "guest data goes out as it is",
+        &[(
+            "crates/qcow2/src/crypto.rs",
+            "        crypto.cipher()?.encrypt_buf(sector, data).await",
+            "        let _ = (crypto.cipher()?, sector);\n        Ok(data)",
+        )],
+    ),
+    Plant::qcow2(
+        "QCOW2-RAW-1",
+        "data of a raw data file is written in place, beside zero writes",
+        &[(
+            WRITE,
+            "if !self.orphans.any() && !self.reads_raw() {",
+            "if !self.orphans.any() {",
+        )],
+    ),
+    Plant::qcow2(
+        "QCOW2-PAIR-1",
+        "half of an entry is believed",
+        &[(
+            "crates/qcow2/src/l2_cache.rs",
+            "if before.is_multiple_of(2) && self.changes.load(Ordering::Acquire) == before {",
+            "if before < u64::MAX {",
+        )],
+    ),
+    Plant::qcow2(
+        "REQ-DROP-1",
+        "a later write overtakes one that was dropped",
+        &[(
+            WRITE,
+            "if !self.orphans.any() && !self.reads_raw() {",
+            "if !self.reads_raw() {",
+        )],
+    ),
+    Plant::qcow2(
+        "REQ-PARK-1",
+        "the caller's own future makes the file longer",
+        &[(
+            WRITE,
+            "            if needed > self.storage()?.length() {",
+            "            if needed == u64::MAX {",
+        )],
+    ),
+    Plant::core(
+        "REQ-SER-1",
+        "nobody waits for a read-modify-write",
+        &[(
+            "crates/blockcore/src/tracked.rs",
+            "            if !blocked {\n                return;\n            }",
+            "            if !blocked || blocked {\n                return;\n            }",
+        )],
+    ),
+    Plant::core(
+        "REQ-DIRTY-1",
+        "a change is made that no bitmap knows of",
+        &[(
+            "crates/blockcore/src/bitmap_ops.rs",
+            "        if offset < end {\n            self.bitmaps.mark(offset..end);\n        }\n        Ok(())",
+            "        Ok(())",
+        )],
+    ),
+    Plant::core(
+        "REQ-GEN-1",
+        "a flush notes what was written while it ran",
+        &[(
+            "crates/blockcore/src/node.rs",
+            "            .fetch_max(generation, Ordering::AcqRel);",
+            "            .fetch_max(generation + 1, Ordering::AcqRel);",
+        )],
+    ),
+    Plant {
+        rule: "LUKS-SLOT-1",
+        what: "a slot is called active before its key material is durable",
+        package: "luks",
+        edits: &[(
+            "crates/luks/src/volume.rs",
+            "        store.flush().await?;\n        header.slots[slot].active = true;",
+            "        header.slots[slot].active = true;",
+        )],
+    },
+];
+
+/// Every plant whose rule contains a word, or all of them.
+pub fn plant(words: &[&str]) -> Result<(), String> {
+    let only = match *words {
+        [] => "",
+        [rule] => rule,
+        _ => return Err("plant takes one rule, or none".to_owned()),
+    };
+    let tree = root().join("target/plant");
+    let mut missed = Vec::new();
+    let chosen: Vec<&Plant> = PLANTS.iter().filter(|p| p.rule.contains(only)).collect();
+    if chosen.is_empty() {
+        return Err(format!("no rule has {only} in its name"));
+    }
+    for plant in &chosen {
+        for part in ["Cargo.toml", "Cargo.lock", "crates", "tests", "xtask"] {
+            copy(&root().join(part), &tree.join(part))?;
+        }
+        for (file, code, instead) in plant.edits {
+            let path = tree.join(file);
+            let text = read(&path)?;
+            write(&path, &planted(plant, &text, file, code, instead)?)?;
+        }
+        let failed = first_to_fail(plant, &tree)?;
+        let told = failed.as_deref().unwrap_or("NOT CAUGHT");
+        println!("{}, {}: {told}", plant.rule, plant.what);
+        if failed.is_none() {
+            missed.push(plant.what);
+        }
+    }
+    match missed.is_empty() {
+        true => Ok(()),
+        false => Err(format!("not caught: {}", missed.join("; "))),
+    }
+}
+
+/// The text of a file with a fault in it.
+///
+/// # Errors
+/// When the lines are not there, or more than once.
+pub fn planted(
+    plant: &Plant,
+    text: &str,
+    file: &str,
+    code: &str,
+    instead: &str,
+) -> Result<String, String> {
+    match text.matches(code).count() {
+        1 => Ok(text.replace(code, instead)),
+        n => Err(format!(
+            "the plant of {} ({}) finds its lines {n} times in {file}",
+            plant.rule, plant.what
+        )),
+    }
+}
+
+/// Builds the tests of a plant's package in the copy and runs them until one fails. Says which.
+fn first_to_fail(plant: &Plant, tree: &Path) -> Result<Option<String>, String> {
+    let mut build = cargo();
+    build
+        .current_dir(tree)
+        .args([
+            "test",
+            "-p",
+            plant.package,
+            "--lib",
+            "--no-run",
+            "--target-dir",
+        ])
+        .arg(root().join("target"));
+    let built = build.output().map_err(|e| format!("cargo: {e}"))?;
+    let said = String::from_utf8_lossy(&built.stderr).into_owned();
+    let tests = said.lines().rev().find_map(|line| {
+        let (_, path) = line.trim().strip_prefix("Executable ")?.split_once('(')?;
+        path.strip_suffix(')')
+    });
+    let Some(tests) = tests.filter(|_| built.status.success()) else {
+        return Err(format!("{}, {}: {said}", plant.rule, plant.what));
+    };
+    let mut tests = Command::new(tree.join(tests))
+        .current_dir(tree.join("crates").join(plant.package))
+        .env("RUST_BACKTRACE", "0")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(|e| format!("{tests}: {e}"))?;
+    let lines = BufReader::new(tests.stdout.take().expect("it was asked for")).lines();
+    for line in lines.map_while(Result::ok) {
+        let name = line
+            .strip_prefix("test ")
+            .and_then(|l| l.split_once(" ... FAILED"));
+        if let Some((name, _)) = name {
+            // The others may look for a shorter way to fail, which takes its time.
+            let _gone_already = tests.kill();
+            let _status = tests.wait();
+            return Ok(Some(name.to_owned()));
+        }
+    }
+    match tests.wait() {
+        Ok(status) if status.success() => Ok(None),
+        // It ended otherwise: overflowed its stack, perhaps.
+        other => Ok(Some(format!("an end of the tests ({other:?})"))),
+    }
+}
+
+/// Makes a file or a directory what another is. Files that are so already stay as they are, so that nothing is built again.
+fn copy(from: &Path, to: &Path) -> Result<(), String> {
+    if from.file_name().is_some_and(|name| name == "target") {
+        return Ok(());
+    }
+    if from.is_file() {
+        let bytes = fs::read(from).map_err(|e| format!("{}: {e}", from.display()))?;
+        if fs::read(to).is_ok_and(|there| there == bytes) {
+            return Ok(());
+        }
+        return write(to, bytes);
+    }
+    let entries = fs::read_dir(from).map_err(|e| format!("{}: {e}", from.display()))?;
+    let paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    for path in paths {
+        let name = path.file_name().unwrap_or_default();
+        copy(&path, &to.join(name))?;
+    }
+    Ok(())
+}
+
+fn read(path: &Path) -> Result<String, String> {
+    fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))
+}
+
+fn write(path: &Path, bytes: impl AsRef<[u8]>) -> Result<(), String> {
+    let parent = path.parent().unwrap_or(path);
+    fs::create_dir_all(parent)
+        .and_then(|()| fs::write(path, bytes))
+        .map_err(|e| format!("{}: {e}", path.display()))
+}
