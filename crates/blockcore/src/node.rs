@@ -695,6 +695,27 @@ mod tests {
         assert_eq!(node.length(), 1024);
     }
 
+    // What is asked for while a reopening waits for its turn finds the node as the reopening has left it.
+    #[tokio::test]
+    async fn a_growth_that_waits_for_a_reopening_looks_at_the_mode_again() {
+        let driver = FaultDriver::new(Box::new(MemoryDriver::new(vec![0; 4096])));
+        driver.faults().add(Rule::slow(Event::Write, 100));
+        let node = driver.into_node(NodeFlags::default()).await.unwrap();
+        let mut write = Box::pin(node.pwritev(0, IoBuf::from(vec![1; 512]), WriteFlags::empty()));
+        assert!(write.as_mut().now_or_never().is_none());
+        let read_only = NodeFlags {
+            read_only: true,
+            ..NodeFlags::default()
+        };
+        let mut reopening = Box::pin(node.reopen(read_only, Options::new()));
+        assert!(reopening.as_mut().now_or_never().is_none());
+        let growth = node.truncate(TruncateRequest::to(8192));
+        let (written, reopened, grown) = futures::join!(write, reopening, growth);
+        written.and(reopened).unwrap();
+        assert_eq!(grown.unwrap_err().kind(), ErrorKind::ReadOnly);
+        assert_eq!(node.length(), 4096);
+    }
+
     /// A node over a disk whose changes of length take their time, and the faults of the disk.
     async fn node_that_grows_slowly() -> (Arc<Node>, Faults) {
         let driver = FaultDriver::new(Box::new(MemoryDriver::new(vec![0; 4096])));
