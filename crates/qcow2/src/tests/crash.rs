@@ -7,7 +7,8 @@
 //! Each test of an ordering rule is this one: INV QCOW2-ORD-1, INV QCOW2-ORD-2, INV QCOW2-ORD-3, INV QCOW2-ORD-4, INV QCOW2-ORD-5, INV QCOW2-ORD-6. See docs/TESTING.md for
 //! how each was seen to fail.
 //!
-//! `BLOCKLAYER_CRASH_SEEDS` and `BLOCKLAYER_CRASH_CUTS` make it longer: how many runs, and how many cuts in each (`cargo xtask crash`).
+//! `BLOCKLAYER_CRASH_SEEDS` and `BLOCKLAYER_CRASH_CUTS` make it longer: how many runs, and how many cuts in each (`cargo xtask crash`). `BLOCKLAYER_CRASH_TRIES`
+//! is how many plans that may be simpler are tried.
 
 use std::ops::Range;
 
@@ -363,18 +364,15 @@ fn simpler(plan: &Plan) -> Vec<Plan> {
     out
 }
 
-/// How often a plan that may be simpler is tried.
-const TRIES_MAX: u32 = 1500;
-
 /// The simplest plan that still fails, and how.
 async fn shrunk(mut plan: Plan, mut why: String, cuts: u64) -> (Plan, String) {
-    let mut tries = 0;
+    let mut tries = from_env("BLOCKLAYER_CRASH_TRIES", 1500);
     'simpler: loop {
         for candidate in simpler(&plan) {
-            tries += 1;
-            if tries > TRIES_MAX {
+            let Some(left) = tries.checked_sub(1) else {
                 break 'simpler;
-            }
+            };
+            tries = left;
             if let Err(e) = candidate.run(4 * cuts, &mut Rng::new(1)).await {
                 (plan, why) = (candidate, e);
                 continue 'simpler;

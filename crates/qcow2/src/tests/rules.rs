@@ -266,6 +266,26 @@ async fn a_dropped_write_finishes_before_the_next_one_to_its_cluster() {
     }
 }
 
+// INV REQ-DROP-1: so is one that goes to a cluster in place and on to a new one. What comes later lines up behind it, and doesn't overtake it in place.
+#[tokio::test]
+async fn a_write_in_place_does_not_overtake_one_that_was_dropped() {
+    let disk = CrashDriver::new(fresh_image(Shape::small(1 << 20)));
+    let (node, image, faults) = open_with_faults(disk).await;
+    write(&node, 0, CLUSTER as usize, 1).await.unwrap();
+    faults.add(Rule::slow(Event::Write, 100).starting_with(2));
+    let mut dropped = Box::pin(write(&node, 0, 2 * CLUSTER as usize, 2));
+    for _ in 0..20 {
+        assert!(dropped.as_mut().now_or_never().is_none());
+        tokio::task::yield_now().await;
+    }
+    drop(dropped);
+    write(&node, 0, 512, 3).await.unwrap();
+    image.tasks.wait_idle().await;
+    let all = read_all(&node).await;
+    assert!(all[..512].iter().all(|b| *b == 3), "the later write stays");
+    assert!(all[512..2 * CLUSTER as usize].iter().all(|b| *b == 2));
+}
+
 #[tokio::test]
 async fn a_partial_zero_write_to_an_empty_cluster_allocates_nothing() {
     let size = 4 * CLUSTER + 2048;
