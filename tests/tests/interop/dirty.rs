@@ -2,6 +2,7 @@
 //! What is dirty in a persistent bitmap: QEMU's answer comes from its NBD server, ours from the library, since no tool shows it.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -16,6 +17,16 @@ pub type Dirty = BTreeSet<usize>;
 /// The bits that stand for a range of bytes.
 pub fn bits(range: std::ops::Range<usize>, granularity: usize) -> std::ops::Range<usize> {
     range.start / granularity..range.end.div_ceil(granularity)
+}
+
+/// Whether a server has got so far that clients can connect. (To try would be to be the one client that it waits for.)
+fn is_listened_to(socket: &Path) -> bool {
+    const ACCEPTS: &str = "00010000";
+    let sockets = std::fs::read_to_string("/proc/net/unix").expect("Linux has it");
+    let path = socket.to_str().expect("a test's path is text");
+    sockets
+        .lines()
+        .any(|line| line.ends_with(path) && line.split_whitespace().nth(3) == Some(ACCEPTS))
 }
 
 /// What QEMU takes for dirty. `image` are the words by which its tools open the image.
@@ -34,7 +45,7 @@ pub fn seen_by_qemu(
         .current_dir(bench.path(""))
         .spawn()
         .unwrap_or_else(|e| panic!("qemu-nbd: {e}"));
-    while !socket.exists() {
+    while !is_listened_to(&socket) {
         let ended = server.try_wait().expect("it is a child of ours");
         assert!(ended.is_none(), "qemu-nbd shows nothing of {name}");
         std::thread::sleep(Duration::from_millis(5));
