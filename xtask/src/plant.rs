@@ -27,7 +27,8 @@ pub struct Plant {
 }
 
 impl Plant {
-    const fn qcow2(
+    const fn of(
+        package: &'static str,
         rule: &'static str,
         what: &'static str,
         test: &'static str,
@@ -37,22 +38,7 @@ impl Plant {
             rule,
             what,
             test,
-            package: "qcow2",
-            edits,
-        }
-    }
-
-    const fn core(
-        rule: &'static str,
-        what: &'static str,
-        test: &'static str,
-        edits: &'static [(&'static str, &'static str, &'static str)],
-    ) -> Plant {
-        Plant {
-            rule,
-            what,
-            test,
-            package: "blockcore",
+            package,
             edits,
         }
     }
@@ -65,7 +51,8 @@ const BITMAPS: &str = "crates/qcow2/src/bitmap_store.rs";
 const REBUILD: &str = "crates/qcow2/src/check/rebuild.rs";
 
 pub const PLANTS: &[Plant] = &[
-    Plant::qcow2(
+    Plant::of(
+        "qcow2",
         "QCOW2-ORD-1",
         "no flush between refcounts and the entries that need them",
         "tests::crash::",
@@ -75,7 +62,8 @@ pub const PLANTS: &[Plant] = &[
             "\n",
         )],
     ),
-    Plant::qcow2(
+    Plant::of(
+        "qcow2",
         "QCOW2-ORD-1",
         "no flush between a refcount block and the table entry that names it",
         "tests::failing::a_refcount_block_is_not_in_use",
@@ -85,7 +73,8 @@ pub const PLANTS: &[Plant] = &[
             "\n",
         )],
     ),
-    Plant::qcow2(
+    Plant::of(
+        "qcow2",
         "QCOW2-ORD-2",
         "clusters are linked before their data is there",
         "tests::rules::a_shared_cluster_is_copied",
@@ -95,7 +84,8 @@ pub const PLANTS: &[Plant] = &[
             "        self.link_run(written.clone(), run, sparse).await?;\n        let filled = filled.await;\n",
         )],
     ),
-    Plant::qcow2(
+    Plant::of(
+        "qcow2",
         "QCOW2-ORD-3",
         "what is freed is counted down before the entries are written",
         "tests::bitmaps::copies_that_could_not",
@@ -112,13 +102,15 @@ pub const PLANTS: &[Plant] = &[
             ),
         ],
     ),
-    Plant::qcow2(
+    Plant::of(
+        "qcow2",
         "QCOW2-ORD-4",
         "freed clusters do not wait for those who are reading them",
         "tests::rules::a_freed_cluster_waits",
         &[(COMMIT, ".take_while(passed)", ".take_while(|_| true)")],
     ),
-    Plant::qcow2(
+    Plant::of(
+        "qcow2",
         "QCOW2-ORD-5",
         "no flush after the entries",
         "tests::corners::the_place_of_a_dropped_refcount_block",
@@ -128,7 +120,8 @@ pub const PLANTS: &[Plant] = &[
             "\n",
         )],
     ),
-    Plant::qcow2(
+    Plant::of(
+        "qcow2",
         "QCOW2-ORD-6",
         "no flush before the header names a new tree",
         "tests::overhaul::a_power_cut",
@@ -138,7 +131,8 @@ pub const PLANTS: &[Plant] = &[
             "\n",
         )],
     ),
-    Plant::qcow2(
+    Plant::of(
+        "qcow2",
         "QCOW2-ORD-6",
         "no flush after it",
         "tests::overhaul::",
@@ -148,7 +142,8 @@ pub const PLANTS: &[Plant] = &[
             "            .await\n",
         )],
     ),
-    Plant::qcow2(
+    Plant::of(
+        "qcow2",
         "QCOW2-ORD-7",
         "no flush of what was there before the first change",
         "tests::rules::what_was_read_is_durable",
@@ -158,7 +153,8 @@ pub const PLANTS: &[Plant] = &[
             "",
         )],
     ),
-    Plant::qcow2(
+    Plant::of(
+        "qcow2",
         "QCOW2-BITMAP-1",
         "changes begin before the mark of bitmaps in use is durable",
         "tests::bitmaps",
@@ -168,7 +164,8 @@ pub const PLANTS: &[Plant] = &[
             "            .await?;\n        *self.bitmaps.stored() = outdated;",
         )],
     ),
-    Plant::qcow2(
+    Plant::of(
+        "qcow2",
         "QCOW2-BITMAP-1",
         "new bitmaps take their place before what they tell of is durable",
         "tests::bitmaps::a_copy_is_in_use",
@@ -178,7 +175,8 @@ pub const PLANTS: &[Plant] = &[
             "        Ok(new)",
         )],
     ),
-    Plant::qcow2(
+    Plant::of(
+        "qcow2",
         "QCOW2-REPAIR-1",
         "no flush after refcounts were raised or lowered",
         "tests::repair_cuts::refcounts_are",
@@ -188,7 +186,8 @@ pub const PLANTS: &[Plant] = &[
             "",
         )],
     ),
-    Plant::qcow2(
+    Plant::of(
+        "qcow2",
         "QCOW2-REPAIR-2",
         "new refcounts are named before they are durable",
         "tests::repair_rules::new_refcounts_are_there",
@@ -198,7 +197,8 @@ pub const PLANTS: &[Plant] = &[
             "        let mut fields",
         )],
     ),
-    Plant::qcow2(
+    Plant::of(
+        "qcow2",
         "QCOW2-REPAIR-3",
         "a table is changed in place whatever else its clusters are",
         "tests::repair",
@@ -208,7 +208,8 @@ pub const PLANTS: &[Plant] = &[
             "clusters.into_iter().all(|c| self.uses.get(c) & what == what)",
         )],
     ),
-    Plant::qcow2(
+    Plant::of(
+        "qcow2",
         "QCOW2-REPAIR-4",
         "leaks are freed while entries name impossible places",
         "tests::repair_rules::what_a_flipped_bit_hides",
@@ -218,7 +219,8 @@ pub const PLANTS: &[Plant] = &[
             "self.fix != CheckFix::None",
         )],
     ),
-    Plant::qcow2(
+    Plant::of(
+        "qcow2",
         "QCOW2-REPAIR-5",
         "an image that is still damaged loses its mark",
         "tests::repair_rules::an_image_that_is_still_damaged",
@@ -228,7 +230,8 @@ pub const PLANTS: &[Plant] = &[
             "        if true {\n            bits -=",
         )],
     ),
-    Plant::qcow2(
+    Plant::of(
+        "qcow2",
         "QCOW2-META-1",
         "nobody looks whether data would be written over metadata",
         "tests::rules::a_guest_write_never_lands",
@@ -238,7 +241,8 @@ pub const PLANTS: &[Plant] = &[
             "        match self.owner_in(host, bytes) {\n            Some(owner) if false => {",
         )],
     ),
-    Plant::qcow2(
+    Plant::of(
+        "qcow2",
         "QCOW2-META-2",
         "a cluster that a snapshot shares is written in place",
         "tests::rules::a_shared_cluster_is_copied",
@@ -248,7 +252,8 @@ pub const PLANTS: &[Plant] = &[
             "let Mapping::Data { host, .. } = mapping else {",
         )],
     ),
-    Plant::qcow2(
+    Plant::of(
+        "qcow2",
         "QCOW2-CRYPT-1",
         "guest data goes out as it is",
         "tests::encryption::",
@@ -258,7 +263,8 @@ pub const PLANTS: &[Plant] = &[
             "        let _ = (crypto.cipher()?, sector);\n        Ok(data)",
         )],
     ),
-    Plant::qcow2(
+    Plant::of(
+        "qcow2",
         "QCOW2-RAW-1",
         "data of a raw data file is written in place, beside zero writes",
         "tests::rules::a_raw_data_file_reads_as",
@@ -268,7 +274,8 @@ pub const PLANTS: &[Plant] = &[
             "if !self.orphans.any() {",
         )],
     ),
-    Plant::qcow2(
+    Plant::of(
+        "qcow2",
         "QCOW2-PAIR-1",
         "half of an entry is believed",
         "l2_cache::tests::",
@@ -278,7 +285,8 @@ pub const PLANTS: &[Plant] = &[
             "if before < u64::MAX {",
         )],
     ),
-    Plant::qcow2(
+    Plant::of(
+        "qcow2",
         "REQ-DROP-1",
         "a later write overtakes one that was dropped",
         "tests::rules::a_write_in_place_does_not_overtake",
@@ -288,7 +296,8 @@ pub const PLANTS: &[Plant] = &[
             "if !self.reads_raw() {",
         )],
     ),
-    Plant::qcow2(
+    Plant::of(
+        "qcow2",
         "REQ-PARK-1",
         "the caller's own future makes the file longer",
         "tests::parked::a_parked_write_behind",
@@ -298,7 +307,8 @@ pub const PLANTS: &[Plant] = &[
             "            if needed == u64::MAX {",
         )],
     ),
-    Plant::core(
+    Plant::of(
+        "blockcore",
         "REQ-SER-1",
         "nobody waits for a read-modify-write",
         "tracked::tests::",
@@ -308,7 +318,8 @@ pub const PLANTS: &[Plant] = &[
             "            if !blocked || blocked {\n                return;\n            }",
         )],
     ),
-    Plant::core(
+    Plant::of(
+        "blockcore",
         "REQ-DIRTY-1",
         "a change is made that no bitmap knows of",
         "bitmap_ops::tests::",
@@ -318,7 +329,8 @@ pub const PLANTS: &[Plant] = &[
             "        Ok(())",
         )],
     ),
-    Plant::core(
+    Plant::of(
+        "blockcore",
         "REQ-GEN-1",
         "a flush notes what was written while it ran",
         "node::tests::a_flush_is_skipped",
@@ -328,17 +340,17 @@ pub const PLANTS: &[Plant] = &[
             "            .fetch_max(generation + 1, Ordering::AcqRel);",
         )],
     ),
-    Plant {
-        rule: "LUKS-SLOT-1",
-        what: "a slot is called active before its key material is durable",
-        test: "volume::tests::",
-        package: "luks",
-        edits: &[(
+    Plant::of(
+        "luks",
+        "LUKS-SLOT-1",
+        "a slot is called active before its key material is durable",
+        "volume::tests::",
+        &[(
             "crates/luks/src/volume.rs",
             "        store.flush().await?;\n        header.slots[slot].active = true;",
             "        header.slots[slot].active = true;",
         )],
-    },
+    ),
 ];
 
 /// Every plant whose rule contains a word, or all of them.
