@@ -2,8 +2,8 @@
 //! `cargo xtask plant`: takes each rule of `docs/INVARIANTS.md` out of a copy of the code, and sees the tests fail.
 //!
 //! A [`Plant`] changes a few lines. It counts as caught when the changed copy compiles and the test that it names fails. (Most are found by several, and by the random ones;
-//! those that are named are quick, and find it every time.) The copy lies in `target/plant`; what else
-//! it needs is built already for the ordinary tests. `tidy` sees to it that every rule has a plant, and that every plant still finds its lines.
+//! those that are named are quick, and find it every time.) The copy, and what is built of it, lie in
+//! `target/plant`. `tidy` sees to it that every rule has a plant, and that every plant still finds its lines.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -360,7 +360,7 @@ pub fn plant(words: &[&str]) -> Result<(), String> {
         [rule] => rule,
         _ => return Err("plant takes one rule, or none".to_owned()),
     };
-    let tree = root().join("target/plant");
+    let tree = root().join("target/plant/tree");
     let mut missed = Vec::new();
     let chosen: Vec<&Plant> = PLANTS.iter().filter(|p| p.rule.contains(only)).collect();
     if chosen.is_empty() {
@@ -421,7 +421,8 @@ fn first_to_fail(plant: &Plant, tree: &Path) -> Result<Option<String>, String> {
             "--no-run",
             "--target-dir",
         ])
-        .arg(root().join("target"))
+        // One of its own: cargo takes what it has built of the copy for what it would build of the workspace.
+        .arg(root().join("target/plant/build"))
         // A few tests are not worth an optimised build.
         .args(["--config", "profile.dev.package.qcow2.opt-level=0"]);
     let built = build.output().map_err(|e| format!("cargo: {e}"))?;

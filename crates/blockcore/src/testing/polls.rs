@@ -9,8 +9,6 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use futures::future::{Either, select};
-
 /// Counts polls, and those that slept. Futures on any number of threads may share one.
 ///
 /// ```
@@ -95,19 +93,26 @@ impl Polls {
 /// # }
 /// ```
 pub async fn longest_wait<T>(future: impl Future<Output = T>) -> (T, Duration) {
+    let mut future = pin!(future);
     let mut longest = Duration::ZERO;
-    let watch = async {
-        loop {
-            let (before, since) = (sleeps(), Instant::now());
-            tokio::task::yield_now().await;
-            if sleeps() != before {
-                longest = longest.max(since.elapsed());
+    let mut last = (sleeps(), Instant::now());
+    let output = poll_fn(|cx| {
+        let mut look = || {
+            let now = sleeps();
+            if now != last.0 {
+                longest = longest.max(last.1.elapsed());
             }
+            last = (now, Instant::now());
+        };
+        // The others' turn, and ours.
+        look();
+        let polled = future.as_mut().poll(cx);
+        look();
+        if polled.is_pending() {
+            let _pending = pin!(tokio::task::yield_now()).poll(cx);
         }
-    };
-    let output = match select(pin!(future), pin!(watch)).await {
-        Either::Left((output, _)) => output,
-        Either::Right((never, _)) => never,
-    };
+        polled
+    })
+    .await;
     (output, longest)
 }
