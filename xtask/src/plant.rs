@@ -2,7 +2,7 @@
 //! `cargo xtask plant`: takes each rule of `docs/INVARIANTS.md` out of a copy of the code, and sees the tests fail.
 //!
 //! A [`Plant`] changes a few lines. It counts as caught when the changed copy compiles and the test that it names fails. (Most are found by several, and by the random ones;
-//! those that are named are quick, and find it every time.) The copy, and what is built of it, lie in
+//! those that are named are quick.) The copy, and what is built of it, lie in
 //! `target/plant`. `tidy` sees to it that every rule has a plant, and that every plant still finds its lines.
 
 use std::fs;

@@ -56,7 +56,7 @@ pub fn shortest(text: &str, differs: impl Fn(&str) -> bool) -> String {
 
 #[test]
 fn a_script_shrinks_to_the_commands_that_matter() {
-    let text = "# Head.\nqemu-img create a 1M\nqemu-io -c 'write 0 1' -c 'write 2 3' -c 'read 0 1' a\necho x\n                qemu-io -c 'read 5 5' a\n";
+    let text = "# Head.\nqemu-img create a 1M\nqemu-io -c 'write 0 1' -c 'write 2 3' -c 'read 0 1' a\necho x\nqemu-io -c 'read 5 5' a\n";
     assert_eq!(pieces(text).concat(), text);
     let differs = |text: &str| {
         let needed = ["create", "qemu-io", "write 2 3"];
