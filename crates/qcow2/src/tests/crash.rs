@@ -263,13 +263,9 @@ impl Steps {
 
     fn some_length(&mut self, rng: &mut Rng, plan: &Plan) -> Op {
         use Preallocation::{Falloc, Full, Metadata};
-        let in_sector = SECTOR / plan.unit;
-        let more = rng.below(60) as usize * in_sector;
+        let more = rng.below(60) as usize * SECTOR / plan.unit;
         match rng.below(4) {
-            0 if !plan.bitmap => {
-                self.end = 1 + rng.below(self.end as u64) as usize;
-                self.end = self.end.next_multiple_of(in_sector);
-            }
+            0 if !plan.bitmap => self.end = 1 + rng.below(self.end as u64) as usize,
             1 => {
                 self.end += more;
                 let mode = [Metadata, Falloc, Full][rng.below(3) as usize];
